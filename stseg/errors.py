@@ -1,0 +1,35 @@
+"""Errors that callers may want to catch. Each says which item, what came and what was expected."""
+
+from __future__ import annotations
+
+
+class StsegError(Exception):
+    """Base of all errors that are particular to stseg."""
+
+
+class DataError(StsegError, ValueError):
+    """An image, a mask, an id or a data set is not what it has to be."""
+
+
+class UnreadableImageError(DataError, OSError):
+    """A file cannot be decoded as an image: truncated, empty, or not an image at all."""
+
+
+class NetworkError(StsegError, ValueError):
+    """A network returned something other than the logits that were expected of it."""
+
+
+class TrainingDivergedError(StsegError, RuntimeError):
+    """The loss became NaN or infinite.
+
+    Attributes:
+        step: the iteration, counted from 1, whose loss was not finite.
+    """
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class WorkdirMismatchError(StsegError, ValueError):
+    """A folder holds the results of other settings, another network or other data."""

@@ -1,0 +1,26 @@
+"""The types that stand in signatures all over the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
+
+ImageLike: TypeAlias = Tensor | Image.Image
+"""uint8 or float [0, 1] tensor ``(C, H, W)``, or a PIL image."""
+
+MaskLike: TypeAlias = Tensor | npt.NDArray[np.integer[Any]] | Image.Image
+"""Class indices ``(H, W)``: integer tensor, integer array or PIL image."""
+
+PairTransform: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
+"""``(image, mask) -> (image, mask)``, one sample at a time."""
+
+BatchAugmentation: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""``(images, masks, where) -> (images, masks)``, a whole batch on the device."""
+
+Precision: TypeAlias = Literal["fp32", "bf16"]
+"""``"fp32"``, or ``"bf16"`` for bfloat16 autocast with float32 weights."""
