@@ -1,0 +1,105 @@
+"""Cutout that keeps image and mask together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from stseg.augment.settings import check_batch, check_probability, ordered_range, uniform
+
+_TRIES = 256
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """One rectangle of noise per image, ignored in the mask.
+
+    A rectangle covers a share ``area`` of the image and has the height / width ratio ``ratio``, both uniform; its
+    upper left corner is uniform over the image. All of them are drawn anew until the rectangle lies inside,
+    which favours small ones; so did the paper's runs. After 256 tries in vain the image stays whole (in practice
+    only where hardly any rectangle fits, as with an area of 1). Inside, the image gets uniform noise in [0, 1),
+    independent for each pixel and channel, and the mask ``ignore_index``.
+
+    Args:
+        p: probability that an image gets a rectangle.
+        area: smallest and largest share of the image, in (0, 1].
+        ratio: smallest and largest height / width.
+        ignore_index: mask value inside the rectangle.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+
+    Example:
+        >>> images, masks = torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.uint8)
+        >>> cut_images, cut_masks = Cutout(p=1.0)(images, masks)
+        >>> bool(((cut_masks == 255) == (cut_images > 0).any(1)).all())
+        True
+    """
+
+    p: float = 0.5
+    area: tuple[float, float] = (0.02, 0.4)
+    ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    ignore_index: int = 255
+
+    def __post_init__(self) -> None:
+        check_probability("p", self.p)
+        object.__setattr__(self, "area", ordered_range("area", self.area, low=0.0, high=1.0))
+        object.__setattr__(self, "ratio", ordered_range("ratio", self.ratio, low=0.0))
+
+    def __call__(
+        self,
+        images: Tensor,
+        masks: Tensor,
+        where: Tensor | None = None,
+        *,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw and cut; arguments as those of :class:`StrongAugment`."""
+        check_batch(images, masks, where)
+        return self.transform(images, masks, *self.draw(images, generator), where)
+
+    def draw(self, images: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draw for images ``(B, C, H, W)``, from the generator given or the default of the device.
+
+        Returns:
+            Rectangles ``(B, 4)`` int64, half-open: top, left, bottom, right, all 0 for none; and noise
+            ``(B, C, H, W)`` float32.
+        """
+        batch, _, height, width = images.shape
+        where: dict[str, Any] = {"generator": generator, "device": images.device}
+        area = uniform(torch.rand(batch, _TRIES, **where), *self.area) * (height * width)
+        ratio = uniform(torch.rand(batch, _TRIES, **where), *self.ratio)
+        top = torch.randint(height, (batch, _TRIES), **where)
+        left = torch.randint(width, (batch, _TRIES), **where)
+        bottom, right = top + (area * ratio).sqrt().long(), left + (area / ratio).sqrt().long()
+        fits = (bottom <= height) & (right <= width)
+        first = fits.int().argmax(1).view(-1, 1, 1).expand(-1, -1, 4)
+        boxes = torch.stack((top, left, bottom, right), 2).gather(1, first)[:, 0]
+        chosen = fits.any(1) & (torch.rand(batch, **where) < self.p)
+        return boxes * chosen[:, None], torch.rand(images.shape, **where)
+
+    def transform(
+        self, images: Tensor, masks: Tensor, boxes: Tensor, noise: Tensor, where: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Put the noise into the rectangles.
+
+        Raises:
+            ValueError: if ``ignore_index`` does not fit into the dtype of the masks.
+        """
+        limits = torch.iinfo(masks.dtype)
+        if not limits.min <= self.ignore_index <= limits.max:
+            raise ValueError(
+                f"ignore_index {self.ignore_index} of the cutout does not fit into masks of {masks.dtype}"
+            )
+        top, left, bottom, right = boxes.view(-1, 4, 1, 1).unbind(1)
+        row = torch.arange(masks.shape[1], device=masks.device)[:, None]
+        column = torch.arange(masks.shape[2], device=masks.device)
+        inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+        if where is not None:
+            inside = inside & where[:, None, None]
+        return torch.where(inside[:, None], noise.to(images.dtype), images), masks.masked_fill(
+            inside, self.ignore_index
+        )

@@ -1,0 +1,48 @@
+"""What the augmentations share: checks of settings and of batches, and the uniform draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def uniform(unit: Tensor, low: float, high: float) -> Tensor:
+    return unit * (high - low) + low
+
+
+def check_probability(name: str, p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name} is {p}; expected a probability in [0, 1]")
+
+
+def ordered_range(
+    name: str, bounds: Sequence[float], *, low: float, high: float = math.inf
+) -> tuple[float, float]:
+    """The two bounds as floats; above ``low``, in order, and finite."""
+    if len(bounds) != 2 or not (low < bounds[0] <= bounds[1] <= high and bounds[1] < math.inf):
+        expected = f"low <= high, both above {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
+        raise ValueError(f"{name} is {tuple(bounds)}; expected (low, high) with {expected}")
+    return float(bounds[0]), float(bounds[1])
+
+
+def check_batch(images: Tensor, masks: Tensor, where: Tensor | None) -> None:
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images are {images.dtype}; expected float in [0, 1] (uint8 images: images.float() / 255)"
+        )
+    if masks.dtype == torch.bool or masks.is_floating_point() or masks.is_complex():
+        raise TypeError(f"masks are {masks.dtype}; expected an integer dtype")
+    if images.ndim != 4 or 0 in images.shape[1:] or masks.shape != images.shape[:1] + images.shape[2:]:
+        raise ValueError(
+            f"images have shape {tuple(images.shape)} and masks {tuple(masks.shape)}; "
+            "expected (B, C, H, W) and (B, H, W), with pixels"
+        )
+    if where is not None and where.dtype != torch.bool:
+        raise TypeError(f"where is {where.dtype}; expected bool")
+    if where is not None and where.shape != images.shape[:1]:
+        raise ValueError(
+            f"where has shape {tuple(where.shape)}; expected ({len(images)},), one for each image"
+        )

@@ -1,0 +1,272 @@
+"""The strong augmentation, for pseudo-labelled images: a whole batch at a time, on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from kornia.color import rgb_to_grayscale
+from kornia.filters import get_gaussian_kernel1d
+from torch import Generator, Tensor, nn
+
+from stseg.augment.cutout import Cutout
+from stseg.augment.settings import check_batch, check_probability, ordered_range, uniform
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_ELEMENTS_PER_PASS = 2**19
+
+
+class StrongParameters(NamedTuple):
+    """Everything that is random in one call of :class:`StrongAugment`, on the device of the images."""
+
+    jitter: Tensor
+    """``(B,)`` bool: whose colours are jittered."""
+    order: Tensor
+    """``(B, 4)`` int64: the operations in turn, 0 brightness, 1 contrast, 2 saturation, 3 hue; switched-off ones last."""
+    factors: Tensor
+    """``(B, 4)`` float32: factors of brightness, contrast and saturation, and the shift of hue in turns."""
+    gray: Tensor
+    """``(B,)`` bool: who becomes grey."""
+    blur: Tensor
+    """``(B,)`` bool: who is blurred."""
+    sigma: Tensor
+    """``(B,)`` float32: standard deviation of the blur in pixels."""
+    boxes: Tensor | None
+    """``(B, 4)`` int64: the cutout's top, left, bottom and right, half-open; ``None`` without cutout."""
+    noise: Tensor | None
+    """``(B, C, H, W)`` float32 in [0, 1): what fills the cutout; ``None`` without cutout."""
+
+
+class StrongAugment(nn.Module):
+    """Strong data augmentations (SDA) of ST: colour jitter, grey, blur and cutout, for a whole batch on its device.
+
+    Every draw is per image, the order of the four colour operations included. Brightness multiplies, contrast
+    blends with the mean of the grey image, saturation blends with the grey image (a factor of 1 is the identity),
+    hue turns; each is clamped to [0, 1] as PIL does. Images must therefore be in [0, 1], not yet normalised. If
+    they do not have three channels, hue, saturation and grey are left out, and contrast takes the mean over channels.
+
+    Nothing waits for the device and no value decides which code runs, so it compiles as one graph. It computes in
+    float32 (float64 for float64 images), autocast or not, and no gradients flow through it.
+
+    Args:
+        jitter: strengths of brightness, contrast, saturation (factors from ``max(0, 1 - s)`` to ``1 + s``) and hue
+            (shifts from ``-s`` to ``s`` of the full circle, at most 0.5).
+        jitter_p: probability of the colour jitter.
+        gray_p: probability of grey.
+        blur_p: probability of the Gaussian blur.
+        blur_sigma: smallest and largest standard deviation in pixels.
+        cutout: settings of the cutout; ``None`` leaves it out.
+
+    Shape:
+        images ``(B, C, H, W)`` float, masks ``(B, H, W)`` integer, where ``(B,)`` bool -> images and masks as they
+        came in shape and dtype. Rows where ``where`` is False come back bit for bit; the input is never changed.
+
+    Raises:
+        ValueError: if a setting is out of its range; when called, if shapes do not match or the cutout's ignore
+            index does not fit into the dtype of the masks.
+        TypeError: when called, if images are not float, masks not integer or ``where`` not bool.
+
+    Example:
+        >>> strong = StrongAugment()
+        >>> images, masks = torch.rand(2, 3, 33, 40), torch.zeros(2, 33, 40, dtype=torch.uint8)
+        >>> new_images, new_masks = strong(images, masks, torch.tensor([True, False]))
+        >>> bool((new_images[1] == images[1]).all())
+        True
+    """
+
+    def __init__(
+        self,
+        *,
+        jitter: Sequence[float] = (0.5, 0.5, 0.5, 0.25),
+        jitter_p: float = 0.8,
+        gray_p: float = 0.2,
+        blur_p: float = 0.5,
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
+        cutout: Cutout | None = Cutout(),  # noqa: B008  frozen, so sharing it does no harm
+    ) -> None:
+        super().__init__()
+        if len(jitter) != 4 or not (0 <= min(jitter) <= max(jitter) < math.inf and jitter[HUE] <= 0.5):
+            raise ValueError(
+                f"jitter is {tuple(jitter)}; expected brightness, contrast and saturation >= 0 and hue in [0, 0.5]"
+            )
+        for name, p in (("jitter_p", jitter_p), ("gray_p", gray_p), ("blur_p", blur_p)):
+            check_probability(name, p)
+        if cutout is not None and not isinstance(cutout, Cutout):
+            raise TypeError(f"cutout is {type(cutout).__name__}; expected a stseg.Cutout or None")
+        self.jitter = tuple(float(strength) for strength in jitter)
+        self.jitter_p, self.gray_p, self.blur_p = jitter_p, gray_p, blur_p
+        self.blur_sigma = ordered_range("blur_sigma", blur_sigma, low=0.0)
+        self.cutout = cutout
+
+    def forward(
+        self,
+        images: Tensor,
+        masks: Tensor,
+        where: Tensor | None = None,
+        *,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw and transform; see the class."""
+        check_batch(images, masks, where)
+        return self.transform(images, masks, self.draw(images, generator), where)
+
+    def draw(self, images: Tensor, generator: Generator | None = None) -> StrongParameters:
+        """Draw everything for a batch ``(B, C, H, W)``, from the generator given or the default of the device."""
+        batch = len(images)
+        place: dict[str, Any] = {"generator": generator, "device": images.device}
+        keys = torch.rand(batch, 4, **place)
+        factors = torch.rand(batch, 4, **place)
+        for operation, strength in enumerate(self.jitter):
+            low, high = (-strength, strength) if operation == HUE else (max(0.0, 1 - strength), 1 + strength)
+            factors[:, operation] = uniform(factors[:, operation], low, high)
+            if operation not in self._operations(images):
+                keys[:, operation] = 2.0
+        jitter, gray, blur, sigma = torch.rand(4, batch, **place)
+        boxes, noise = self.cutout.draw(images, generator) if self.cutout is not None else (None, None)
+        return StrongParameters(
+            jitter=jitter < self.jitter_p,
+            order=keys.argsort(1),
+            factors=factors,
+            gray=gray < self.gray_p,
+            blur=blur < self.blur_p,
+            sigma=uniform(sigma, *self.blur_sigma),
+            boxes=boxes,
+            noise=noise,
+        )
+
+    @torch.no_grad()
+    def transform(
+        self, images: Tensor, masks: Tensor, parameters: StrongParameters, where: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Apply what :meth:`draw` drew for images of this shape and these settings; the same every time."""
+        check_batch(images, masks, where)
+        if len(parameters.jitter) != len(images):
+            raise ValueError(
+                f"parameters are for {len(parameters.jitter)} images, but there are {len(images)}"
+            )
+        if parameters.noise is not None and parameters.noise.shape != images.shape:
+            raise ValueError(
+                f"parameters are for images of shape {tuple(parameters.noise.shape)}, not {tuple(images.shape)}"
+            )
+        # On a CPU the passes over the pixels are bound by memory: some images at a time stay in the cache, which
+        # halves the time. A GPU wants all at once, and a compiler sees to it itself.
+        rows = len(images)
+        if images.device.type == "cpu" and not torch.compiler.is_compiling():
+            rows = max(1, _ELEMENTS_PER_PASS // images[:1].numel()) if rows else 0
+        if rows >= len(images):
+            return self._transform(images, masks, parameters, where)
+        parts = []
+        for start in range(0, len(images), rows):
+            part = slice(start, start + rows)
+            drawn = StrongParameters(*(None if p is None else p[part] for p in parameters))
+            parts.append(
+                self._transform(images[part], masks[part], drawn, None if where is None else where[part])
+            )
+        return torch.cat([image for image, _ in parts]), torch.cat([mask for _, mask in parts])
+
+    def _transform(
+        self, images: Tensor, masks: Tensor, drawn: StrongParameters, where: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        device = images.device.type
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+            x = images.to(torch.promote_types(images.dtype, torch.float32))
+            if self.jitter_p > 0 and self._operations(images):
+                x = torch.where(
+                    _column(drawn.jitter), self._jittered(x, drawn.order, drawn.factors.to(x.dtype)), x
+                )
+            if self.gray_p > 0 and x.shape[1] == 3:
+                x = torch.where(_column(drawn.gray), rgb_to_grayscale(x), x)
+            if self.blur_p > 0:
+                radius = max(6, math.ceil(3 * self.blur_sigma[1]))
+                kernels = get_gaussian_kernel1d(2 * radius + 1, drawn.sigma.to(x.dtype)[:, None])
+                x = torch.where(_column(drawn.blur), _blurred(x, kernels), x)
+        x = x.to(images.dtype)
+        if where is not None:
+            x = torch.where(_column(where), x, images)
+        if self.cutout is not None and drawn.boxes is not None and drawn.noise is not None:
+            return self.cutout.transform(x, masks, drawn.boxes, drawn.noise, where)
+        return x.clone() if x is images else x, masks.clone()
+
+    def _operations(self, images: Tensor) -> list[int]:
+        """The colour operations that the settings leave on and the channels allow."""
+        possible = range(4) if images.shape[1] == 3 else (BRIGHTNESS, CONTRAST)
+        return [operation for operation in possible if self.jitter[operation] > 0]
+
+    def _jittered(self, x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+        """All operations in each image's own order, with the hue, by far the dearest, once for all images.
+
+        An image whose hue comes third does two operations before the common pass and one after it; in the other
+        rounds its factor is 1, which leaves every value exactly as it is.
+        """
+        operations = self._operations(x)
+        if HUE not in operations:
+            for turn in range(len(operations)):
+                x = _blended(x, order[:, turn], factors)
+            return x
+        hue_turn = (order == HUE).int().argmax(1)
+        for turn in range(len(operations) - 1):
+            x = _blended(x, order[:, turn], factors, turn < hue_turn)
+        x = _turned(x, factors[:, HUE])
+        for turn in range(1, len(operations)):
+            x = _blended(x, order[:, turn], factors, turn > hue_turn)
+        return x
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        names = ("jitter", "jitter_p", "gray_p", "blur_p", "blur_sigma", "cutout")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+def _blended(x: Tensor, operation: Tensor, factors: Tensor, active: Tensor | None = None) -> Tensor:
+    """Brightness, contrast or saturation, each image its own; all three blend ``x`` with something grey."""
+    factor = factors.gather(1, operation[:, None])[:, 0]
+    if active is not None:
+        factor = torch.where(active, factor, 1.0)
+    rest = 1 - factor
+    gray = rgb_to_grayscale(x) if x.shape[1] == 3 else x.mean(1, keepdim=True)
+    level = gray.mean((1, 2, 3)) * torch.where(operation == CONTRAST, rest, 0.0)
+    other = gray.mul_(_column(torch.where(operation == SATURATION, rest, 0.0))).add_(_column(level))
+    return torch.addcmul(other, x, _column(factor)).clamp_(0, 1)
+
+
+def _turned(x: Tensor, turns: Tensor) -> Tensor:
+    """Hue shifted by a part of the full circle.
+
+    In closed form, not over saturation and value: a third of the passes over the pixels of the usual round trip.
+    """
+    red, green, blue = x.unbind(1)
+    high, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
+    chroma = high - low
+    divisor = chroma + (chroma == 0)
+    sector = torch.where(
+        high == green, (blue - red).add_(divisor, alpha=2), (red - green).add_(divisor, alpha=4)
+    )
+    sector = torch.where(high == red, green - blue, sector).div_(divisor).add_((turns * 6)[:, None, None])
+    sector.sub_((sector / 6).floor_(), alpha=6)  # torch.remainder is several times slower
+    channels = ((sector - 3).abs_().sub_(1), 2 - (sector - 2).abs_(), 2 - (sector - 4).abs_())
+    return torch.stack([c.clamp_(0, 1).mul_(chroma).add_(low) for c in channels], 1)
+
+
+def _blurred(x: Tensor, kernels: Tensor) -> Tensor:
+    """Each image with its own symmetric kernel ``(B, 2 * radius + 1)`` along both axes; the border is repeated.
+
+    Weighted slices, not a convolution: cuDNN would round to TF32, and they are no slower.
+    """
+    radius = kernels.shape[1] // 2
+    weights = kernels[:, :, None, None, None].unbind(1)
+    for axis, padding in ((-1, (radius, radius, 0, 0)), (-2, (0, 0, radius, radius))):
+        size = x.shape[axis]
+        padded = F.pad(x, padding, mode="replicate")
+        x = x * weights[radius]
+        for tap in range(radius):
+            pair = padded.narrow(axis, tap, size) + padded.narrow(axis, 2 * radius - tap, size)
+            x.addcmul_(pair, weights[tap])
+    return x
+
+
+def _column(x: Tensor) -> Tensor:
+    return x[:, None, None, None]

@@ -1,0 +1,104 @@
+"""The weak augmentation, for every training image: one sample at a time, in data-loading workers."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as vision
+
+from stseg.augment.settings import check_probability, ordered_range
+from stseg.samples import pair_of
+from stseg.types import ImageLike, MaskLike
+
+
+@dataclass(frozen=True)
+class WeakAugment:
+    """Resize, pad, crop and mirror one sample, as every training image of ST is.
+
+    The long side is drawn as an integer, uniformly from ``int(base_size * scale[0])`` to
+    ``int(base_size * scale[1])`` inclusive, and the other side follows in proportion. The image is resized
+    bilinearly with antialiasing, the mask by nearest neighbour, both as PIL does it. What is smaller than the
+    crop is padded on the right and at the bottom: the image with 0, the mask with ``ignore_index``. Draws come
+    from torch's global CPU generator, so ``torch.manual_seed`` (and a data loader's seeds) reproduce them.
+
+    Args:
+        crop_size: side of the square that comes out, or ``(height, width)``, in pixels.
+        base_size: long side that ``scale`` multiplies, in pixels; ``None`` takes that of each image.
+        scale: smallest and largest factor.
+        flip: probability of the mirror image.
+        ignore_index: mask value of the padding.
+
+    Shape:
+        Image, ``(C, H, W)`` uint8 or float in [0, 1] or PIL, and mask, integer ``(H, W)`` or PIL -> image
+        ``(C, *crop_size)``, uint8 or float32, and mask ``(*crop_size)``: uint8 if it came as such and
+        ``ignore_index`` fits in it, else int32.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+        DataError: when called with an image and a mask of different sizes, or of shapes that are none.
+
+    Example:
+        >>> weak = WeakAugment(4, base_size=8)
+        >>> image, mask = weak(torch.rand(3, 6, 9), torch.zeros(6, 9, dtype=torch.uint8))
+        >>> image.shape, mask.shape
+        (torch.Size([3, 4, 4]), torch.Size([4, 4]))
+    """
+
+    crop_size: int | tuple[int, int]
+    _: KW_ONLY
+    base_size: int | None = None
+    scale: tuple[float, float] = (0.5, 2.0)
+    flip: float = 0.5
+    ignore_index: int = 255
+
+    def __post_init__(self) -> None:
+        size = (self.crop_size,) * 2 if isinstance(self.crop_size, int) else tuple(self.crop_size)
+        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+            raise ValueError(f"crop_size is {self.crop_size}; expected a positive integer or (height, width)")
+        object.__setattr__(self, "crop_size", size)
+        if self.base_size is not None and not (isinstance(self.base_size, int) and self.base_size > 0):
+            raise ValueError(f"base_size is {self.base_size}; expected a positive integer or None")
+        object.__setattr__(self, "scale", ordered_range("scale", self.scale, low=0.0))
+        check_probability("flip", self.flip)
+        if not -(2**31) <= self.ignore_index < 2**31:
+            raise ValueError(f"ignore_index is {self.ignore_index}; expected an integer of 32 bits")
+
+    def __call__(self, image: ImageLike, mask: MaskLike) -> tuple[Tensor, Tensor]:
+        """Augment one image and its mask alike."""
+        assert isinstance(self.crop_size, tuple)
+        pixels, classes = pair_of((image, mask), name="sample")
+        if not 0 <= self.ignore_index <= 255:
+            classes = classes.to(torch.int32)
+        height, width = classes.shape
+        base = self.base_size or max(height, width)
+        low, high = (max(1, int(base * factor)) for factor in self.scale)
+        factor = _integer(low, high) / max(height, width)
+        height, width = max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+        pixels = vision.resize(pixels, [height, width], antialias=True)
+        classes = classes[_nearest(classes.shape[0], height)][:, _nearest(classes.shape[1], width)]
+
+        crop_height, crop_width = self.crop_size
+        padding = (0, max(0, crop_width - width), 0, max(0, crop_height - height))
+        pixels, classes = F.pad(pixels, padding), F.pad(classes, padding, value=self.ignore_index)
+        top = _integer(0, classes.shape[0] - crop_height)
+        left = _integer(0, classes.shape[1] - crop_width)
+        window = (..., slice(top, top + crop_height), slice(left, left + crop_width))
+        mirrored = bool(torch.rand((), device="cpu") < self.flip)
+        # Both branches copy: what leaves a worker must neither alias the data set nor drag along the image.
+        pixels, classes = (x[window].flip(-1) if mirrored else x[window].clone() for x in (pixels, classes))
+        return pixels.contiguous(), classes.contiguous()
+
+
+def _nearest(old: int, new: int) -> Tensor:
+    """Index of the nearest old pixel for each new one, with PIL's roundings."""
+    step = torch.full((new,), old / new, dtype=torch.float64, device="cpu")
+    step[0] *= 0.5
+    return step.cumsum(0).long().clamp_(max=old - 1)
+
+
+def _integer(low: int, high: int) -> int:
+    """Uniform from ``low`` to ``high`` inclusive, from the global CPU generator."""
+    return int(torch.randint(low, high + 1, (), device="cpu"))

@@ -1,0 +1,15 @@
+"""Networks: the wrapper that makes any of them usable, and the three that the paper trained."""
+
+from stseg.models.deeplab import DeepLabV2, DeepLabV3Plus
+from stseg.models.pspnet import PSPNet
+from stseg.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter, as_segmenter
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "DeepLabV2",
+    "DeepLabV3Plus",
+    "PSPNet",
+    "Segmenter",
+    "as_segmenter",
+]

@@ -1,0 +1,61 @@
+"""Where a network is, in which mode, and which weights it has."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter or buffer; the CPU if it has none."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+@contextmanager
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule is in the mode it was in before.
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
+        >>> _ = net[0].eval()  # one that the caller keeps frozen while training the rest
+        >>> with frozen(net):
+        ...     net.training
+        False
+        >>> net.training, net[0].training
+        (True, False)
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def cpu_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the model's state dict on the CPU, each tensor with memory of its own."""
+    return {
+        name: value.detach().to("cpu", copy=True).contiguous()
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor)
+    }
+
+
+def digest(model: nn.Module) -> str:
+    """A short name for a model's architecture and weights: equal models have equal digests."""
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model))  # addresses differ from run to run
+    total = hashlib.sha256(text.encode())
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:16]

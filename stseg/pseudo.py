@@ -1,0 +1,242 @@
+"""Pseudo-labels: what a trained network believes of images without masks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import zlib
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from stseg.distributed import barrier, gathered
+from stseg.errors import DataError
+from stseg.functional import PseudoLabels, pseudo_label
+from stseg.inference import Skipped, bar, in_equal_batches, load, predictor, share_of
+from stseg.models.segmenter import as_segmenter
+from stseg.models.state import device_of, digest, frozen
+from stseg.samples import check_classes, has_ids, ids_of, image_of
+from stseg.store import MaskStore, check_store_id
+from stseg.types import Precision
+
+
+class PseudoLabelled(Dataset[tuple[Tensor, Tensor]]):
+    """The data set that a labeller makes: items ``(image, mask)`` in the order of the images' data set.
+
+    Attributes:
+        ids: name of each item.
+        indices: where each item stands in the images' data set.
+        skipped: what could not be read, where the caller chose to go on.
+        store: where the masks are.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        store: MaskStore,
+        *,
+        indices: Sequence[int],
+        ids: Sequence[str],
+        skipped: Sequence[Skipped] = (),
+    ) -> None:
+        self.dataset = dataset
+        self.store = store
+        self.indices = list(indices)
+        self.ids = list(ids)
+        self.skipped = tuple(skipped)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        id = self.ids[position]
+        image = image_of(self.dataset[self.indices[position]], name=id)
+        mask = self.store.get(id)
+        if image.shape[-2:] != mask.shape:
+            raise DataError(
+                f"the pseudo-mask of {id!r} is {tuple(mask.shape)}, but its image {tuple(image.shape[-2:])}: "
+                "the image has changed since it was labelled"
+            )
+        return image, mask
+
+    def confidence(self, position: int) -> Tensor:
+        """``(H, W)`` float32 confidence of an item's mask.
+
+        Raises:
+            KeyError: if it was not asked for when labelling.
+        """
+        return self.store.confidence(self.ids[position])
+
+
+class PseudoLabeler:
+    """Labels images with a network, as the teacher of ST does (Yang et al., CVPR 2022, section 3.1).
+
+    Args:
+        model: a network or a wrapped one. For the paper's 10 views hand in ``stseg.MultiScaleFlip(model)``.
+            Runs where the model is; its mode is what it was afterwards.
+        num_classes: number of classes; at least 2.
+        threshold: pixels whose confidence is below it get ``ignore_index``. The paper keeps all (0).
+        ignore_index: value of pixels that are left out.
+        batch_size: how many images of equal size at once; does not change the labels.
+        num_workers: processes that read images.
+        precision: ``"fp32"``, or ``"bf16"`` for speed.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: if an argument makes no sense.
+        NetworkError: when labelling, if the network does not give logits of ``num_classes`` classes.
+
+    Example:
+        >>> labeler = PseudoLabeler(nn.Conv2d(3, 4, 1), num_classes=4, progress=False)
+        >>> mask, confidence = labeler(torch.rand(2, 3, 8, 8))
+        >>> mask.shape, mask.dtype, confidence.dtype
+        (torch.Size([2, 8, 8]), torch.uint8, torch.float32)
+        >>> labelled = labeler.label([torch.rand(3, 8, 8), torch.rand(3, 5, 9)])
+        >>> [tuple(mask.shape) for image, mask in labelled]
+        [(8, 8), (5, 9)]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int,
+        threshold: float = 0.0,
+        ignore_index: int = 255,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        precision: Precision = "fp32",
+        progress: bool = True,
+    ) -> None:
+        check_classes(num_classes, ignore_index)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is {threshold}; expected a probability in [0, 1]")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+        self.model = as_segmenter(model)
+        self.num_classes = num_classes
+        self.threshold = threshold
+        self.ignore_index = ignore_index
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.precision = precision
+        self.progress = progress
+        self._predict = predictor(self.model, num_classes, precision)
+
+    def __call__(self, images: Tensor) -> PseudoLabels:
+        """Label a batch.
+
+        Args:
+            images: ``(B, C, H, W)`` uint8, or float in [0, 1].
+
+        Returns:
+            mask ``(B, H, W)`` uint8 (int32 where classes or ignore index do not fit) and confidence ``(B, H, W)``
+            float32, on the model's device.
+        """
+        with frozen(self.model), torch.no_grad():
+            return self._label(images)
+
+    def label(
+        self,
+        dataset: Dataset[Any],
+        store: MaskStore | str | Path | None = None,
+        *,
+        confidence: bool = False,
+        skip_unreadable: bool = False,
+    ) -> PseudoLabelled:
+        """Label all images of a data set.
+
+        Batches of equal size are formed on the fly and need no more memory for many images than for few. Each mask is in the store
+        as soon as it is made; images that this same model has labelled in it before are not labelled again. Under
+        ``torch.distributed`` the processes share the images, and a folder must be one they all see.
+
+        Args:
+            dataset: items are images, or tuples that begin with one. Its ``ids`` name the masks, else their numbers do.
+            store: a folder, a store, or None for memory.
+            confidence: whether to keep the confidence beside each mask.
+            skip_unreadable: whether to go on where an image cannot be read, and list it in ``.skipped``.
+
+        Returns:
+            A data set of ``(image, mask)``, in the order and with the ids of ``dataset``.
+
+        Raises:
+            DataError: if there is no image, or an id would leave the store. Before any work.
+            WorkdirMismatchError: if the store was filled by another model or with other settings. Before any work.
+            UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false; the masks made
+                so far stay in the store.
+        """
+        ids = ids_of(dataset)
+        if not ids:
+            raise DataError("the data set to label is empty")
+        for id in ids:
+            check_store_id(id)
+        store = store if isinstance(store, MaskStore) else MaskStore(store)
+        store.claim(self._description(dataset))
+        barrier()
+        mine = share_of(len(ids))
+        todo = [index for index in mine if not store.holds(ids[index], confidence=confidence)]
+        skipped: list[Skipped] = []
+        images = load(
+            dataset,
+            todo,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            skip=skipped.append if skip_unreadable else None,
+        )
+        results = in_equal_batches(
+            self._label_each, images, batch_size=self.batch_size, device=device_of(self.model)
+        )
+        # PNGs are written by threads beside the network, a bounded number of them waiting.
+        with frozen(self.model), torch.no_grad(), ThreadPoolExecutor(4) as writers:
+            writing: deque[Future[None]] = deque()
+            for index, (mask, certainty) in bar(results, total=len(todo), title="label", show=self.progress):
+                kept = certainty if confidence else None
+                writing.append(writers.submit(store.put, ids[index], mask, kept))
+                while len(writing) > 64:
+                    writing.popleft().result()
+            for job in writing:
+                job.result()
+        if store.folder is None:
+            _share_memory(store, [ids[index] for index in mine])
+        skipped = sorted((s for part in gathered(skipped) for s in part), key=lambda s: s.index)
+        left_out = {s.index for s in skipped}
+        kept_indices = [index for index in range(len(ids)) if index not in left_out]
+        if not kept_indices:
+            raise DataError(f"none of the {len(ids)} images could be read; the first: {skipped[0].reason}")
+        return PseudoLabelled(
+            dataset, store, indices=kept_indices, ids=[ids[i] for i in kept_indices], skipped=skipped
+        )
+
+    def _label(self, images: Tensor) -> PseudoLabels:
+        return pseudo_label(self._predict(images), threshold=self.threshold, ignore_index=self.ignore_index)
+
+    def _label_each(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        labels = self._label(images)
+        return list(zip(labels.mask.cpu(), labels.confidence.cpu(), strict=True))
+
+    def _description(self, dataset: Dataset[Any]) -> dict[str, Any]:
+        description: dict[str, Any] = {
+            "model": digest(self.model),
+            "num_classes": self.num_classes,
+            "threshold": self.threshold,
+            "ignore_index": self.ignore_index,
+            "precision": self.precision,
+        }
+        if not has_ids(dataset):  # numbers name the images of any data set: take a look at one of these
+            try:
+                pixels = image_of(dataset[0], name="0").numpy().tobytes()
+            except OSError:
+                pixels = b""
+            description["first image"] = zlib.crc32(pixels)
+        return description
+
+
+def _share_memory(store: MaskStore, mine: list[str]) -> None:
+    part = [(id, store.get(id), store._confidence.get(id)) for id in mine if id in store]
+    for other in gathered(part):
+        for id, mask, confidence in other:
+            store.put(id, mask, confidence)

@@ -1,0 +1,310 @@
+"""Which images does a training run agree on with itself? The selection of ST++."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from stseg.distributed import barrier, gathered, rank
+from stseg.errors import DataError, WorkdirMismatchError
+from stseg.files import write_atomically
+from stseg.functional import stability
+from stseg.inference import Skipped, bar, in_equal_batches, load, predictor, share_of
+from stseg.models.segmenter import as_segmenter
+from stseg.models.state import device_of, digest, frozen
+from stseg.samples import ids_of
+from stseg.types import Precision
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Images from the most to the least reliable.
+
+    Attributes:
+        indices: where each image stands in the ranked data set, best first; equal scores in the data set's order.
+        scores: the score of each, in step.
+        ids: the name of each, in step.
+        skipped: what could not be read, where the caller chose to go on.
+
+    Example:
+        >>> ranking = Ranking.from_scores([0.5, 0.9, 0.5, 0.7], ids=["a", "b", "c", "d"])
+        >>> ranking.ids
+        ('b', 'd', 'a', 'c')
+        >>> ranking.split(0.5)
+        ([1, 3], [0, 2])
+    """
+
+    indices: tuple[int, ...]
+    scores: tuple[float, ...]
+    ids: tuple[str, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("indices", "scores", "ids", "skipped"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not len(self.indices) == len(self.scores) == len(self.ids):
+            raise ValueError(
+                f"indices, scores and ids have {len(self.indices)}, {len(self.scores)} and {len(self.ids)} "
+                "values; expected as many of each"
+            )
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Sequence[float] | Tensor,
+        ids: Sequence[str],
+        *,
+        indices: Sequence[int] | None = None,
+        skipped: Sequence[Skipped] = (),
+    ) -> Ranking:
+        """Rank by score, highest first; equal scores keep their order.
+
+        Args:
+            scores: one for each image.
+            ids: name of each image.
+            indices: where each stands in its data set; by default 0, 1, 2, ...
+            skipped: what is left out.
+
+        Raises:
+            ValueError: if a score is NaN, or there are not as many of each.
+        """
+        values = [float(s) for s in scores]
+        places = list(range(len(values))) if indices is None else list(indices)
+        if not len(values) == len(ids) == len(places):
+            raise ValueError(f"{len(values)} scores, {len(ids)} ids and {len(places)} indices; expected as many of each")
+        for value, id in zip(values, ids, strict=True):
+            if math.isnan(value):
+                raise ValueError(f"the score of {id!r} is NaN")
+        order = sorted(range(len(values)), key=lambda i: -values[i])  # stable
+        return cls(
+            indices=tuple(places[i] for i in order),
+            scores=tuple(values[i] for i in order),
+            ids=tuple(ids[i] for i in order),
+            skipped=tuple(skipped),
+        )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def split(self, fraction: float = 0.5) -> tuple[list[int], list[int]]:
+        """Cut into the reliable and the unreliable images.
+
+        Args:
+            fraction: share of reliable images; of n images the first ``floor(n * fraction)`` are (the paper: 0.5).
+
+        Returns:
+            Data-set indices of the reliable and of the unreliable images, each best first.
+
+        Raises:
+            ValueError: if the fraction is not in [0, 1].
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction is {fraction}; expected a share in [0, 1]")
+        cut = math.floor(len(self) * fraction + 1e-9)  # 0.29 * 100 is 28.999... in floating point
+        return list(self.indices[:cut]), list(self.indices[cut:])
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write ``index,id,score`` lines, best first; scores survive exactly."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["index", "id", "score"])
+        writer.writerows(
+            (i, id, repr(s)) for i, id, s in zip(self.indices, self.ids, self.scores, strict=True)
+        )
+        write_atomically(Path(path), lambda file: file.write(text.getvalue().encode()))
+
+    @classmethod
+    def from_csv(cls, path: str | Path) -> Ranking:
+        """Read what ``to_csv`` wrote.
+
+        Raises:
+            DataError: if the file is not such a table; names the line.
+        """
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        if not rows or rows[0] != ["index", "id", "score"]:
+            raise DataError(f"{path} does not begin with the line index,id,score")
+        try:
+            columns = [(int(index), id, float(score)) for index, id, score in rows[1:]]
+        except ValueError as error:
+            raise DataError(f"{path} holds a line that is not index,id,score: {error}") from None
+        return cls(
+            indices=tuple(c[0] for c in columns), scores=tuple(c[2] for c in columns), ids=tuple(c[1] for c in columns)
+        )
+
+
+class StabilityRanker:
+    """Scores images by how little their masks changed in the course of training.
+
+    The selection of ST++ (Yang et al., CVPR 2022, section 3.3): each checkpoint labels the image, at one scale, and the
+    score is the mean over the earlier checkpoints of the image's mean IoU with the mask of the last one.
+
+    Args:
+        checkpoints: two or more networks (bare or wrapped) in the order of training; the last one is the reference.
+            They may share one device or not; each runs where it is, unless ``device`` is given.
+        num_classes: number of classes; at least 2.
+        batch_size: how many images of equal size at once; does not change the scores.
+        num_workers: processes that read images.
+        precision: ``"fp32"``, or ``"bf16"`` for speed.
+        device: where to move the checkpoints, or None to leave them where they are.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: if there are fewer than two checkpoints, or an argument makes no sense.
+        NetworkError: when scoring, if a network does not give logits of ``num_classes`` classes.
+
+    Example:
+        >>> nets = [nn.Conv2d(3, 4, 1) for _ in range(3)]
+        >>> ranker = StabilityRanker(nets, num_classes=4, progress=False)
+        >>> ranker(torch.rand(2, 3, 8, 8)).shape
+        torch.Size([2])
+        >>> len(ranker.rank([torch.rand(3, 8, 8), torch.rand(3, 5, 9)]))
+        2
+    """
+
+    def __init__(
+        self,
+        checkpoints: Sequence[nn.Module],
+        *,
+        num_classes: int,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        precision: Precision = "fp32",
+        device: torch.device | str | None = None,
+        progress: bool = True,
+    ) -> None:
+        if isinstance(checkpoints, nn.Module) and not isinstance(checkpoints, nn.ModuleList):
+            raise TypeError(f"checkpoints is one network ({type(checkpoints).__name__}); expected two or more")
+        if len(checkpoints) < 2:
+            raise ValueError(f"got {len(checkpoints)} checkpoints; expected two or more, the last one as reference")
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}; expected 2 or more")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+        self.checkpoints = [as_segmenter(network) for network in checkpoints]
+        if device is not None:
+            self.checkpoints = [network.to(device) for network in self.checkpoints]
+        self.num_classes = num_classes
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.precision = precision
+        self.progress = progress
+        self._predictors = [predictor(network, num_classes, precision) for network in self.checkpoints]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Score a batch.
+
+        Args:
+            images: ``(B, C, H, W)`` uint8, or float in [0, 1].
+
+        Returns:
+            ``(B,)`` float64 in [0, 1], on the device of the last checkpoint.
+        """
+        with frozen(*self.checkpoints), torch.no_grad():
+            return self._score(images)
+
+    def rank(
+        self, dataset: Dataset[Any], *, resume: str | Path | None = None, skip_unreadable: bool = False
+    ) -> Ranking:
+        """Score and rank all images of a data set.
+
+        Under ``torch.distributed`` the processes share the images and each gets the whole ranking.
+
+        Args:
+            dataset: items are images, or tuples that begin with one.
+            resume: a file that takes each score as soon as it is known; what stands in it is not done again.
+            skip_unreadable: whether to go on where an image cannot be read, and list it in ``.skipped``.
+
+        Raises:
+            DataError: if there is no image.
+            WorkdirMismatchError: if ``resume`` holds scores of other checkpoints.
+            UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false.
+        """
+        ids = ids_of(dataset)
+        if not ids:
+            raise DataError("the data set to rank is empty")
+        log = None if resume is None else _ScoreLog(Path(resume), self._description())
+        scores: dict[int, float] = {} if log is None else log.read(ids)
+        barrier()
+        todo = [index for index in share_of(len(ids)) if index not in scores]
+        skipped: list[Skipped] = []
+        images = load(
+            dataset,
+            todo,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            skip=skipped.append if skip_unreadable else None,
+        )
+        results = in_equal_batches(
+            lambda batch: self._score(batch).tolist(),
+            images,
+            batch_size=self.batch_size,
+            device=device_of(self.checkpoints[-1]),
+        )
+        with frozen(*self.checkpoints), torch.no_grad():
+            for index, score in bar(results, total=len(todo), title="rank", show=self.progress):
+                scores[index] = score
+                if log is not None:
+                    log.add(ids[index], score)
+        for part in gathered(scores):
+            scores.update(part)
+        skipped = sorted((s for part in gathered(skipped) for s in part), key=lambda s: s.index)
+        if not scores:
+            raise DataError(f"none of the {len(ids)} images could be read; the first: {skipped[0].reason}")
+        places = sorted(scores)
+        return Ranking.from_scores(
+            [scores[i] for i in places], [ids[i] for i in places], indices=places, skipped=skipped
+        )
+
+    def _score(self, images: Tensor) -> Tensor:
+        masks = [predict(images).argmax(1) for predict in self._predictors]
+        reference = masks[-1]
+        earlier = torch.stack([mask.to(reference.device) for mask in masks[:-1]])
+        return stability(earlier, reference, self.num_classes)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "checkpoints": [digest(network) for network in self.checkpoints],
+            "num_classes": self.num_classes,
+            "precision": self.precision,
+        }
+
+
+class _ScoreLog:
+    """Scores appended to a file as they come, one a line; every process of several has a file of its own."""
+
+    def __init__(self, path: Path, description: dict[str, Any]) -> None:
+        self.path = path
+        self.header = json.dumps(description)
+        self.mine = path.with_name(f"{path.name}.{rank()}")
+
+    def read(self, ids: Sequence[str]) -> dict[int, float]:
+        index_of = {id: index for index, id in enumerate(ids)}
+        scores: dict[int, float] = {}
+        for path in sorted(self.path.parent.glob(self.path.name + ".*")):
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line cut short has no end
+            if lines and lines[0] != self.header:
+                raise WorkdirMismatchError(f"{path} holds scores of other checkpoints or settings; remove it to rank anew")
+            for line in lines[1:]:
+                id, score = json.loads(line)
+                if id in index_of:
+                    scores[index_of[id]] = score
+        return scores
+
+    def add(self, id: str, score: float) -> None:
+        new = not self.mine.exists()
+        if new:
+            self.mine.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.mine, "a", encoding="utf-8") as file:
+            file.write(f"{self.header}\n" if new else "")
+            file.write(json.dumps([id, score]) + "\n")
