@@ -12,8 +12,8 @@ from typing import BinaryIO
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Have ``write`` fill a file that appears under ``path`` only when it is complete and on disk.
 
-    The content goes to a temporary file in the same folder, which then takes the place of ``path`` in one step:
-    a process killed at any moment leaves the old file or the new one, never a part.
+    The content goes to a temporary file in the same folder, which then takes the place of ``path`` in one
+    step: a process killed at any moment leaves the old file or the new one, never a part.
 
     Example:
         >>> import tempfile

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from stseg.errors import DataError
+from stseg.errors import DataError, UnreadableImageError
 
 
 def ids_of(dataset: Dataset[Any]) -> list[str]:
@@ -31,34 +31,56 @@ def ids_of(dataset: Dataset[Any]) -> list[str]:
         >>> ids_of(torch.utils.data.TensorDataset(torch.zeros(2, 3, 8, 8)))
         ['0', '1']
     """
-    ids = _find_ids(dataset)
-    length = len_of(dataset)
-    if ids is None:
-        return [str(index) for index in range(length)]
-    if len(ids) != length:
-        raise DataError(f"the data set has {length} items but {len(ids)} ids")
-    if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+    ids = _named(dataset, "ids")
+    twice = duplicate(ids)
+    if twice is not None:
         raise DataError(f"the id {twice!r} occurs more than once in the data set; ids must be unique")
     return ids
 
 
+def names_of(dataset: Dataset[Any]) -> list[str]:
+    """What error messages call the items: like the ids, but several may be called the same.
+
+    ``dataset.item_names`` where there is one (a data set that repeats items has no unique ids), else as in
+    ``ids_of``.
+
+    Raises:
+        DataError: if the names and the data set differ in length.
+    """
+    return _named(dataset, "item_names", "ids")
+
+
 def has_ids(dataset: Dataset[Any]) -> bool:
     """Whether the data set names its items (otherwise they are numbered)."""
-    return _find_ids(dataset) is not None
+    return _find(dataset, "ids") is not None
 
 
-def _find_ids(dataset: Any) -> list[str] | None:
-    own = getattr(dataset, "ids", None)
-    if own is not None and not callable(own):
-        return [str(i) for i in own]
+def _named(dataset: Dataset[Any], *attributes: str) -> list[str]:
+    length = len_of(dataset)
+    names = _find(dataset, *attributes)
+    if names is None:
+        return [str(index) for index in range(length)]
+    if len(names) != length:
+        raise DataError(f"the data set has {length} items but {len(names)} ids")
+    return names
+
+
+def _find(dataset: Any, *attributes: str) -> list[str] | None:
+    for attribute in attributes:
+        own = getattr(dataset, attribute, None)
+        if own is not None and not callable(own):
+            return [str(name) for name in own]
     if isinstance(dataset, Subset):
-        inner = _find_ids(dataset.dataset)
+        inner = _find(dataset.dataset, *attributes)
         return None if inner is None else [inner[i] for i in dataset.indices]
     if isinstance(dataset, ConcatDataset):
-        parts = [_find_ids(part) for part in dataset.datasets]
-        return None if any(p is None for p in parts) else [i for part in parts for i in part or ()]
+        names: list[str] = []
+        for part in dataset.datasets:
+            found = _find(part, *attributes)
+            if found is None:
+                return None
+            names += found
+        return names
     return None
 
 
@@ -107,76 +129,127 @@ def as_image(image: Any, *, name: str = "image") -> Tensor:
     """An image as a ``(C, H, W)`` tensor: uint8, or float32 in [0, 1].
 
     Args:
-        image: uint8 or float ``(C, H, W)`` tensor, or a PIL image of any mode (palette becomes RGB, 16-bit grey
-            is scaled to 8 bits, transparency is kept as a fourth channel).
+        image: uint8 or float ``(C, H, W)`` tensor, or a PIL image: grey gives one channel, palette and other
+            colour spaces become RGB, 16-bit grey is scaled to 8 bits, transparency is kept as a last channel.
         name: how error messages call it.
 
     Raises:
         TypeError: if it is something else.
         DataError: if the shape is wrong, it has no pixels, or float values are not in [0, 1].
+        UnreadableImageError: if it is a PIL image whose file turns out to be broken.
 
     Example:
         >>> as_image(Image.new("L", (6, 4))).shape
         torch.Size([1, 4, 6])
     """
     if isinstance(image, Image.Image):
-        return _from_pil(image, name)
+        array = np.array(eight_bits(image, name=name))
+        image = torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
     if not isinstance(image, Tensor):
+        hint = (
+            ": torch.from_numpy(array).permute(2, 0, 1) makes one of (H, W, C)"
+            if isinstance(image, np.ndarray)
+            else ""
+        )
         raise TypeError(
             f"image {name!r} is {type(image).__name__}; expected a PIL image or a (C, H, W) tensor, "
-            "uint8 or float in [0, 1]"
+            f"uint8 or float in [0, 1]{hint}"
         )
     if image.ndim != 3:
         raise DataError(f"image {name!r} has shape {tuple(image.shape)}; expected (C, H, W)")
     if image.numel() == 0:
         raise DataError(f"image {name!r} has no pixels: shape {tuple(image.shape)}")
-    if image.dtype == torch.uint8:
-        return image.as_subclass(Tensor)
-    if not image.is_floating_point():
-        raise TypeError(f"image {name!r} is {image.dtype}; expected uint8, or float in [0, 1]")
-    low, high = (float(v) for v in torch.aminmax(image))
+    pixels: Tensor = image.detach().as_subclass(Tensor)
+    if pixels.dtype == torch.uint8:
+        return pixels
+    if not pixels.is_floating_point():
+        raise TypeError(f"image {name!r} is {pixels.dtype}; expected uint8, or float in [0, 1]")
+    low, high = (float(v) for v in torch.aminmax(pixels))
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # also catches NaN
         raise DataError(
             f"image {name!r} holds values from {low:g} to {high:g}; expected floats in [0, 1] "
             "(not normalised: stseg.Segmenter does that)"
         )
-    return image.as_subclass(Tensor).float()
+    return pixels.float()
+
+
+def eight_bits(image: Image.Image, *, name: str = "image") -> Image.Image:
+    """A PIL image of any mode as one of mode L, LA, RGB or RGBA; 16-bit grey is divided by 257.
+
+    Raises:
+        DataError: if it has no pixels, or values that are not integers of 16 bits.
+        UnreadableImageError: if its file turns out to be broken.
+    """
+    _load(image, f"image {name!r}")
+    if image.width == 0 or image.height == 0:
+        raise DataError(f"image {name!r} has no pixels: {image.width} x {image.height}")
+    mode = image.mode
+    if mode in ("L", "LA", "RGB", "RGBA"):
+        return image
+    if mode == "F":
+        raise DataError(f"image {name!r} is of PIL mode F; expected 8- or 16-bit integers")
+    if mode.startswith("I"):
+        grey = np.array(image).astype(np.int32)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise DataError(
+                f"image {name!r} holds values from {grey.min()} to {grey.max()}; expected 16 bits, 0..65535"
+            )
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if mode in ("1", "La"):
+        return image.convert("L" if mode == "1" else "LA")
+    return image.convert("RGBA" if mode in ("PA", "RGBa") or "transparency" in image.info else "RGB")
 
 
 def as_mask(mask: Any, *, name: str = "mask") -> Tensor:
-    """A mask as an integer ``(H, W)`` tensor, uint8 where the values fit, else int32.
+    """A mask as an integer ``(H, W)`` tensor: uint8 if it comes as bool or uint8, else int32.
+
+    Args:
+        mask: ``(H, W)`` or ``(1, H, W)`` integer tensor or array, or a PIL image: 8-bit grey, palette (whose
+            indices are the classes), 16-bit grey, or black and white.
+        name: how error messages call it.
 
     Raises:
         TypeError: if it is no tensor, array or PIL image, or holds floats.
-        DataError: if the shape is wrong or it is a colour image.
+        DataError: if the shape is wrong, it has no pixels, holds values beyond 32 bits, or is a colour image.
+        UnreadableImageError: if it is a PIL image whose file turns out to be broken.
 
     Example:
         >>> as_mask(np.array([[0, 1], [2, 255]])).dtype
         torch.int32
     """
     if isinstance(mask, Image.Image):
+        _load(mask, f"mask of {name!r}")
         if mask.mode not in ("1", "L", "P") and not mask.mode.startswith("I"):
             raise DataError(
                 f"mask of {name!r} is an image of mode {mask.mode}; expected class indices "
                 "(8-bit grey, palette or 16-bit grey)"
             )
-        mask = np.array(mask)  # a palette image gives its indices
-    if isinstance(mask, np.ndarray):
-        if mask.dtype.kind not in "bui":
-            raise TypeError(f"mask of {name!r} is an array of {mask.dtype}; expected integer class indices")
-        mask = torch.from_numpy(mask.astype(np.uint8 if mask.dtype.itemsize == 1 and mask.dtype.kind != "i" else np.int32))
+        mask = np.array(mask)
+    if isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf":
+        mask = torch.from_numpy(mask.astype(mask.dtype.newbyteorder("="), order="C"))  # a copy, always
     if not isinstance(mask, Tensor):
         raise TypeError(
-            f"mask of {name!r} is {type(mask).__name__}; expected an integer (H, W) tensor, array or PIL image"
+            f"mask of {name!r} is {type(mask).__name__}; expected an integer (H, W) tensor, array or image"
         )
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"mask of {name!r} is {mask.dtype}; expected integer class indices")
-    if mask.ndim == 3 and mask.shape[0] == 1:
-        mask = mask[0]
-    if mask.ndim != 2:
-        raise DataError(f"mask of {name!r} has shape {tuple(mask.shape)}; expected (H, W)")
-    mask = mask.as_subclass(Tensor)
-    return mask.to(torch.uint8) if mask.dtype in (torch.bool, torch.uint8) else mask.to(torch.int32)
+    classes: Tensor = mask.as_subclass(Tensor)
+    shape = tuple(classes.shape)
+    if classes.is_floating_point() or classes.is_complex():
+        raise TypeError(f"mask of {name!r} is {classes.dtype}; expected integer class indices")
+    if not (len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)):
+        raise DataError(f"mask of {name!r} has shape {shape}; expected (H, W)")
+    if 0 in shape:
+        raise DataError(f"mask of {name!r} has no pixels: shape {shape}")
+    classes = classes.reshape(shape[-2:])
+    if classes.dtype in (torch.bool, torch.uint8):
+        return classes.to(torch.uint8)
+    if classes.dtype.itemsize > 2:
+        # aminmax knows no unsigned integers of more than 8 bits
+        low, high = torch.aminmax(classes if classes.dtype.is_signed else classes.double())
+        if low < -(2**31) or high >= 2**31:
+            raise DataError(
+                f"mask of {name!r} holds values from {int(low)} to {int(high)}; expected class indices"
+            )
+    return classes.to(torch.int32)
 
 
 def check_mask_values(mask: Tensor, num_classes: int, ignore_index: int, *, name: str) -> None:
@@ -187,6 +260,8 @@ def check_mask_values(mask: Tensor, num_classes: int, ignore_index: int, *, name
         Traceback (most recent call last):
         stseg.errors.DataError: mask of 'img_0042' holds the value 34; expected 0..20 or 255
     """
+    if mask.dtype == torch.uint8:  # torch wraps a scalar that does not fit: 300 would be 44
+        mask = mask.to(torch.int32)
     wrong = ((mask < 0) | (mask >= num_classes)) & (mask != ignore_index)
     if wrong.any():
         value = int(mask[wrong][0])
@@ -202,12 +277,24 @@ def check_classes(num_classes: int, ignore_index: int) -> None:
             f"num_classes is {num_classes}; expected 2 or more (foreground against background is 2 classes)"
         )
     if 0 <= ignore_index < num_classes:
-        raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes; expected another value")
+        raise ValueError(
+            f"ignore_index {ignore_index} is one of the {num_classes} classes; expected another value"
+        )
 
 
 def index_dtype(num_classes: int, ignore_index: int) -> torch.dtype:
     """The dtype of predicted masks: uint8 where classes and ignore index fit in it, else int32."""
     return torch.uint8 if num_classes <= 256 and 0 <= ignore_index <= 255 else torch.int32
+
+
+def duplicate(ids: Sequence[str]) -> str | None:
+    """The first of ``ids`` that has occurred before."""
+    seen: set[str] = set()
+    for id in ids:
+        if id in seen:
+            return id
+        seen.add(id)
+    return None
 
 
 def repeated(ids: Sequence[str], others: Sequence[str]) -> str | None:
@@ -216,20 +303,8 @@ def repeated(ids: Sequence[str], others: Sequence[str]) -> str | None:
     return next((i for i in ids if i in known), None)
 
 
-def _from_pil(image: Image.Image, name: str) -> Tensor:
-    if image.width == 0 or image.height == 0:
-        raise DataError(f"image {name!r} has no pixels: {image.width} x {image.height}")
-    if image.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX", "RGBa"):
-        transparent = image.mode in ("PA", "RGBa") or "transparency" in image.info
-        image = image.convert("RGBA" if transparent else "RGB")
-    elif image.mode == "1":
-        image = image.convert("L")
-    array = np.array(image)
-    if image.mode.startswith("I"):
-        if array.min() < 0 or array.max() > 65535:
-            raise DataError(f"image {name!r} holds integers outside 0..65535; expected 8 or 16 bits")
-        array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise DataError(f"image {name!r} is of PIL mode {image.mode}; expected 8- or 16-bit integers")
-    tensor = torch.from_numpy(array)
-    return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
+def _load(image: Image.Image, what: str) -> None:
+    try:
+        image.load()
+    except Exception as error:  # PIL raises many kinds for a broken file
+        raise UnreadableImageError(f"{what} cannot be read: {error}") from error

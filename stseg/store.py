@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from functools import cache
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from stseg.errors import DataError, UnreadableImageError, WorkdirMismatchError
 from stseg.files import write_atomically
+from stseg.samples import as_mask
 
 _CONFIDENCE = ".confidence"
+_LONGEST_PART = 255 - len(_CONFIDENCE + ".png")  # of what file systems allow
 
 
 class MaskStore:
     """Masks by id, with their confidence where that is kept too.
 
-    On disk, the mask of id ``a/b`` is ``a/b.png`` in the folder: an 8-bit palette PNG whose indices are the classes
-    (16-bit grey for masks that are not uint8); its confidence is ``a/b.confidence.png``, 16-bit grey, 65535 standing for 1.
-    A process killed at any moment leaves whole files only.
+    On disk, the mask of id ``a/b`` is ``a/b.png`` in the folder: an 8-bit palette PNG whose indices are the
+    classes (16-bit grey for masks that are not uint8); its confidence is ``a/b.confidence.png``, 16-bit grey,
+    65535 standing for 1. A process killed at any moment leaves whole files only.
 
     Args:
         folder: where the files go; made when the first mask comes. ``None`` keeps everything in memory.
@@ -55,61 +58,57 @@ class MaskStore:
 
         Raises:
             DataError: if the id would leave the store or the mask cannot be kept.
+            TypeError: if the mask holds floats.
         """
         check_store_id(id)
-        if mask.ndim != 2 or mask.is_floating_point():
-            raise DataError(f"mask of {id!r} is {mask.dtype} of shape {tuple(mask.shape)}; expected integer (H, W)")
-        mask = mask.detach().cpu()
-        confidence = None if confidence is None else confidence.detach().float().cpu()
-        if confidence is not None and confidence.shape != mask.shape:
-            raise DataError(
-                f"confidence of {id!r} has shape {tuple(confidence.shape)}; expected {tuple(mask.shape)}"
-            )
+        mask = as_mask(mask, name=id).cpu()
+        if confidence is not None:
+            confidence = confidence.detach().float().cpu()
+            _check_confidence(confidence, mask, id)
         if self.folder is None:
             self._masks[id] = mask.clone()
             self._confidence.pop(id, None)
             if confidence is not None:
                 self._confidence[id] = confidence.clone()
             return
-        path = self._path(id)
         # The mask comes last: where there is a mask, everything that belongs to it is there.
-        beside = self._path(id + _CONFIDENCE)
-        if confidence is not None:
+        png = _as_png(mask, id)
+        beside = self._path(id, _CONFIDENCE)
+        if confidence is None:
+            beside.unlink(missing_ok=True)
+        else:
             grey = (confidence.clamp(0, 1).double().numpy() * 65535).round().astype(np.uint16)
             _write_png(Image.fromarray(grey), beside)
-        else:
-            beside.unlink(missing_ok=True)
-        _write_png(_as_png(mask, id), path)
+        _write_png(png, self._path(id))
 
     def get(self, id: str) -> Tensor:
-        """The mask of an id, ``(H, W)`` uint8 or int32.
+        """A copy of the mask of an id, ``(H, W)`` uint8 or int32.
 
         Raises:
             KeyError: if there is none.
             UnreadableImageError: if its file is broken.
         """
         if self.folder is None:
-            return self._masks[id]
-        array = _read_png(self._path(id), id)
-        return torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.int32))
+            return self._masks[id].clone()
+        return as_mask(_read_png(self._path(id), id), name=id)
 
     def confidence(self, id: str) -> Tensor:
-        """The confidence kept with a mask, ``(H, W)`` float32 (in steps of 1/65535 from disk).
+        """A copy of the confidence kept with a mask, ``(H, W)`` float32 (in steps of 1/65535 from disk).
 
         Raises:
             KeyError: if there is none.
             UnreadableImageError: if its file is broken.
         """
         if self.folder is None:
-            return self._confidence[id]
-        return torch.from_numpy((_read_png(self._path(id + _CONFIDENCE), id) / 65535.0).astype(np.float32))
+            return self._confidence[id].clone()
+        return torch.from_numpy((_read_png(self._path(id, _CONFIDENCE), id) / 65535.0).astype(np.float32))
 
     def holds(self, id: str, *, confidence: bool = False) -> bool:
         """Whether the mask (and its confidence, where asked for) is there and its file is not broken."""
         check_store_id(id)
         if self.folder is None:
             return id in self._masks and (not confidence or id in self._confidence)
-        return all(_intact(self._path(name)) for name in ([id, id + _CONFIDENCE] if confidence else [id]))
+        return _intact(self._path(id)) and (not confidence or _intact(self._path(id, _CONFIDENCE)))
 
     def claim(self, owner: dict[str, Any]) -> None:
         """Say who fills this store, so that masks of two labellers are never taken for one another's.
@@ -123,13 +122,8 @@ class MaskStore:
             WorkdirMismatchError: if another one has filled it, or it holds masks of unknown origin.
         """
         owner = json.loads(json.dumps(owner))
-        found = self._owner
         record = None if self.folder is None else self.folder / "labels.json"
-        if record is not None and record.exists():
-            try:
-                found = json.loads(record.read_text())
-            except ValueError:
-                raise WorkdirMismatchError(f"{record} is not readable as JSON; remove the folder to label anew") from None
+        found = self._owner if record is None else _read_json(record)
         where = self.folder or "the store"
         if found is None and next(iter(self), None) is not None:
             raise WorkdirMismatchError(f"{where} holds masks of unknown origin; use an empty folder")
@@ -150,9 +144,8 @@ class MaskStore:
         self.put(id, mask)
 
     def __contains__(self, id: object) -> bool:
-        if not isinstance(id, str):
+        if not isinstance(id, str) or not _is_store_id(id):
             return False
-        check_store_id(id)
         return id in self._masks if self.folder is None else self._path(id).is_file()
 
     def __iter__(self) -> Iterator[str]:
@@ -163,7 +156,7 @@ class MaskStore:
         for root, _, files in os.walk(self.folder):
             for name in files:
                 stem, suffix = os.path.splitext(name)
-                if suffix == ".png" and not name.startswith(".") and not stem.endswith(_CONFIDENCE):
+                if suffix == ".png" and not stem.endswith(_CONFIDENCE):
                     yield (Path(root) / stem).relative_to(self.folder).as_posix()
 
     def __len__(self) -> int:
@@ -172,10 +165,10 @@ class MaskStore:
     def __repr__(self) -> str:
         return f"MaskStore({'' if self.folder is None else repr(str(self.folder))})"
 
-    def _path(self, id: str) -> Path:
+    def _path(self, id: str, ending: str = "") -> Path:
         assert self.folder is not None
-        check_store_id(id.removesuffix(_CONFIDENCE))
-        return self.folder / f"{id}.png"
+        check_store_id(id)
+        return self.folder / f"{id}{ending}.png"
 
 
 def check_store_id(id: str) -> None:
@@ -186,49 +179,64 @@ def check_store_id(id: str) -> None:
         Traceback (most recent call last):
         stseg.errors.DataError: the id '../secret' cannot name a file in a store; ...
     """
-    parts = id.split("/")
-    if (
-        any(part in ("", ".", "..") or part.startswith(".") and part.endswith(".part") for part in parts)
-        or "\\" in id
-        or PureWindowsPath(id).drive
-        or PurePosixPath(id).is_absolute()
-        or any(ord(c) < 32 for c in id)
-        or any(len(part.encode()) > 255 - len(_CONFIDENCE + ".png") for part in parts)
-        or id.endswith(_CONFIDENCE)
-    ):
+    if not _is_store_id(id):
         raise DataError(
-            f"the id {id!r} cannot name a file in a store; expected a relative path with '/' between folders, "
-            f"without '.' or '..', backslashes, control characters or the ending {_CONFIDENCE!r}"
+            f"the id {id!r} cannot name a file in a store; expected a relative path with '/' between folders "
+            "and without '.' or '..', drives, backslashes, control characters, parts of more than "
+            f"{_LONGEST_PART} bytes or the ending {_CONFIDENCE!r}"
         )
 
 
-def palette() -> list[int]:
-    """256 colours as a flat list of RGB values: those of Pascal VOC, in which the bits of the index are spread over the channels.
+def _is_store_id(id: str) -> bool:
+    try:
+        parts = id.encode().split(b"/")
+    except UnicodeEncodeError:  # a file name that was not valid UTF-8
+        return False
+    return not (
+        any(part in (b"", b".", b"..") or len(part) > _LONGEST_PART for part in parts)
+        or "\\" in id
+        or PureWindowsPath(id).drive
+        or any(ord(c) < 32 for c in id)
+        or id.endswith(_CONFIDENCE)
+    )
+
+
+@cache
+def palette() -> tuple[int, ...]:
+    """256 colours, flat: those of Pascal VOC, the bits of the index spread over red, green and blue.
 
     Example:
         >>> palette()[3:9]
-        [128, 0, 0, 0, 128, 0]
+        (128, 0, 0, 0, 128, 0)
     """
     colours = np.zeros((256, 3), dtype=np.uint8)
     index = np.arange(256)
     for bit in range(8):
         for channel in range(3):
             colours[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return [int(v) for v in colours.reshape(-1)]
+    return tuple(int(v) for v in colours.reshape(-1))
 
 
-_palette = lru_cache(palette)
+def _check_confidence(confidence: Tensor, mask: Tensor, id: str) -> None:
+    if confidence.shape != mask.shape:
+        raise DataError(
+            f"confidence of {id!r} has shape {tuple(confidence.shape)}; expected {tuple(mask.shape)}"
+        )
+    low, high = (float(v) for v in torch.aminmax(confidence))
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also catches NaN
+        raise DataError(f"confidence of {id!r} holds values from {low:g} to {high:g}; expected [0, 1]")
 
 
 def _as_png(mask: Tensor, id: str) -> Image.Image:
-    if mask.dtype in (torch.uint8, torch.bool):
-        image = Image.fromarray(mask.to(torch.uint8).numpy())
-        image.putpalette(_palette())
+    if mask.dtype == torch.uint8:
+        image = Image.fromarray(mask.numpy())
+        image.putpalette(palette())
         return image
-    if mask.numel() and (int(mask.min()) < 0 or int(mask.max()) > 65535):
+    low, high = (int(v) for v in torch.aminmax(mask))
+    if low < 0 or high > 65535:
         raise DataError(
-            f"mask of {id!r} holds values from {int(mask.min())} to {int(mask.max())}; "
-            "expected 0..65535 for a PNG (choose another ignore_index)"
+            f"mask of {id!r} holds values from {low} to {high}; expected 0..65535 for a PNG "
+            "(choose another ignore_index)"
         )
     return Image.fromarray(mask.numpy().astype(np.uint16))
 
@@ -239,20 +247,33 @@ def _write_png(image: Image.Image, path: Path) -> None:
 
 def _read_png(path: Path, id: str) -> np.ndarray[Any, np.dtype[Any]]:
     try:
-        with Image.open(path) as image:
+        # Not Image.open: its limit on the number of pixels is meant for the files of strangers.
+        with PngImageFile(path) as image:
             return np.array(image)
     except FileNotFoundError:
         raise KeyError(id) from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # PIL raises many kinds for a broken file
         raise UnreadableImageError(f"{path} cannot be read as a PNG: {error}") from error
 
 
 def _intact(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
+        with PngImageFile(path) as image:
             image.verify()  # the check sums of all its parts, without decoding them
         with open(path, "rb") as file:
             file.seek(-12, os.SEEK_END)
             return file.read(8)[4:] == b"IEND"
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # PIL raises many kinds for a broken file
         return False
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise WorkdirMismatchError(f"{path} is not the record of a labeller; remove its folder to label anew")
+    return found

@@ -1,0 +1,95 @@
+"""Labelled and pseudo-labelled images as one training set."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stseg.errors import DataError
+from stseg.samples import has_ids, len_of, names_of, pair_of, repeated
+from stseg.types import PairTransform
+
+
+class MixedDataset(Dataset[tuple[Tensor, Tensor, bool]]):
+    """The mixture on which ST and ST++ re-train (Yang et al., CVPR 2022, section 3.1).
+
+    The labelled items, over-sampled to about as many as there are pseudo-labelled ones, then the
+    pseudo-labelled items; shuffling is the loader's part.
+
+    Args:
+        labelled: items ``(image, mask)``.
+        pseudo: items ``(image, mask)`` with pseudo-masks, such as :class:`stseg.PseudoLabelled`; or None.
+        transform: ``(image, mask) -> (image, mask)`` for every item, such as :class:`stseg.WeakAugment`.
+        repeat: how often the labelled items come; by default ``ceil(len(pseudo) / len(labelled))`` times, and
+            once without ``pseudo``.
+
+    Attributes:
+        item_names: what messages call each item; a labelled one comes as often as it is repeated.
+
+    Shape:
+        Items are the image, ``(C, H, W)`` uint8 or float32 in [0, 1]; the mask, ``(H, W)`` uint8 or int32;
+        and whether it is a pseudo-mask, a bool.
+
+    Raises:
+        DataError: if a data set is empty, or an id is in both: the image would be learnt with its true mask
+            and with a guessed one. When an item is read, if its mask is missing or of another size than the
+            image.
+        ValueError: if ``repeat`` is less than 1.
+
+    Example:
+        >>> import torch
+        >>> pair = torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8)
+        >>> mixed = MixedDataset([pair] * 2, [pair] * 5)
+        >>> [is_pseudo for image, mask, is_pseudo in mixed]
+        [False, False, False, False, False, False, True, True, True, True, True]
+    """
+
+    def __init__(
+        self,
+        labelled: Dataset[Any],
+        pseudo: Dataset[Any] | None = None,
+        *,
+        transform: PairTransform | None = None,
+        repeat: int | None = None,
+    ) -> None:
+        self.labelled = labelled
+        self.pseudo = pseudo
+        self.transform = transform
+        self._count = _count(labelled, "labelled")
+        others = 0 if pseudo is None else _count(pseudo, "pseudo-labelled")
+        self.repeat = max(1, -(-others // self._count)) if repeat is None else operator.index(repeat)
+        if self.repeat < 1:
+            raise ValueError(f"repeat is {repeat}; expected 1 or more")
+        names = names_of(labelled)
+        pseudo_names = [] if pseudo is None else names_of(pseudo)
+        if pseudo is not None and has_ids(labelled) and has_ids(pseudo):
+            both = repeated(names, pseudo_names)
+            if both is not None:
+                raise DataError(f"the id {both!r} is in both the labelled and the pseudo-labelled data set")
+        self.item_names = names * self.repeat + pseudo_names
+
+    def __len__(self) -> int:
+        return len(self.item_names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
+        position = range(len(self))[index]
+        name = self.item_names[position]
+        from_pseudo = position - self._count * self.repeat
+        if from_pseudo < 0 or self.pseudo is None:
+            item = self.labelled[position % self._count]
+        else:
+            item = self.pseudo[from_pseudo]
+        image, mask = pair_of(item, name=name)
+        if self.transform is not None:
+            image, mask = pair_of(self.transform(image, mask), name=name)
+        return image, mask, from_pseudo >= 0
+
+
+def _count(dataset: Dataset[Any], name: str) -> int:
+    count = len_of(dataset)
+    if count == 0:
+        raise DataError(f"the {name} data set is empty")
+    return count

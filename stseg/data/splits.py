@@ -1,0 +1,103 @@
+"""Which images count as labelled: id files, and splits drawn at random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from stseg.errors import DataError
+from stseg.samples import duplicate
+
+
+def read_ids(path: str | Path) -> list[str]:
+    r"""Read a file of ids, one a line; empty lines and white space around the ids do not count.
+
+    Args:
+        path: a text file in UTF-8.
+
+    Raises:
+        DataError: if there is no id, one occurs twice, or the file is not UTF-8; names the line.
+        OSError: if there is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "labelled.txt"
+        >>> _ = path.write_text("scene/0001\nscene/0002\n")
+        >>> read_ids(path)
+        ['scene/0001', 'scene/0002']
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not a text file in UTF-8: {error}") from None
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        id = line.strip()
+        if id in lines:
+            raise DataError(f"{path}, line {number}: the id {id!r} stands in line {lines[id]} already")
+        if id:
+            lines[id] = number
+    if not lines:
+        raise DataError(f"{path} holds no id; expected one a line")
+    return list(lines)
+
+
+def split_ids(
+    ids: Sequence[str], labelled: float | int = 1 / 8, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """Draw the images that count as labelled.
+
+    The draw depends on the set of ids and on the seed, not on the order in which the ids come. With one seed,
+    a smaller labelled set lies within a larger one.
+
+    Args:
+        ids: all ids.
+        labelled: how many to draw: a share in (0, 1), rounded up to whole images, or a number of images.
+        seed: another seed draws others.
+
+    Returns:
+        The labelled and the unlabelled ids, each in the order of ``ids``.
+
+    Raises:
+        DataError: if an id occurs twice.
+        ValueError: if either side would be empty.
+
+    Example:
+        >>> labelled, unlabelled = split_ids([f"{i:03d}" for i in range(100)], labelled=1 / 8)
+        >>> len(labelled), len(unlabelled)
+        (13, 87)
+    """
+    if isinstance(ids, str):
+        raise TypeError(
+            f"ids is the string {ids!r}; expected a sequence of ids (read_ids reads a file of them)"
+        )
+    ids = list(ids)
+    twice = duplicate(ids)
+    if twice is not None:
+        raise DataError(f"the id {twice!r} occurs more than once; ids must be unique")
+    count = _count(labelled, len(ids))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
+    by_name = sorted(ids)
+    drawn = {by_name[position] for position in order[:count]}
+    return [id for id in ids if id in drawn], [id for id in ids if id not in drawn]
+
+
+def _count(labelled: float | int, total: int) -> int:
+    if isinstance(labelled, bool) or not isinstance(labelled, (int, float)):
+        raise TypeError(f"labelled is {labelled!r}; expected a share in (0, 1) or a number of images")
+    if isinstance(labelled, int):
+        count = labelled
+    elif 0 < labelled < 1:
+        count = max(1, math.ceil(labelled * total - 1e-9))  # 0.1 * 30 is a little more than 3
+    else:
+        raise ValueError(
+            f"labelled is {labelled}; expected a share in (0, 1), or a number of images as an int"
+        )
+    if not 0 < count < total:
+        raise ValueError(
+            f"labelled is {labelled}, {count} of {total} ids; expected one or more on either side"
+        )
+    return count
