@@ -18,8 +18,8 @@ class DeepLabV3Plus(nn.Module):
     DeepLabV3Plus of segmentation_models_pytorch, whose convolutions are separable and output stride is 16.
     With 21 classes: 40,352,181 parameters on ResNet-50, 59,344,309 on ResNet-101.
 
-    The head starts from PyTorch's default initialisation. ``pretrained=True`` fetches timm's ImageNet weights for the
-    backbone; the paper starts from torchvision's, which are ``backbone="resnet50.tv_in1k"``.
+    The head starts from PyTorch's default initialisation. ``pretrained=True`` fetches timm's ImageNet weights
+    for the backbone; the paper starts from torchvision's, which are ``backbone="resnet50.tv_in1k"``.
 
     Args:
         backbone: any timm model that has ``features_only`` and ``output_stride=8``.

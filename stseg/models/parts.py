@@ -24,10 +24,10 @@ def dilated_backbone(name: str, *, in_channels: int, pretrained: bool) -> nn.Mod
         backbone: nn.Module = timm.create_model(
             name, features_only=True, output_stride=8, in_chans=in_channels, pretrained=pretrained
         )
-    except (TypeError, AssertionError) as error:  # what timm raises for options that a model does not know
+    except (TypeError, AssertionError) as error:  # for options that a model does not know
         raise ValueError(
-            f"backbone {name!r} has no output stride of 8 in timm; ResNets, RegNets, EfficientNets, MobileNets "
-            "and ConvNeXts have"
+            f"backbone {name!r} has no output stride of 8 in timm; ResNets, RegNets, EfficientNets, "
+            "MobileNets and ConvNeXts have"
         ) from error
     return backbone
 

@@ -15,8 +15,8 @@ class PSPNet(nn.Module):
     channels. There is no auxiliary loss. It is another network than the PSPNet of
     segmentation_models_pytorch, whose widths differ. With 21 classes on ResNet-50: 46,592,597 parameters.
 
-    The head starts from PyTorch's default initialisation. ``pretrained=True`` fetches timm's ImageNet weights for the
-    backbone; the paper starts from torchvision's, which are ``backbone="resnet50.tv_in1k"``.
+    The head starts from PyTorch's default initialisation. ``pretrained=True`` fetches timm's ImageNet weights
+    for the backbone; the paper starts from torchvision's, which are ``backbone="resnet50.tv_in1k"``.
 
     Args:
         backbone: any timm model that has ``features_only`` and ``output_stride=8``.
