@@ -242,13 +242,12 @@ def as_mask(mask: Any, *, name: str = "mask") -> Tensor:
     classes = classes.reshape(shape[-2:])
     if classes.dtype in (torch.bool, torch.uint8):
         return classes.to(torch.uint8)
-    if classes.dtype.itemsize > 2:
+    if classes.dtype.itemsize > 2 and classes.dtype != torch.int32:
         # aminmax knows no unsigned integers of more than 8 bits
-        low, high = torch.aminmax(classes if classes.dtype.is_signed else classes.double())
+        extremes = torch.aminmax(classes if classes.dtype.is_signed else classes.double())
+        low, high = (int(value) for value in extremes)
         if low < -(2**31) or high >= 2**31:
-            raise DataError(
-                f"mask of {name!r} holds values from {int(low)} to {int(high)}; expected class indices"
-            )
+            raise DataError(f"mask of {name!r} holds values from {low} to {high}; expected class indices")
     return classes.to(torch.int32)
 
 
