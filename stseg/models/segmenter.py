@@ -31,8 +31,9 @@ class Segmenter(nn.Module):
             networks that normalise for themselves. The default is ImageNet's; of images that have not 3
             channels every channel gets the average of the three.
         std: likewise, what the difference is divided by.
-        stride: what the sides must be divisible by. Networks of segmentation_models_pytorch tell; of others
-            the smallest that works is found by trial on a small input, when the first images come.
+        stride: what the sides must be divisible by. If it is not given, what the network needs is found by
+            trial on small inputs when the first images come, from what it tells about itself (as networks of
+            segmentation_models_pytorch do) upwards.
         select: ``output -> logits``, for networks that return them in yet another way.
 
     Shape:
@@ -81,17 +82,17 @@ class Segmenter(nn.Module):
             device = device_of(network)
             self.register_buffer("_mean", torch.tensor(self.mean, device=device), persistent=False)
             self.register_buffer("_std", torch.tensor(self.std, device=device), persistent=False)
-        self.stride = stride if stride is not None else _stride_told_by(network)
+        self.stride = stride
         self.select = select
-        self._stride_found: int | None = None  # apart from `stride`: what `repr` shows stays as it is
+        self._sides = None if stride is None else (stride, 1)  # what they are multiples of, and at least
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(B, K, H, W)`` of images ``(B, C, H, W)``."""
         x = self._normalised(images)
         height, width = x.shape[-2:]
-        if self.stride is None and self._stride_found is None:
-            self._stride_found = _stride_by_trial(self.network, x)
-        x = _padded_to(x, self.stride or self._stride_found or 1)
+        if self._sides is None:
+            self._sides = _sides_by_trial(self.network, x)
+        x = _padded(x, *self._sides)
         logits = self._logits(x)
         if logits.shape[-2:] != x.shape[-2:]:
             logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
@@ -155,29 +156,32 @@ def _takes_images(model: nn.Module) -> bool:
     return getattr(inner, "takes_images", False) is True
 
 
-def _stride_told_by(network: nn.Module) -> int | None:
-    # segmentation_models_pytorch: what its `check_input_shape` asks for.
-    stride = getattr(getattr(network, "encoder", None), "output_stride", None)
-    return stride if isinstance(stride, int) and stride > 0 else None
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _stride_by_trial(network: nn.Module, x: Tensor) -> int:
-    """The smallest stride to which a small input must be padded for the network to take it."""
-    # Sides that no level of a network halves evenly, so that one that needs more than it is given fails.
-    probe = x.new_zeros(1, x.shape[1], 67, 93)
+def _sides_by_trial(network: nn.Module, x: Tensor) -> tuple[int, int]:
+    """The smallest stride, and with it the smallest side, to which images must be padded for the network."""
+    network = getattr(network, "_orig_mod", network)  # torch.compile would compile anew for every size
+    told = getattr(getattr(network, "encoder", None), "output_stride", None)
+    first = told if isinstance(told, int) and told > 0 else 1
+
+    def takes(height: int, width: int, stride: int) -> bool:
+        try:
+            network(_padded(x.new_zeros(1, x.shape[1], height, width), stride))
+        except Exception:  # of any kind: each library has its own for this
+            return False
+        return True
+
     with frozen(network), torch.no_grad():
-        for stride in (1, 2, 4, 8, 14, 16, 28, 32, 64):  # 14: the patches of DINOv2
-            try:
-                network(_padded_to(probe, stride))
-            except Exception:  # of any kind: each library has its own for this
-                continue
-            return stride
-    return 1  # takes images of one size only, or none: let it speak for itself on the images
+        # Two sides that, padded to any of the strides, are not both multiples of the next one.
+        larger = (s for s in (2, 4, 8, 14, 16, 28, 32, 64) if s > first and s % first == 0)  # 14: DINOv2
+        stride = next((s for s in (first, *larger) if takes(131, 145, s)), None)
+        if stride is None:
+            return first, 1  # it takes one size only, or no images at all: let it speak for itself
+        return stride, next((side for side in (1, 2, 4, 8, 16, 32, 64) if takes(side, side, stride)), 128)
 
 
-def _padded_to(x: Tensor, stride: int) -> Tensor:
-    bottom, right = -x.shape[-2] % stride, -x.shape[-1] % stride
+def _padded(x: Tensor, stride: int, least: int = 1) -> Tensor:
+    height, width = (max(side, least) + -max(side, least) % stride for side in x.shape[-2:])
+    bottom, right = height - x.shape[-2], width - x.shape[-1]
     return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
 
 
