@@ -1,0 +1,200 @@
+"""Which samples make which batch, with which random numbers.
+
+Everything here is a function of the seed and of the number of the step or of the draw. So a run that was killed goes
+on as if nothing had happened, and neither the number of workers nor that of processes changes what is drawn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from stseg.config import TrainConfig
+from stseg.distributed import rank, world_size
+from stseg.errors import DataError
+from stseg.samples import check_mask_values, ids_of, pair_of
+from stseg.types import PairTransform
+
+Draw = tuple[int, int]
+"""The number of a draw, counted over the whole training, and the index of the sample that is drawn."""
+
+
+def seed_of(seed: int, *keys: int | str) -> int:
+    """A seed for a part of a run: far from those of all other parts and of all other runs.
+
+    Example:
+        >>> seed_of(0, "teacher") == seed_of(0, "teacher"), seed_of(0, "teacher") == seed_of(0, "student")
+        (True, False)
+    """
+    numbers = [seed & (2**64 - 1)]
+    for key in keys:
+        numbers.append(int.from_bytes(key.encode(), "little") if isinstance(key, str) else key)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch (on the CPU), numpy and ``random`` start from the seed; afterwards they go on as before.
+
+    Example:
+        >>> with seeded(3):
+        ...     a = torch.rand(())
+        >>> with seeded(3):
+        ...     bool(torch.rand(()) == a)
+        True
+    """
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  transforms use it
+    try:
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        random.setstate(before[2])
+
+
+class Batches(Sampler[list[Draw]]):
+    """The draws of each batch of this process, from one step of a training to its end.
+
+    Each epoch is a permutation of its own; its last incomplete batch is dropped. A data set smaller than a batch
+    is repeated to fill one.
+
+    Args:
+        samples: size of the data set.
+        batch_size: size of a batch, over all processes.
+        steps: which steps, counted from 0.
+        seed: what the permutations come from.
+
+    Raises:
+        ValueError: if the processes cannot share a batch equally.
+
+    Example:
+        >>> [len(batch) for batch in Batches(10, 4, range(5), seed=0)]
+        [4, 4, 4, 4, 4]
+    """
+
+    def __init__(self, samples: int, batch_size: int, steps: range, *, seed: int) -> None:
+        if batch_size % world_size():
+            raise ValueError(
+                f"batch_size is {batch_size} over all processes; expected a multiple of their number, {world_size()}"
+            )
+        self.samples, self.batch_size, self.steps, self.seed = samples, batch_size, steps, seed
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        per_epoch = steps_per_epoch(self.samples, self.batch_size)
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        for step in self.steps:
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = self._order(epoch)
+            start = step % per_epoch * self.batch_size
+            batch = order[start : start + self.batch_size].tolist()
+            draws = [(step * self.batch_size + place, index) for place, index in enumerate(batch)]
+            yield draws[rank() :: world_size()]
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
+        rounds = -(-self.batch_size // self.samples)  # more than one where the data set does not fill a batch
+        return torch.cat([torch.randperm(self.samples, generator=generator) for _ in range(rounds)])
+
+
+def names_of(dataset: Dataset[Any]) -> list[str]:
+    """What messages call the samples of a labelled or mixed data set.
+
+    Raises:
+        DataError: if there is no sample.
+    """
+    names = getattr(dataset, "names", None)
+    names = ids_of(dataset) if names is None else list(names)
+    if not names:
+        raise DataError("the data set to train on is empty")
+    return names
+
+
+def steps_per_epoch(samples: int, batch_size: int) -> int:
+    """Complete batches of an epoch; one where there are fewer samples than that.
+
+    Example:
+        >>> steps_per_epoch(366, 16), steps_per_epoch(3, 16)
+        (22, 1)
+    """
+    return max(1, samples // batch_size)
+
+
+class Samples(Dataset[tuple[Tensor, Tensor, bool]]):
+    """Augmented samples by draw: image, mask, and whether the mask is a pseudo-mask.
+
+    Args:
+        dataset: items ``(image, mask)`` or ``(image, mask, is_pseudo)``.
+        names: what messages call them.
+        transform: ``(image, mask) -> (image, mask)``, or None.
+        seed: with the number of the draw, what all random numbers of a sample come from.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], names: Sequence[str], transform: PairTransform | None, *, seed: int
+    ) -> None:
+        self.dataset, self.names, self.transform, self.seed = dataset, names, transform, seed
+        self._values: tuple[int, int] | None = None
+
+    def check_masks(self, num_classes: int, ignore_index: int) -> None:
+        """From now on, refuse masks with other values."""
+        self._values = num_classes, ignore_index
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, bool]:
+        number, index = draw
+        name = self.names[index]
+        with seeded(seed_of(self.seed, "sample", number)):
+            item = self.dataset[index]
+            image, mask = pair_of(item, name=name)
+            if self._values is not None:
+                check_mask_values(mask, *self._values, name=name)
+            if self.transform is not None:
+                image, mask = pair_of(self.transform(image, mask), name=name)
+        return image, mask, len(item) > 2 and isinstance(item[2], (bool, np.bool_)) and bool(item[2])
+
+
+def collate(samples: Sequence[tuple[Tensor, Tensor, bool]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Images ``(B, C, H, W)``, masks ``(B, H, W)`` and ``(B,)`` bool.
+
+    Raises:
+        DataError: if the images of a batch differ in shape.
+    """
+    images, masks, is_pseudo = zip(*samples, strict=True)
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise DataError(f"a batch holds images of the shapes {sorted(shapes)}; expected one (C, H, W)")
+    if len({image.dtype for image in images}) > 1:
+        images = tuple(image / 255 if image.dtype == torch.uint8 else image for image in images)
+    if len({mask.dtype for mask in masks}) > 1:
+        masks = tuple(mask.to(torch.int32) for mask in masks)
+    return torch.stack(images), torch.stack(masks), torch.tensor(is_pseudo)
+
+
+def batches_of(
+    samples: Samples, config: TrainConfig, steps: range, *, pin_memory: bool
+) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+    """The batches of some steps of a training, read ahead by workers."""
+    return DataLoader(
+        samples,
+        batch_sampler=Batches(len(samples), config.batch_size, steps, seed=config.seed),
+        num_workers=config.num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # of its own, or it would advance the caller's
+    )

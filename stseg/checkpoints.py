@@ -1,0 +1,165 @@
+"""Weights on disk, and the folder in which a training stage can be killed at any moment and go on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from stseg.distributed import barrier, rank
+from stseg.errors import DataError
+from stseg.files import write_atomically
+from stseg.models.segmenter import Segmenter
+from stseg.models.state import cpu_state
+from stseg.records import check_record
+
+Row = dict[str, float]
+"""A line of a history: epoch, step, lr, loss (mean since the line before), miou (with validation) and seconds (since
+the beginning)."""
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the state dict of a network, or of the network inside a :class:`stseg.Segmenter`, as safetensors."""
+    content = save(cpu_state(_bare(model)))
+    write_atomically(path, lambda file: file.write(content))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Read what ``save_weights`` wrote into a network of the same architecture.
+
+    Raises:
+        DataError: if the file is broken or belongs to another architecture.
+    """
+    try:
+        _bare(model).load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise DataError(f"{path} cannot be loaded into a {type(_bare(model)).__name__}: {error}") from error
+
+
+def copy_on_cpu(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the model, on the CPU, in evaluation mode and without gradients."""
+    return copy.deepcopy(model).to("cpu").eval().requires_grad_(False)
+
+
+@dataclass
+class Progress:
+    """How far a stage has come."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = -math.inf
+    losses: list[float] = field(default_factory=list)
+    """Those since the last row of the history."""
+    history: list[Row] = field(default_factory=list)
+
+
+class StageFolder:
+    """What a stage keeps: in a folder, or in memory where that is None.
+
+    ``model.safetensors`` comes last, so where it is, the stage is done. Of several processes the first one writes.
+
+    Args:
+        folder: made when there is something to write.
+        record: settings and data of the stage, of JSON's types.
+
+    Raises:
+        WorkdirMismatchError: if the folder belongs to a stage of another record.
+    """
+
+    def __init__(self, folder: str | Path | None, record: dict[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self._best: dict[str, torch.Tensor] | None = None
+        if self.folder is not None:
+            check_record(self.folder / "stage.json", record)
+
+    def finished(self, model: nn.Module) -> Progress | None:
+        """Load the weights of the stage into the model if it is done."""
+        if self.folder is None or not (self.folder / "model.safetensors").exists():
+            return None
+        load_weights(model, self.folder / "model.safetensors")
+        progress = json.loads((self.folder / "progress.json").read_text())
+        return Progress(**progress)
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        """Load the last state that was saved, if there is one."""
+        if self.folder is None or not (path := self.folder / "state" / "latest.pt").exists():
+            return Progress()
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a broken file
+            raise DataError(
+                f"{path} cannot be read ({error}); remove it to begin the stage anew"
+            ) from error
+        _bare(model).load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return Progress(**state["progress"])
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Replace the saved state."""
+        if self.folder is None or rank() != 0:
+            return
+        state = {
+            "model": _bare(model).state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "progress": asdict(progress),
+        }
+        write_atomically(self.folder / "state" / "latest.pt", lambda file: torch.save(state, file))
+
+    def log(self, progress: Progress) -> None:
+        """Write the history as it is."""
+        if self.folder is not None and rank() == 0:
+            lines = "".join(json.dumps(row) + "\n" for row in progress.history)
+            write_atomically(self.folder / "history.jsonl", lambda file: file.write(lines.encode()))
+
+    def add_snapshot(self, model: nn.Module, at: int) -> nn.Module:
+        """Keep a copy of the model as it is."""
+        if self.folder is not None and rank() == 0:
+            save_weights(model, self._snapshot(at))
+        return copy_on_cpu(model)
+
+    def snapshot(self, model: nn.Module, at: int) -> nn.Module:
+        """A copy of the model with the weights that were kept."""
+        copied = copy_on_cpu(model)
+        load_weights(copied, self._snapshot(at))
+        return copied
+
+    def keep_best(self, model: nn.Module) -> None:
+        """Keep the weights as the best so far."""
+        if self.folder is None:
+            self._best = cpu_state(model)
+        elif rank() == 0:
+            save_weights(model, self.folder / "state" / "best.safetensors")
+
+    def load_best(self, model: nn.Module) -> None:
+        """Give the model the weights that were best."""
+        barrier()
+        if self.folder is not None:
+            load_weights(model, self.folder / "state" / "best.safetensors")
+        elif self._best is not None:
+            model.load_state_dict(self._best)
+
+    def finish(self, model: nn.Module, progress: Progress) -> None:
+        """Write the result and remove what was only needed on the way."""
+        if self.folder is not None and rank() == 0:
+            content = json.dumps(asdict(progress))
+            write_atomically(self.folder / "progress.json", lambda file: file.write(content.encode()))
+            save_weights(model, self.folder / "model.safetensors")
+            shutil.rmtree(self.folder / "state", ignore_errors=True)
+        barrier()
+
+    def _snapshot(self, at: int) -> Path:
+        assert self.folder is not None
+        return self.folder / "snapshots" / f"{at}.safetensors"
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    return model.network if isinstance(model, Segmenter) else model

@@ -1,0 +1,67 @@
+"""What a folder was made with, beside its results, so that other settings or data are refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stseg.distributed import barrier, rank
+from stseg.errors import WorkdirMismatchError
+from stseg.files import write_atomically
+
+
+def check_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record where there is none; compare with the one that is there.
+
+    Raises:
+        WorkdirMismatchError: if the two differ; names what is there and what came.
+    """
+    record = json.loads(json.dumps(record))
+    barrier()
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise WorkdirMismatchError(
+                f"{path} is not readable as JSON ({error}); remove {path.parent} to begin anew"
+            ) from None
+        if differences := differing(found, record):
+            raise WorkdirMismatchError(
+                f"{path.parent} was made with other settings or data: {'; '.join(differences)}. "
+                "Use another folder, or remove it"
+            )
+    barrier()
+    if rank() == 0 and not path.exists():
+        write_atomically(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
+
+
+def differing(found: Any, now: Any, name: str = "") -> list[str]:
+    """The differences between two records, each in words.
+
+    Example:
+        >>> differing({"config": {"lr": 0.1, "seed": 0}}, {"config": {"lr": 0.2, "seed": 0}})
+        ['config.lr is 0.1 there and 0.2 now']
+    """
+    if isinstance(found, dict) and isinstance(now, dict):
+        return [
+            text
+            for key in {**found, **now}
+            for text in differing(found.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if found == now else [f"{name} is {found!r} there and {now!r} now"]
+
+
+def described(value: Any) -> str:
+    """A callable or an object in words that are the same in every run.
+
+    Example:
+        >>> described(nn.ReLU())
+        'ReLU()'
+    """
+    if isinstance(value, type) or not hasattr(value, "__qualname__"):
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+    return f"{value.__module__}.{value.__qualname__}"

@@ -1,0 +1,360 @@
+"""One training stage: cross-entropy on true and pseudo-masks alike."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from stseg.augment import WeakAugment
+from stseg.batches import Samples, batches_of, names_of, seed_of, steps_per_epoch
+from stseg.checkpoints import Progress, Row, StageFolder
+from stseg.checks import check_labelled, check_network
+from stseg.config import TrainConfig
+from stseg.distributed import rank, summed, world_size
+from stseg.errors import TrainingDivergedError
+from stseg.inference import autocast, evaluate
+from stseg.models.segmenter import as_segmenter
+from stseg.records import described
+from stseg.types import BatchAugmentation
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training stage leaves behind.
+
+    Attributes:
+        model: the trained network, wrapped, in evaluation mode, on the device it was trained on.
+        snapshots: copies of it on the CPU, in the order of training.
+        history: a row for each epoch; about twenty rows where the length is given in steps.
+        seconds: how long it took, over all runs if it was interrupted.
+    """
+
+    model: nn.Module
+    snapshots: tuple[nn.Module, ...]
+    history: tuple[Row, ...]
+    seconds: float
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    config: TrainConfig,
+    *,
+    strong: BatchAugmentation | None = None,
+    val: Dataset[Any] | None = None,
+    snapshots: Sequence[int] = (),
+    keep: Literal["final", "best"] = "final",
+    ignore_index: int = 255,
+    workdir: str | Path | None = None,
+    save_every: float = 60.0,
+    check: bool = True,
+    progress: bool = True,
+    title: str = "train",
+) -> FitResult:
+    """Train a network on a labelled or a mixed data set.
+
+    The loss is the mean cross-entropy over the pixels of the batch that are not ignored, true and pseudo-masks alike (Yang et al.,
+    CVPR 2022, equation 3 with lambda = 1); the schedule is that of :class:`stseg.TrainConfig`. The result depends on
+    the seed and the initial weights alone: an interrupted stage that has a ``workdir`` goes on to the same weights.
+
+    It runs on the device and the processes that ``torchrun`` or ``accelerate launch`` set up; in a single process, on the
+    best device there is. Batch normalisation keeps the statistics of each process apart.
+
+    Args:
+        model: a network or a wrapped one. It is itself trained, not a copy.
+        dataset: items ``(image, mask)``, or ``(image, mask, is_pseudo)`` as of :class:`stseg.data.MixedDataset`. If it
+            has a ``transform``, that takes the place of the weak augmentation.
+        config: the settings.
+        strong: augmentation of the pseudo-labelled images, on the device, such as :class:`stseg.StrongAugment`.
+        val: labelled data set, evaluated for every row of the history.
+        snapshots: after which epochs to keep a copy; after which steps, where the config counts steps.
+        keep: ``"best"`` returns the weights that were best on ``val``, which then is no longer held out.
+        ignore_index: mask value of pixels that do not count.
+        workdir: folder for ``model.safetensors``, ``snapshots/``, ``history.jsonl`` and, while under way,
+            ``state/``. A stage that is done is read from there, not trained again.
+        save_every: seconds between saves of the state.
+        check: whether to read all labelled samples first, to find bad ones before time is spent.
+        progress: whether to show a bar.
+        title: name on the bar.
+
+    Raises:
+        DataError: if an image or a mask is not what it has to be; names the item.
+        NetworkError: if the network does not return logits.
+        ValueError: if arguments make no sense together.
+        TrainingDivergedError: if loss or gradients are NaN or infinite. Model and saved state are then as they were
+            before that step.
+        WorkdirMismatchError: if ``workdir`` belongs to a stage of other settings or data.
+
+    Example:
+        >>> data = [(torch.rand(3, 20, 20), torch.randint(2, (20, 20)).to(torch.uint8)) for _ in range(3)]
+        >>> config = TrainConfig(epochs=2, batch_size=2, crop_size=16)
+        >>> result = fit(nn.Conv2d(3, 2, 1), data, config, snapshots=[1], progress=False)
+        >>> len(result.history), len(result.snapshots)
+        (2, 1)
+    """
+    device = PartialState().device
+    names = names_of(dataset)
+    per_epoch = steps_per_epoch(len(names), config.batch_size)
+    unit = per_epoch if config.epochs else 1
+    total = unit * (config.epochs or config.steps or 0)
+    snapshots = sorted(set(snapshots))
+    _check_arguments(total // unit, snapshots, keep, val, strong, ignore_index)
+
+    model = as_segmenter(model).to(device)
+    samples = Samples(dataset, names, _weak(dataset, config, ignore_index), seed=config.seed)
+    classes = check_network(model, samples[0, 0][0])
+    samples.check_masks(classes, ignore_index)
+    if check:
+        labelled = getattr(dataset, "labelled", dataset)
+        check_labelled(
+            labelled,
+            num_classes=classes,
+            ignore_index=ignore_index,
+            num_workers=config.num_workers,
+            progress=progress,
+        )
+    record = {
+        "config": asdict(config),
+        "strong": described(strong),
+        "data": f"{len(names)} samples, {zlib.crc32(repr(names).encode()):08x}",
+        "snapshots": snapshots,
+        "keep": keep,
+    }
+    folder = StageFolder(workdir, record)
+    if done := folder.finished(model):
+        kept = tuple(folder.snapshot(model, at) for at in snapshots)
+        return FitResult(model.eval(), kept, tuple(done.history), done.seconds)
+
+    optimizer = _optimizer(model, config)
+    so_far = folder.resume(model, optimizer)
+    copies = [folder.snapshot(model, at) for at in snapshots if at * unit <= so_far.step]
+    rows = range(per_epoch, total + 1, per_epoch) if config.epochs else _spread(total, 20)
+    began = saved = time.monotonic()
+    before = so_far.seconds
+
+    def save() -> None:
+        so_far.seconds = before + time.monotonic() - began
+        folder.save(model, optimizer, so_far)
+
+    bar = tqdm(
+        total=total,
+        initial=so_far.step,
+        desc=title,
+        disable=not progress or rank() > 0,
+        dynamic_ncols=True,
+    )
+    network = _distributed(model.train(), device)
+    batches = batches_of(samples, config, range(so_far.step, total), pin_memory=device.type == "cuda")
+    with bar, _random_state_kept(device):
+        for step, batch in enumerate(batches, start=so_far.step):
+            torch.manual_seed(seed_of(config.seed, "step", step, rank()))
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * poly(step, total, config.power)
+            images, masks = _on_device(*batch, device, strong)
+            try:
+                loss = _step(network, optimizer, images, masks, config, ignore_index)
+            except FloatingPointError as error:
+                save()
+                raise TrainingDivergedError(
+                    f"{title}: {error} at step {step + 1} of {total} (learning rate {group['lr']:.3g}); "
+                    "the weights are those of the step before",
+                    step=step + 1,
+                ) from None
+            so_far.losses.append(loss)
+            so_far.step = step + 1
+            bar.update()
+            if so_far.step in rows:
+                row = {"epoch": so_far.step / per_epoch, "step": so_far.step, "lr": group["lr"]}
+                row["loss"] = math.fsum(so_far.losses) / len(so_far.losses)
+                if val is not None:
+                    row["miou"] = _miou(model, val, classes, ignore_index, config)
+                    if keep == "best" and row["miou"] > so_far.best:
+                        so_far.best = row["miou"]
+                        folder.keep_best(model)
+                row["seconds"] = before + time.monotonic() - began
+                so_far.losses.clear()
+                so_far.history.append(row)
+                folder.log(so_far)
+                bar.set_postfix({key: f"{row[key]:.3f}" for key in ("loss", "miou") if key in row})
+            if so_far.step % unit == 0 and so_far.step // unit in snapshots:
+                copies.append(folder.add_snapshot(model, so_far.step // unit))
+            if time.monotonic() - saved >= save_every:
+                save()
+                saved = time.monotonic()
+    save()
+    if keep == "best":
+        folder.load_best(model)
+    folder.finish(model, so_far)
+    return FitResult(model.eval(), tuple(copies), tuple(so_far.history), so_far.seconds)
+
+
+def poly(step: int, total: int, power: float) -> float:
+    """Factor of the learning rate after ``step`` of ``total`` steps: ``(1 - step / total) ** power``.
+
+    Example:
+        >>> poly(0, 100, 0.9), round(poly(50, 100, 0.9), 4)
+        (1.0, 0.5359)
+    """
+    return (1 - step / total) ** power
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """The backbone at the base learning rate, the rest at ``head_lr_factor`` times that.
+
+    Raises:
+        ValueError: if ``config.backbone`` names no submodule, or nothing can be trained.
+    """
+    network = getattr(model, "network", model)
+    backbone = _backbone(network, config.backbone)
+    inside = set() if backbone is None else {id(p) for p in backbone.parameters()}
+    trained = [p for p in network.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(f"the network ({type(network).__name__}) has no parameters that require gradients")
+    base = [p for p in trained if backbone is None or id(p) in inside]
+    head = [p for p in trained if backbone is not None and id(p) not in inside]
+    groups = [(base, config.lr), (head, config.lr * config.head_lr_factor)]
+    return [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
+
+
+def _backbone(network: nn.Module, name: str | None) -> nn.Module | None:
+    if name is not None:
+        try:
+            return network.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"backbone is {name!r}; the network ({type(network).__name__}) has no such submodule") from None
+    names = ("encoder", "backbone", getattr(network, "base_model_prefix", None) or "encoder")
+    found = (getattr(network, name, None) for name in names)
+    return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, config)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def _step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    masks: Tensor,
+    config: TrainConfig,
+    ignore_index: int,
+) -> float:
+    """One iteration; the loss over all processes.
+
+    Raises:
+        FloatingPointError: if loss or gradients are not finite; network and optimizer are left as they were.
+    """
+    # Buffers change with the forward pass: a batch that ruins the loss ruins the running statistics as well.
+    buffers = list(network.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    with autocast(images.device, config.precision):
+        logits = network(images)
+    losses = F.cross_entropy(logits.float(), masks, ignore_index=ignore_index, reduction="sum")
+    # The mean over the whole batch, as in a single process; DistributedDataParallel averages over processes.
+    total = summed(torch.stack([losses.detach().double(), (masks != ignore_index).sum().double()]))
+    count = total[1].clamp(min=1)
+    optimizer.zero_grad(set_to_none=True)
+    (losses * (world_size() / count).float()).backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)
+    loss, finite = torch.stack([total[0] / count, (total[0] + norm).isfinite().double()]).tolist()
+    if not finite:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        raise FloatingPointError("the gradients are not finite" if math.isfinite(loss) else f"the loss is {loss}")
+    optimizer.step()
+    return float(loss)
+
+
+def _on_device(
+    images: Tensor, masks: Tensor, is_pseudo: Tensor, device: torch.device, strong: BatchAugmentation | None
+) -> tuple[Tensor, Tensor]:
+    """A batch as the network takes it: float images, strongly augmented where pseudo-labelled, and int64 masks."""
+    images, masks, is_pseudo = (x.to(device, non_blocking=True) for x in (images, masks, is_pseudo))
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    if strong is not None:
+        with torch.no_grad():
+            images, masks = strong(images, masks, is_pseudo)
+    return images, masks.long()
+
+
+def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
+    if world_size() == 1:
+        return model
+    # Networks may have parts that the logits do not need, such as torchvision's auxiliary classifier.
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=True
+    )
+
+
+def _weak(dataset: Dataset[Any], config: TrainConfig, ignore_index: int) -> WeakAugment | None:
+    if getattr(dataset, "transform", None) is not None:
+        return None
+    return WeakAugment(
+        config.crop_size,
+        base_size=config.base_size,
+        scale=config.scale,
+        flip=config.flip,
+        ignore_index=ignore_index,
+    )
+
+
+def _miou(model: nn.Module, val: Dataset[Any], classes: int, ignore_index: int, config: TrainConfig) -> float:
+    metric = evaluate(
+        model,
+        val,
+        num_classes=classes,
+        ignore_index=ignore_index,
+        num_workers=config.num_workers,
+        precision=config.precision,
+        progress=False,
+    )
+    return metric.compute()
+
+
+def _spread(total: int, rows: int) -> set[int]:
+    """About so many steps, equally far apart, the last one among them."""
+    return {total * row // min(rows, total) for row in range(1, min(rows, total) + 1)}
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def _check_arguments(
+    length: int,
+    snapshots: Sequence[int],
+    keep: str,
+    val: Dataset[Any] | None,
+    strong: BatchAugmentation | None,
+    ignore_index: int,
+) -> None:
+    if snapshots and not 1 <= snapshots[0] <= snapshots[-1] <= length:
+        raise ValueError(f"snapshots are {list(snapshots)}; expected values in 1..{length}")
+    if keep not in ("final", "best"):
+        raise ValueError(f"keep is {keep!r}; expected 'final' or 'best'")
+    if keep == "best" and val is None:
+        raise ValueError("keep='best' needs a validation set (val) to tell which weights are best")
+    cut = getattr(getattr(strong, "cutout", None), "ignore_index", ignore_index)
+    if cut != ignore_index:
+        raise ValueError(f"the cutout of strong writes {cut} into masks, but ignore_index is {ignore_index}")
