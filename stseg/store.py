@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import ntpath
 import os
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,9 +156,8 @@ class MaskStore:
             return
         for root, _, files in os.walk(self.folder):
             for name in files:
-                stem, suffix = os.path.splitext(name)
-                if suffix == ".png" and not stem.endswith(_CONFIDENCE):
-                    yield (Path(root) / stem).relative_to(self.folder).as_posix()
+                if name.endswith(".png") and not name.endswith(f"{_CONFIDENCE}.png"):
+                    yield (Path(root) / name[: -len(".png")]).relative_to(self.folder).as_posix()
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -195,7 +195,7 @@ def _is_store_id(id: str) -> bool:
     return not (
         any(part in (b"", b".", b"..") or len(part) > _LONGEST_PART for part in parts)
         or "\\" in id
-        or PureWindowsPath(id).drive
+        or ntpath.splitdrive(id)[0]
         or any(ord(c) < 32 for c in id)
         or id.endswith(_CONFIDENCE)
     )
