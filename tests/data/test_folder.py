@@ -1,0 +1,515 @@
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+
+from stseg.data.folder import SegmentationFolder
+from stseg.data.splits import read_ids
+from stseg.errors import DataError, UnreadableImageError
+from stseg.samples import ids_of
+
+CAMVID = Path(os.environ.get("STSEG_CAMVID", Path(__file__).parents[3] / "shared" / "camvid"))
+ORIENTATION = 0x0112
+RGB = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+CLASSES = np.random.default_rng(1).integers(0, 5, (4, 6), dtype=np.uint8)
+
+
+def save(path: Path, pixels=RGB, **settings) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(path, **settings)
+    return path
+
+
+def oriented(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif
+
+
+@pytest.fixture
+def images(tmp_path):
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def masks(tmp_path):
+    return tmp_path / "masks"
+
+
+def fill(images: Path, masks: Path | None, *ids: str) -> None:
+    for id in ids:
+        save(images / f"{id}.png")
+        if masks is not None:
+            save(masks / f"{id}.png", CLASSES)
+
+
+class TestPairs:
+    def test_have_the_same_path_without_suffix(self, images, masks):
+        for number, id in enumerate(["b", "a", "drive/0001", "other/0001"]):
+            save(images / f"{id}.bmp", RGB + number)
+            save(masks / f"{id}.png", CLASSES + number)
+        dataset = SegmentationFolder(images, masks)
+        assert dataset.ids == ["a", "b", "drive/0001", "other/0001"]
+        for position, number in enumerate([1, 0, 2, 3]):
+            image, mask = dataset[position]
+            assert np.array_equal(image.permute(1, 2, 0), RGB + number)
+            assert np.array_equal(mask, CLASSES + number)
+            assert (image.dtype, mask.dtype) == (torch.uint8, torch.uint8)
+
+    def test_without_masks_are_images_alone(self, images):
+        fill(images, None, "a")
+        item = SegmentationFolder(images)[0]
+        assert isinstance(item, torch.Tensor)
+        assert item.shape == (3, 4, 6)
+
+    def test_may_have_dots_in_their_names(self, images, masks):
+        fill(images, masks, "a.b", "a.c")
+        assert SegmentationFolder(images, masks).ids == ["a.b", "a.c"]
+
+    def test_may_have_suffixes_in_capitals(self, images, masks):
+        save(images / "a.PNG")
+        save(images / "b.Jpeg", format="JPEG")
+        save(masks / "a.TIF", CLASSES)
+        save(masks / "b.png", CLASSES)
+        dataset = SegmentationFolder(images, masks)
+        assert dataset.ids == ["a", "b"]
+        assert dataset[1][1].shape == (4, 6)
+
+    def test_ignore_hidden_and_other_files(self, images, masks):
+        fill(images, masks, "a")
+        for name in ("._a.png", ".b.png", "readme.txt", "c.npy", "Thumbs.db", ".cache/d.png", "noextension"):
+            (images / name).parent.mkdir(exist_ok=True)
+            (images / name).write_text("nothing")
+        assert SegmentationFolder(images, masks).ids == ["a"]
+
+    def test_may_lie_behind_links(self, images, masks, tmp_path):
+        fill(tmp_path / "elsewhere", tmp_path / "m", "a")
+        images.mkdir()
+        (images / "linked").symlink_to(tmp_path / "elsewhere")
+        assert SegmentationFolder(images).ids == ["linked/a"]
+
+    def test_are_ids_to_the_package(self, images):
+        fill(images, None, "x/a", "b")
+        assert ids_of(SegmentationFolder(images)) == ["b", "x/a"]
+
+    def test_end(self, images):
+        fill(images, None, "a", "b")
+        dataset = SegmentationFolder(images)
+        assert len(dataset) == 2
+        assert len(list(dataset)) == 2
+        with pytest.raises(IndexError):
+            dataset[2]
+
+    def test_of_one_size_go_through_a_loader_with_workers(self, images, masks):
+        fill(images, masks, "a", "b")
+        batch, _ = next(iter(DataLoader(SegmentationFolder(images, masks), batch_size=2, num_workers=1)))
+        assert batch.shape == (2, 3, 4, 6)
+
+    def test_survive_pickling(self, images, masks):
+        fill(images, masks, "a", "b")
+        dataset = SegmentationFolder(str(images), str(masks), ids=["b"])
+        copy = pickle.loads(pickle.dumps(dataset))
+        assert copy.ids == ["b"]
+        assert torch.equal(copy[0][0], dataset[0][0])
+
+
+class TestIds:
+    def test_choose_and_order(self, images, masks):
+        fill(images, masks, "a", "b", "c")
+        save(images / "without.png")
+        save(masks / "alone.png", CLASSES)
+        assert SegmentationFolder(images, masks, ids=("c", "a")).ids == ["c", "a"]
+
+    def test_from_a_file(self, images, tmp_path):
+        fill(images, None, "a", "d/b", "c")
+        (tmp_path / "ids.txt").write_text("d/b\r\na\r\n")
+        assert SegmentationFolder(images, ids=read_ids(tmp_path / "ids.txt")).ids == ["d/b", "a"]
+
+    @pytest.mark.parametrize("id", ["z", "", 7])
+    def test_that_are_missing_are_named(self, images, id):
+        fill(images, None, "a")
+        with pytest.raises(DataError, match=f"no image with the id {id!r} in .*images$"):
+            SegmentationFolder(images, ids=["a", id])
+
+    def test_with_a_suffix_are_explained(self, images):
+        fill(images, None, "d/a")
+        with pytest.raises(DataError, match=r"id 'd/a\.jpg' .*did you mean 'd/a'\? Ids are without suffix"):
+            SegmentationFolder(images, ids=["d/a.jpg"])
+
+    def test_that_occur_twice_are_refused(self, images):
+        fill(images, None, "a", "b")
+        with pytest.raises(DataError, match="the id 'b' occurs more than once"):
+            SegmentationFolder(images, ids=["b", "a", "b"])
+
+    def test_none_at_all_are_refused(self, images):
+        fill(images, None, "a")
+        with pytest.raises(DataError, match="ids is empty"):
+            SegmentationFolder(images, ids=[])
+
+    @pytest.mark.parametrize("make", [str, Path])
+    def test_a_path_is_no_sequence_of_ids(self, images, make):
+        fill(images, None, "a")
+        with pytest.raises(TypeError, match="read_ids reads a file of them"):
+            SegmentationFolder(images, ids=make("a"))
+
+
+class TestRefuses:
+    def test_an_image_without_mask(self, images, masks):
+        fill(images, masks, "a", "b")
+        save(images / "c" / "d.png")
+        with pytest.raises(DataError, match=r"image 'c/d' has no mask: expected .*masks/c/d .*1 of 3 images"):
+            SegmentationFolder(images, masks)
+
+    @pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".webp", ".gif"])
+    def test_a_mask_of_a_lossy_format(self, images, masks, suffix):
+        save(images / "a.png")
+        save(masks / f"a{suffix}", CLASSES)
+        with pytest.raises(
+            DataError, match=rf"masks/a\{suffix} is of a format that need not keep class indices"
+        ):
+            SegmentationFolder(images, masks)
+
+    def test_no_picture_of_a_mask_beside_the_mask(self, images, masks):
+        fill(images, masks, "a")
+        save(masks / "a.jpg", CLASSES)
+        assert np.array_equal(SegmentationFolder(images, masks)[0][1], CLASSES)
+
+    def test_a_mask_without_image(self, images, masks):
+        fill(images, masks, "a")
+        save(masks / "c" / "d.png", CLASSES)
+        with pytest.raises(DataError, match=r"the mask .*masks/c/d\.png has no image 'c/d' in .*images"):
+            SegmentationFolder(images, masks)
+
+    def test_two_images_of_one_id(self, images):
+        save(images / "x" / "a.png")
+        save(images / "x" / "a.jpg")
+        with pytest.raises(DataError, match="same id 'x/a'") as caught:
+            SegmentationFolder(images)
+        assert str(images / "x" / "a.png") in str(caught.value)
+        assert str(images / "x" / "a.jpg") in str(caught.value)
+
+    def test_two_masks_of_one_id(self, images, masks):
+        fill(images, masks, "a")
+        save(masks / "a.tif", CLASSES)
+        with pytest.raises(DataError, match="same id 'a'") as caught:
+            SegmentationFolder(images, masks)
+        assert str(masks / "a.png") in str(caught.value)
+        assert str(masks / "a.tif") in str(caught.value)
+
+    def test_one_folder_for_both(self, images):
+        fill(images, None, "a")
+        with pytest.raises(DataError, match="folders of their own"):
+            SegmentationFolder(images, images / ".." / "images")
+
+    @pytest.mark.parametrize(("a", "b"), [("data", "data/masks"), ("data/images", "data")])
+    def test_a_folder_inside_the_other(self, tmp_path, a, b):
+        save(tmp_path / a / "a.png")
+        save(tmp_path / b / "a.png", CLASSES)
+        with pytest.raises(DataError, match="neither inside the other"):
+            SegmentationFolder(tmp_path / a, tmp_path / b)
+
+    def test_a_folder_that_is_missing(self, images, masks):
+        with pytest.raises(DataError, match=r"there is no folder .*images"):
+            SegmentationFolder(images)
+        fill(images, None, "a")
+        with pytest.raises(DataError, match=r"there is no folder .*masks"):
+            SegmentationFolder(images, masks)
+
+    def test_a_file_in_place_of_a_folder(self, images):
+        path = save(images / "a.png")
+        with pytest.raises(DataError, match=r"a\.png is not a folder"):
+            SegmentationFolder(path)
+
+    def test_a_folder_without_images(self, images):
+        images.mkdir()
+        (images / "a.txt").write_text("")
+        with pytest.raises(DataError, match=r"images holds no images; expected files in .*\.jpg"):
+            SegmentationFolder(images)
+
+    def test_an_unknown_mode(self, images):
+        fill(images, None, "a")
+        with pytest.raises(ValueError, match="mode is 'BGR'"):
+            SegmentationFolder(images, mode="BGR")
+
+    def test_a_mask_of_another_size(self, images, masks):
+        save(images / "a.png")
+        save(masks / "a.png", CLASSES[:, :5])
+        with pytest.raises(DataError, match="'a' differ in size: image 4 x 6, mask 4 x 5"):
+            SegmentationFolder(images, masks)[0]
+
+    def test_a_mask_in_colour(self, images, masks):
+        save(images / "a.png")
+        save(masks / "a.png", RGB)
+        with pytest.raises(DataError, match="mask of 'a' is an image of mode RGB"):
+            SegmentationFolder(images, masks)[0]
+
+
+class TestBrokenFiles:
+    @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+    @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp"])
+    def test_are_named_wherever_they_end(self, images, suffix):
+        noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        path = save(images / "deep" / f"a.{suffix}", noise)
+        whole = path.read_bytes()
+        dataset = SegmentationFolder(images)
+        assert dataset[0].shape == (3, 24, 24)
+        for length in range(0, len(whole) // 2, 1 + len(whole) // 60):
+            path.write_bytes(whole[:length])
+            with pytest.raises(
+                UnreadableImageError, match=rf"deep/a\.{suffix} cannot be read as an image: ."
+            ):
+                dataset[0]
+
+    def test_that_are_text_are_named(self, images, masks):
+        fill(images, masks, "a")
+        (masks / "a.png").write_text("version https://git-lfs.github.com/spec/v1")
+        with pytest.raises(UnreadableImageError, match=r"masks/a\.png cannot be read as an image"):
+            SegmentationFolder(images, masks)[0]
+
+    def test_that_vanished_are_named(self, images):
+        fill(images, None, "a")
+        dataset = SegmentationFolder(images)
+        (images / "a.png").unlink()
+        with pytest.raises(UnreadableImageError, match=r"images/a\.png cannot be read"):
+            dataset[0]
+
+    def test_that_pil_takes_for_bombs_are_named(self, images, monkeypatch):
+        fill(images, None, "a")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+        with pytest.raises(
+            UnreadableImageError, match=r"a\.png cannot be read as an image: .*decompression bomb"
+        ):
+            SegmentationFolder(images)[0]
+
+
+def grey_16(values=(0, 128, 129, 32896, 65535)):
+    return Image.fromarray(np.array([values], dtype=np.uint16))
+
+
+def paletted(transparency=None):
+    image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image
+
+
+class TestImagesOf:
+    MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+
+    @pytest.mark.parametrize("file_mode", MODES)
+    @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1), ("RGBA", 4)])
+    def test_every_mode_become_the_one_asked_for(self, images, file_mode, mode, channels):
+        save(images / "a.png", Image.new(file_mode, (6, 4)))
+        image = SegmentationFolder(images, mode=mode)[0]
+        assert image.shape == (channels, 4, 6)
+        assert image.dtype == torch.uint8
+
+    @pytest.mark.parametrize(("file_mode", "channels"), list(zip(MODES, (1, 1, 2, 3, 3, 4, 1), strict=True)))
+    def test_every_mode_keep_their_channels_without_one(self, images, file_mode, channels):
+        save(images / "a.png", Image.new(file_mode, (6, 4)))
+        assert SegmentationFolder(images, mode=None)[0].shape == (channels, 4, 6)
+
+    @pytest.mark.parametrize("suffix", ["png", "tif"])
+    def test_16_bits_are_scaled_not_cut(self, images, suffix):
+        save(images / f"a.{suffix}", grey_16())
+        assert SegmentationFolder(images)[0].tolist() == [[[0, 0, 1, 128, 255]]] * 3
+        assert SegmentationFolder(images, mode=None)[0].tolist() == [[[0, 0, 1, 128, 255]]]
+
+    def test_16_bits_in_big_endian_are_scaled(self, images):
+        image = Image.frombytes("I;16B", (2, 1), bytes([255, 255, 128, 128]))
+        save(images / "a.tif", image)
+        assert SegmentationFolder(images)[0].tolist() == [[[255, 128]]] * 3
+
+    @pytest.mark.parametrize("transparency", [None, 1, bytes([255, 0])])
+    def test_palettes_become_their_colours(self, images, transparency):
+        save(images / "a.png", paletted(transparency))
+        assert SegmentationFolder(images)[0][:, 0].T.tolist() == [[10, 20, 30], [40, 50, 60]]
+
+    def test_transparency_is_kept_where_asked_for(self, images):
+        save(images / "a.png", paletted(bytes([255, 7])))
+        assert SegmentationFolder(images, mode="RGBA")[0][3].tolist() == [[255, 7]]
+
+    def test_grey_becomes_three_equal_channels(self, images):
+        save(images / "a.png", CLASSES)
+        assert np.array_equal(SegmentationFolder(images)[0], np.stack([CLASSES] * 3))
+
+    def test_cmyk_jpegs_become_rgb(self, images):
+        save(images / "a.jpg", Image.new("CMYK", (6, 4)), quality=95)
+        assert SegmentationFolder(images)[0].min() >= 250
+
+    def test_floats_are_refused_by_id(self, images):
+        save(images / "a.tif", np.zeros((4, 6), dtype=np.float32))
+        with pytest.raises(DataError, match="image 'a' is of PIL mode F"):
+            SegmentationFolder(images)[0]
+
+
+class TestOrientation:
+    def upright(self, pixels, orientation):
+        """What each EXIF orientation stands for, with numpy alone."""
+        return {
+            1: pixels,
+            2: pixels[:, ::-1],
+            3: pixels[::-1, ::-1],
+            4: pixels[::-1],
+            5: pixels.swapaxes(0, 1),
+            6: pixels[::-1].swapaxes(0, 1),
+            7: pixels[::-1, ::-1].swapaxes(0, 1),
+            8: pixels[:, ::-1].swapaxes(0, 1),
+        }[orientation]
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+    def test_of_images_is_followed(self, images, orientation, suffix):
+        settings = {"lossless": True} if suffix == "webp" else {}
+        save(images / f"a.{suffix}", RGB, exif=oriented(orientation), **settings)
+        image = SegmentationFolder(images)[0].permute(1, 2, 0)
+        assert np.array_equal(image, self.upright(RGB, orientation))
+
+    @pytest.mark.parametrize("orientation", [3, 6])
+    def test_of_jpegs_is_followed(self, images, orientation):
+        path = save(images / "a.jpg", RGB, exif=oriented(orientation), quality=95)
+        with Image.open(path) as image:
+            stored = np.array(image)
+        assert np.array_equal(
+            SegmentationFolder(images)[0].permute(1, 2, 0), self.upright(stored, orientation)
+        )
+
+    def test_of_images_leaves_masks_as_drawn(self, images, masks):
+        save(images / "a.png", RGB, exif=oriented(6))
+        save(masks / "a.png", self.upright(CLASSES, 6).copy())
+        image, mask = SegmentationFolder(images, masks)[0]
+        assert np.array_equal(image.permute(1, 2, 0), self.upright(RGB, 6))
+        assert np.array_equal(mask, self.upright(CLASSES, 6))
+
+    def test_of_masks_is_followed_too(self, images, masks):
+        save(images / "a.png", RGB, exif=oriented(8))
+        save(masks / "a.png", CLASSES, exif=oriented(8))
+        assert np.array_equal(SegmentationFolder(images, masks)[0][1], self.upright(CLASSES, 8))
+
+    def test_of_masks_with_a_palette_keeps_the_indices(self, images, masks):
+        palette = Image.fromarray(CLASSES)
+        palette.putpalette([9, 9, 9] * 256)
+        save(images / "a.png", RGB, exif=oriented(5))
+        save(masks / "a.png", palette, exif=oriented(5))
+        assert np.array_equal(SegmentationFolder(images, masks)[0][1], CLASSES.T)
+
+
+class TestMasksOf:
+    @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "tiff"])
+    def test_8_bits_keep_every_value(self, images, masks, suffix):
+        values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+        save(images / "a.png", values)
+        save(masks / f"a.{suffix}", values)
+        mask = SegmentationFolder(images, masks)[0][1]
+        assert mask.dtype == torch.uint8
+        assert np.array_equal(mask, values)
+
+    @pytest.mark.parametrize("suffix", ["png", "tif"])
+    def test_16_bits_keep_every_value(self, images, masks, suffix):
+        values = np.array([[0, 255, 256, 34000, 65535]], dtype=np.uint16)
+        save(images / "a.png", np.zeros((1, 5), dtype=np.uint8))
+        save(masks / f"a.{suffix}", values)
+        mask = SegmentationFolder(images, masks)[0][1]
+        assert mask.dtype == torch.int32
+        assert mask.tolist() == values.tolist()
+
+    @pytest.mark.parametrize("colours", [2, 4, 16, 256])
+    def test_palettes_of_any_depth_are_indices(self, images, masks, colours):
+        values = np.array([[0, 1, colours - 1]], dtype=np.uint8)
+        image = Image.fromarray(values)
+        image.putpalette(list(range(3 * colours))[:768] if colours < 256 else [7, 8, 9] * 256)
+        save(images / "a.png", values)
+        save(masks / "a.png", image, bits=(colours - 1).bit_length())
+        assert SegmentationFolder(images, masks)[0][1].tolist() == values.tolist()
+
+    def test_black_and_white_are_0_and_1(self, images, masks):
+        save(images / "a.png", np.zeros((1, 2), dtype=np.uint8))
+        save(masks / "a.png", np.array([[False, True]]))
+        assert SegmentationFolder(images, masks)[0][1].tolist() == [[0, 1]]
+
+
+class TestFingerprint:
+    @pytest.fixture
+    def folders(self, images, masks):
+        fill(images, masks, "a", "b", "c/d")
+        return images, masks
+
+    def test_is_short_and_the_same_for_a_copy(self, folders, tmp_path):
+        copies = [Path(shutil.copytree(f, tmp_path / "copy" / f.name)) for f in folders]
+        os.utime(copies[0] / "a.png", (0, 0))
+        fingerprint = SegmentationFolder(*folders).fingerprint()
+        assert SegmentationFolder(*copies).fingerprint() == fingerprint
+        assert fingerprint.startswith("3 items, ")
+        assert len(fingerprint) < 40
+
+    def test_changes_when_a_mask_is_edited_to_the_same_size(self, folders):
+        before = SegmentationFolder(*folders)
+        was = before.fingerprint()
+        path = folders[1] / "a.png"
+        content = bytearray(path.read_bytes())
+        content[-20] ^= 1
+        path.write_bytes(content)
+        assert before.fingerprint() != was
+
+    def test_changes_with_what_is_chosen(self, folders):
+        prints = [
+            SegmentationFolder(*folders).fingerprint(),
+            SegmentationFolder(folders[0]).fingerprint(),
+            SegmentationFolder(*folders, ids=["a", "b"]).fingerprint(),
+            SegmentationFolder(*folders, ids=["b", "a"]).fingerprint(),
+            SegmentationFolder(*folders, mode="L").fingerprint(),
+            SegmentationFolder(*folders, mode=None).fingerprint(),
+        ]
+        assert len(set(prints)) == len(prints)
+
+    def test_changes_with_the_size_of_an_image_file(self, folders):
+        was = SegmentationFolder(*folders).fingerprint()
+        save(folders[0] / "b.png", RGB[:3])
+        assert SegmentationFolder(*folders).fingerprint() != was
+
+    def test_changes_with_a_name(self, folders):
+        was = SegmentationFolder(*folders).fingerprint()
+        for folder in folders:
+            (folder / "b.png").rename(folder / "bb.png")
+        assert SegmentationFolder(*folders).fingerprint() != was
+
+
+def test_repr_tells_folders_and_size(images, masks):
+    fill(images, masks, "a", "b")
+    text = repr(SegmentationFolder(images, masks))
+    assert str(images) in text
+    assert str(masks) in text
+    assert "2 items" in text
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason=f"CamVid is not at {CAMVID}; STSEG_CAMVID says where it is")
+class TestCamVid:
+    def test_has_all_its_pairs(self):
+        for part, count in (("train", 367), ("val", 101)):
+            assert len(SegmentationFolder(CAMVID / part / "images", CAMVID / part / "masks")) == count
+
+    def test_items_are_what_pil_reads(self):
+        dataset = SegmentationFolder(CAMVID / "val" / "images", CAMVID / "val" / "masks")
+        image, mask = dataset[5]
+        with Image.open(CAMVID / "val" / "images" / f"{dataset.ids[5]}.jpg") as jpeg:
+            assert np.array_equal(image.permute(1, 2, 0), ImageOps.exif_transpose(jpeg).convert("RGB"))
+        with Image.open(CAMVID / "val" / "masks" / f"{dataset.ids[5]}.png") as png:
+            assert np.array_equal(mask, np.array(png))
+        assert set(mask.unique().tolist()) <= {*range(11), 255}
+
+    def test_splits_divide_the_training_images(self):
+        folder = CAMVID / "splits" / "1_8" / "seed_0"
+        labelled, unlabelled = (read_ids(folder / f"{name}.txt") for name in ("labeled", "unlabeled"))
+        images, masks = CAMVID / "train" / "images", CAMVID / "train" / "masks"
+        assert SegmentationFolder(images, masks, ids=labelled).ids == labelled
+        assert sorted(labelled + unlabelled) == SegmentationFolder(images).ids
