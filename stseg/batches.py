@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from stseg.config import TrainConfig
 from stseg.distributed import rank, world_size
 from stseg.errors import DataError
-from stseg.samples import check_mask_values, ids_of, pair_of
+from stseg.samples import check_mask_values, pair_of
 from stseg.types import PairTransform
 
 Draw = tuple[int, int]
@@ -33,10 +33,8 @@ def seed_of(seed: int, *keys: int | str) -> int:
         >>> seed_of(0, "teacher") == seed_of(0, "teacher"), seed_of(0, "teacher") == seed_of(0, "student")
         (True, False)
     """
-    numbers = [seed & (2**64 - 1)]
-    for key in keys:
-        numbers.append(int.from_bytes(key.encode(), "little") if isinstance(key, str) else key)
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    numbers = (int.from_bytes(key.encode(), "little") if isinstance(key, str) else key for key in keys)
+    return int(np.random.SeedSequence([seed & (2**64 - 1), *numbers]).generate_state(1, np.uint64)[0])
 
 
 @contextmanager
@@ -110,19 +108,6 @@ class Batches(Sampler[list[Draw]]):
         return torch.cat([torch.randperm(self.samples, generator=generator) for _ in range(rounds)])
 
 
-def names_of(dataset: Dataset[Any]) -> list[str]:
-    """What messages call the samples of a labelled or mixed data set.
-
-    Raises:
-        DataError: if there is no sample.
-    """
-    names = getattr(dataset, "names", None)
-    names = ids_of(dataset) if names is None else list(names)
-    if not names:
-        raise DataError("the data set to train on is empty")
-    return names
-
-
 def steps_per_epoch(samples: int, batch_size: int) -> int:
     """Complete batches of an epoch; one where there are fewer samples than that.
 
@@ -186,9 +171,7 @@ def collate(samples: Sequence[tuple[Tensor, Tensor, bool]]) -> tuple[Tensor, Ten
     return torch.stack(images), torch.stack(masks), torch.tensor(is_pseudo)
 
 
-def batches_of(
-    samples: Samples, config: TrainConfig, steps: range, *, pin_memory: bool
-) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+def batches_of(samples: Samples, config: TrainConfig, steps: range, *, pin_memory: bool) -> DataLoader[Any]:
     """The batches of some steps of a training, read ahead by workers."""
     return DataLoader(
         samples,

@@ -96,9 +96,7 @@ class StageFolder:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a broken file
-            raise DataError(
-                f"{path} cannot be read ({error}); remove it to begin the stage anew"
-            ) from error
+            raise DataError(f"{path} cannot be read ({error}); remove it to begin the stage anew") from error
         _bare(model).load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return Progress(**state["progress"])

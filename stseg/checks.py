@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from stseg.distributed import gathered
 from stseg.errors import DataError, NetworkError, StsegError
 from stseg.inference import Skipped, bar, load, share_of
 from stseg.models.state import device_of, frozen
-from stseg.samples import check_mask_values, ids_of
+from stseg.samples import check_mask_values, has_ids, ids_of, len_of, repeated
 
 
 def check_labelled(
@@ -35,38 +36,54 @@ def check_labelled(
             holds a value that is neither a class nor the ignore index; names the item.
         TypeError: if a mask holds floats; names the item.
     """
-    ids = _ids(dataset, name)
+    ids = ids_of(dataset)
+    if not ids:
+        raise DataError(f"the {name} data set is empty")
     mine = share_of(len(ids))
     prints = []
     items = load(dataset, mine, batch_size=8, num_workers=num_workers, with_mask=True)
     for index, (image, mask) in bar(items, total=len(mine), title=f"check {name}", show=progress):
         check_mask_values(mask, num_classes, ignore_index, name=ids[index])
         prints.append((index, _crc(image), _crc(mask)))
-    return _joined(ids, prints)
+    return _joined(ids, [row for part in gathered(prints) for row in part])
 
 
-def check_unlabelled(
-    dataset: Dataset[Any], *, skip_unreadable: bool = False, num_workers: int = 0, progress: bool = True
-) -> tuple[str, list[Skipped]]:
+def find_unreadable(
+    dataset: Dataset[Any], *, skip: bool = False, num_workers: int = 0, progress: bool = True
+) -> list[Skipped]:
     """Read every image once.
 
     Returns:
-        A fingerprint of ids and images, and what could not be read where ``skip_unreadable`` is true.
+        What could not be read, where ``skip`` is true.
 
     Raises:
-        DataError: if there is no image.
-        UnreadableImageError: if one cannot be read and ``skip_unreadable`` is false.
+        UnreadableImageError: if one cannot be read and ``skip`` is false.
     """
-    ids = _ids(dataset, "unlabelled")
-    mine = share_of(len(ids))
+    mine = share_of(len_of(dataset))
     skipped: list[Skipped] = []
-    prints = []
-    items = load(
-        dataset, mine, batch_size=8, num_workers=num_workers, skip=skipped.append if skip_unreadable else None
-    )
-    for index, image in bar(items, total=len(mine), title="check unlabelled", show=progress):
-        prints.append((index, _crc(image)))
-    return _joined(ids, prints), sorted((s for part in gathered(skipped) for s in part), key=lambda s: s.index)
+    items = load(dataset, mine, batch_size=8, num_workers=num_workers, skip=skipped.append if skip else None)
+    for _ in bar(items, total=len(mine), title="check unlabelled", show=progress):
+        pass
+    return sorted((s for part in gathered(skipped) for s in part), key=lambda s: s.index)
+
+
+def fingerprint(dataset: Dataset[Any], *, most: int = 256) -> str:
+    """Number, ids and the pixels of at most so many images of a data set, evenly spread."""
+    ids = ids_of(dataset)
+    chosen = sorted({len(ids) * k // most for k in range(most)}) if ids else []
+    unreadable: list[Skipped] = []
+    items = load(dataset, chosen, batch_size=8, num_workers=0, skip=unreadable.append)
+    return _joined(ids, [(index, _crc(image)) for index, image in items])
+
+
+def refuse_common_ids(datasets: dict[str, Dataset[Any] | None]) -> None:
+    """Raise a ``DataError`` if an id is in two of the data sets, given by name; unnamed items are left alone."""
+    named = [(name, ids_of(data)) for name, data in datasets.items() if data is not None and has_ids(data)]
+    for (name, ids), (other, others) in combinations(named, 2):
+        if (both := repeated(ids, others)) is not None:
+            raise DataError(
+                f"the id {both!r} is in both the {name} and the {other} data set; expected each image in one of them"
+            )
 
 
 def check_network(model: nn.Module, image: Tensor, num_classes: int | None = None) -> int:
@@ -100,17 +117,9 @@ def check_network(model: nn.Module, image: Tensor, num_classes: int | None = Non
     return classes
 
 
-def _ids(dataset: Dataset[Any], name: str) -> list[str]:
-    ids = ids_of(dataset)
-    if not ids:
-        raise DataError(f"the {name} data set is empty")
-    return ids
-
-
 def _crc(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().numpy().tobytes(), zlib.crc32(str(tuple(tensor.shape)).encode()))
 
 
 def _joined(ids: list[str], prints: list[Any]) -> str:
-    everyone = sorted(row for part in gathered(prints) for row in part)
-    return f"{len(ids)} items, {zlib.crc32(repr((ids, everyone)).encode()):08x}"
+    return f"{len(ids)} items, {zlib.crc32(repr((ids, sorted(prints))).encode()):08x}"

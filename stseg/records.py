@@ -1,4 +1,4 @@
-"""What a folder was made with, beside its results, so that other settings or data are refused."""
+"""What a folder was made with, written beside its results so that other settings or data are refused."""
 
 from __future__ import annotations
 
@@ -20,23 +20,45 @@ def check_record(path: Path, record: dict[str, Any]) -> None:
     Raises:
         WorkdirMismatchError: if the two differ; names what is there and what came.
     """
-    record = json.loads(json.dumps(record))
+    found = read_record(path)
+    if found is not None:
+        refuse_other(found, record, path.parent)
     barrier()
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise WorkdirMismatchError(
-                f"{path} is not readable as JSON ({error}); remove {path.parent} to begin anew"
-            ) from None
-        if differences := differing(found, record):
-            raise WorkdirMismatchError(
-                f"{path.parent} was made with other settings or data: {'; '.join(differences)}. "
-                "Use another folder, or remove it"
-            )
-    barrier()
-    if rank() == 0 and not path.exists():
-        write_atomically(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
+    if found is None and rank() == 0:
+        write_record(path, record)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record in a file; None if there is no file.
+
+    Raises:
+        WorkdirMismatchError: if the file is no record.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise WorkdirMismatchError(f"{path} is not JSON ({error}); remove {path.parent} to begin anew") from None
+    if not isinstance(record, dict):
+        raise WorkdirMismatchError(f"{path} holds no record; remove {path.parent} to begin anew")
+    return record
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Replace the record in a file."""
+    content = json.dumps(record, indent=1).encode()
+    write_atomically(path, lambda file: file.write(content))
+
+
+def refuse_other(found: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise a ``WorkdirMismatchError`` that names the differences, if there are any."""
+    now = json.loads(json.dumps(now))
+    if differences := differing(found, now):
+        raise WorkdirMismatchError(
+            f"{folder} was made with other settings or data: {'; '.join(differences)}. "
+            "Use another folder, or remove it to begin anew"
+        )
 
 
 def differing(found: Any, now: Any, name: str = "") -> list[str]:
@@ -59,9 +81,9 @@ def described(value: Any) -> str:
     """A callable or an object in words that are the same in every run.
 
     Example:
-        >>> described(nn.ReLU())
-        'ReLU()'
+        >>> described(nn.ReLU()), described(len)
+        ('ReLU()', 'builtins.len')
     """
-    if isinstance(value, type) or not hasattr(value, "__qualname__"):
+    if isinstance(value, nn.Module) or not hasattr(value, "__qualname__"):
         return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
     return f"{value.__module__}.{value.__qualname__}"

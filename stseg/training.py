@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +20,16 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from stseg.augment import WeakAugment
-from stseg.batches import Samples, batches_of, names_of, seed_of, steps_per_epoch
-from stseg.checkpoints import Progress, Row, StageFolder
+from stseg.batches import Samples, batches_of, seed_of, steps_per_epoch
+from stseg.checkpoints import Row, StageFolder
 from stseg.checks import check_labelled, check_network
 from stseg.config import TrainConfig
 from stseg.distributed import rank, summed, world_size
-from stseg.errors import TrainingDivergedError
+from stseg.errors import DataError, TrainingDivergedError
 from stseg.inference import autocast, evaluate
 from stseg.models.segmenter import as_segmenter
 from stseg.records import described
+from stseg.samples import names_of
 from stseg.types import BatchAugmentation
 
 
@@ -68,12 +68,12 @@ def fit(
 ) -> FitResult:
     """Train a network on a labelled or a mixed data set.
 
-    The loss is the mean cross-entropy over the pixels of the batch that are not ignored, true and pseudo-masks alike (Yang et al.,
-    CVPR 2022, equation 3 with lambda = 1); the schedule is that of :class:`stseg.TrainConfig`. The result depends on
-    the seed and the initial weights alone: an interrupted stage that has a ``workdir`` goes on to the same weights.
+    The loss is the mean cross-entropy over the pixels of the batch that are not ignored, true and pseudo-masks alike
+    (Yang et al., CVPR 2022, section 3.1 with lambda = 1). The result depends on the seed and the initial weights
+    alone: an interrupted stage that has a ``workdir`` goes on to the same weights.
 
-    It runs on the device and the processes that ``torchrun`` or ``accelerate launch`` set up; in a single process, on the
-    best device there is. Batch normalisation keeps the statistics of each process apart.
+    It runs on the devices that ``torchrun`` or ``accelerate launch`` set up; in a single process, on the best one
+    there is. Batch normalisation keeps the statistics of each process apart.
 
     Args:
         model: a network or a wrapped one. It is itself trained, not a copy.
@@ -109,6 +109,8 @@ def fit(
     """
     device = PartialState().device
     names = names_of(dataset)
+    if not names:
+        raise DataError("the data set to train on is empty")
     per_epoch = steps_per_epoch(len(names), config.batch_size)
     unit = per_epoch if config.epochs else 1
     total = unit * (config.epochs or config.steps or 0)
@@ -165,7 +167,7 @@ def fit(
             torch.manual_seed(seed_of(config.seed, "step", step, rank()))
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * poly(step, total, config.power)
-            images, masks = _on_device(*batch, device, strong)
+            images, masks = _on_device(batch, device, strong)
             try:
                 loss = _step(network, optimizer, images, masks, config, ignore_index)
             except FloatingPointError as error:
@@ -236,7 +238,9 @@ def _backbone(network: nn.Module, name: str | None) -> nn.Module | None:
         try:
             return network.get_submodule(name)
         except AttributeError:
-            raise ValueError(f"backbone is {name!r}; the network ({type(network).__name__}) has no such submodule") from None
+            raise ValueError(
+                f"backbone is {name!r}; the network ({type(network).__name__}) has no such submodule"
+            ) from None
     names = ("encoder", "backbone", getattr(network, "base_model_prefix", None) or "encoder")
     found = (getattr(network, name, None) for name in names)
     return next((module for module in found if isinstance(module, nn.Module)), None)
@@ -272,7 +276,7 @@ def _step(
     total = summed(torch.stack([losses.detach().double(), (masks != ignore_index).sum().double()]))
     count = total[1].clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
-    (losses * (world_size() / count).float()).backward()
+    torch.autograd.backward(losses * (world_size() / count).float())
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)
     loss, finite = torch.stack([total[0] / count, (total[0] + norm).isfinite().double()]).tolist()
@@ -285,10 +289,10 @@ def _step(
 
 
 def _on_device(
-    images: Tensor, masks: Tensor, is_pseudo: Tensor, device: torch.device, strong: BatchAugmentation | None
+    batch: tuple[Tensor, Tensor, Tensor], device: torch.device, strong: BatchAugmentation | None
 ) -> tuple[Tensor, Tensor]:
     """A batch as the network takes it: float images, strongly augmented where pseudo-labelled, and int64 masks."""
-    images, masks, is_pseudo = (x.to(device, non_blocking=True) for x in (images, masks, is_pseudo))
+    images, masks, is_pseudo = (x.to(device, non_blocking=True) for x in batch)
     images = images.float() / 255 if images.dtype == torch.uint8 else images
     if strong is not None:
         with torch.no_grad():

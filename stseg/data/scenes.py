@@ -20,9 +20,9 @@ _Point = tuple[float, float]
 class SyntheticScenes(Dataset[tuple[Tensor, Tensor]]):
     """Streets with seven classes, each scene in a light, a season and colours of its own.
 
-    Shape and place tell the classes apart; colour hardly does: facades can be as green as trees, cars as grey as the road, and the
-    light goes from noon to dusk and fog. A few annotated scenes show few of the combinations, which is what makes
-    scenes without masks worth having. A scene is drawn when it is first asked for, and kept.
+    Shape and place tell the classes apart; colour hardly does: facades can be as green as trees, cars as grey as the
+    road, and the light goes from noon to dusk and fog. A few annotated scenes show few of the combinations, which is
+    what makes scenes without masks worth having. A scene is drawn when it is first asked for, and kept.
 
     Args:
         n: number of scenes.
@@ -31,7 +31,7 @@ class SyntheticScenes(Dataset[tuple[Tensor, Tensor]]):
 
     Attributes:
         classes: their names; the position is the value in the masks.
-        ids: ``scene_00000`` and so on.
+        ids: ``scene_<seed>_00000`` and so on.
 
     Shape:
         Items are the image, uint8 ``(3, H, W)``, and the mask, uint8 ``(H, W)``.
@@ -57,7 +57,7 @@ class SyntheticScenes(Dataset[tuple[Tensor, Tensor]]):
         if seed < 0:
             raise ValueError(f"seed is {seed}; expected 0 or more")
         self.seed = seed
-        self.ids = [f"scene_{i:05d}" for i in range(n)]
+        self.ids = [f"scene_{seed}_{i:05d}" for i in range(n)]
         self._drawn: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -107,8 +107,8 @@ class _Scene:
     def polygon(self, points: list[_Point], colour: _Colour, label: int) -> None:
         width, height = self.colours.size
         scaled = [(x * width, y * height) for x, y in points]
-        for brush, fill in zip(self._brushes, (colour, label), strict=True):
-            brush.polygon(scaled, fill=fill)
+        self._brushes[0].polygon(scaled, fill=colour)
+        self._brushes[1].polygon(scaled, fill=label)
 
     def box(self, left: float, top: float, right: float, bottom: float, colour: _Colour, label: int) -> None:
         self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour, label)
@@ -143,9 +143,7 @@ class _Scene:
         self.box(0, self.horizon, 1, 1, ground, GROUND)
         for _ in range(int(self.random.integers(0, 4))):
             cloud = self.colour((0, 1), (0, 0.1), (0.6, 1.0))
-            self.ellipse(
-                self.uniform(0, 1), self.uniform(0, self.horizon), self.uniform(0.05, 0.2), 0.03, cloud, SKY
-            )
+            self.ellipse(self.uniform(0, 1), self.uniform(0, self.horizon), self.uniform(0.05, 0.2), 0.03, cloud, SKY)
 
     def draw_buildings(self) -> None:
         x = self.uniform(-0.2, 0.1)
@@ -183,15 +181,10 @@ class _Scene:
         self.polygon(edges, asphalt, ROAD)
         paint = self.colour((0.1, 0.17), (0.0, 0.5), (0.7, 1.0))
         for start in np.arange(0.1, 1.0, 0.25):
-            a, b = float(start), float(start) + 0.1
-            centre, thickness = (lambda t: far + (near - far) * t), (lambda t: 0.004 + 0.012 * t)
-            line = [
-                (centre(a) - thickness(a), y + (1 - y) * a),
-                (centre(a) + thickness(a), y + (1 - y) * a),
-                (centre(b) + thickness(b), y + (1 - y) * b),
-                (centre(b) - thickness(b), y + (1 - y) * b),
-            ]
-            self.polygon(line, paint, ROAD)
+            ends = [(float(t), far + (near - far) * float(t), 0.004 + 0.012 * float(t)) for t in (start, start + 0.1)]
+            left = [(x - half, y + (1 - y) * t) for t, x, half in ends]
+            right = [(x + half, y + (1 - y) * t) for t, x, half in reversed(ends)]
+            self.polygon(left + right, paint, ROAD)
 
     def foot(self, depth: float) -> tuple[float, float, float]:
         """Where something at a depth stands, and how large things are there."""
@@ -200,7 +193,14 @@ class _Scene:
     def draw_tree(self, depth: float) -> None:
         x, y, scale = self.foot(depth)
         height, crown = scale * self.uniform(0.25, 0.5), scale * self.uniform(0.08, 0.18)
-        self.box(x - 0.02 * scale, y - height, x + 0.02 * scale, y, self.colour((0.03, 0.1), (0.2, 0.6), (0.15, 0.5)), TREE)
+        self.box(
+            x - 0.02 * scale,
+            y - height,
+            x + 0.02 * scale,
+            y,
+            self.colour((0.03, 0.1), (0.2, 0.6), (0.15, 0.5)),
+            TREE,
+        )
         leaves = self.one_of(
             self.colour((0.2, 0.42), (0.3, 0.9), (0.15, 0.7)),
             self.colour((0.0, 0.14), (0.5, 0.9), (0.4, 0.9)),  # autumn
@@ -235,7 +235,14 @@ class _Scene:
         half = 0.14 * height
         self.box(x - half, y - 0.45 * height, x - 0.2 * half, y, self.colour(value=(0.05, 0.8)), PERSON)
         self.box(x + 0.2 * half, y - 0.45 * height, x + half, y, self.colour(value=(0.05, 0.8)), PERSON)
-        self.box(x - 1.2 * half, y - 0.8 * height, x + 1.2 * half, y - 0.4 * height, self.colour((0, 1), (0, 1), (0.05, 1)), PERSON)
+        self.box(
+            x - 1.2 * half,
+            y - 0.8 * height,
+            x + 1.2 * half,
+            y - 0.4 * height,
+            self.colour((0, 1), (0, 1), (0.05, 1)),
+            PERSON,
+        )
         skin = self.colour((0.02, 0.1), (0.2, 0.6), (0.25, 1.0))
         self.ellipse(x, y - 0.9 * height, 0.1 * height, 0.1 * height, skin, PERSON)
 
@@ -245,7 +252,7 @@ class _Scene:
         if self.random.random() < 0.4:
             image = image.filter(ImageFilter.GaussianBlur(self.uniform(0.2, 0.9)))
         pixels = np.asarray(image, dtype=np.float64) / 255
-        row, column = np.mgrid[0:1 : self.height * 1j, 0:1 : self.width * 1j]
+        row, column = np.mgrid[0 : 1 : self.height * 1j, 0 : 1 : self.width * 1j]
         if self.random.random() < 0.35:  # fog, thickest at the horizon
             thickness = self.uniform(0.2, 0.75) * np.exp(-np.abs(row - self.horizon) * self.uniform(1, 4))
             pixels += thickness[..., None] * (self.uniform(0.6, 0.95) - pixels)
@@ -253,7 +260,7 @@ class _Scene:
         light = 1 + slope[0] * (row - 0.5) + slope[1] * (column - 0.5)
         pixels *= light[..., None] * self.random.uniform(0.8, 1.2, 3) * self.uniform(0.45, 1.25)
         pixels += self.random.normal(0, 1, pixels.shape) * self.uniform(0.01, 0.07)
-        return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+        return np.asarray((pixels.clip(0, 1) * 255).round(), dtype=np.uint8)
 
     def mask(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The classes, uint8 ``(H, W)``."""

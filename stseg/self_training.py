@@ -1,0 +1,230 @@
+"""ST and ST++, told as the paper tells them (Yang et al., CVPR 2022)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from stseg.augment import StrongAugment
+from stseg.checks import refuse_common_ids
+from stseg.config import TrainConfig
+from stseg.data import MixedDataset
+from stseg.errors import DataError
+from stseg.models.state import digest
+from stseg.records import described
+from stseg.samples import check_classes, len_of
+from stseg.stages import Images, Ranker, SelfTrainingResult, Stages, StageSettings
+from stseg.training import FitResult
+from stseg.tta import MultiScaleFlip
+from stseg.types import BatchAugmentation
+from stseg.workdir import Workdir
+
+
+class SelfTrainer:
+    """Trains a network on few labelled and many unlabelled images.
+
+    - ``"supervised"``: on the labelled images alone; the baseline, and the teacher of the other two.
+    - ``"st"``: the teacher labels all images; a student learns from true and pseudo-masks, the latter under strong
+      augmentation (section 3.2).
+    - ``"st++"``: the images on whose masks the teacher settled early in its training are labelled first; a student
+      that learnt from those labels the rest (section 3.3).
+
+    Every stage begins with a network of its own. With a ``workdir`` each step is written there as soon as it is done,
+    training, ranking and labelling also while under way, and the same call again goes on from where it was killed.
+    Under ``torchrun`` or ``accelerate launch`` the processes share all the work.
+
+    Args:
+        make_model: makes a fresh network, bare or wrapped, each time it is called; its random initial weights come
+            from the seed.
+        num_classes: number of classes.
+        config: settings of every training stage.
+        method: ``"supervised"``, ``"st"`` or ``"st++"``.
+        teacher: ``"final"``, or ``"best"`` for the weights of each stage that were best on ``val``, as the
+            paper's runs took them; that lets validation labels into the training.
+        reliable_fraction: share of the images that count as reliable; of n, the first ``floor(n * fraction)``.
+        strong: augmentation of pseudo-labelled images; None for none.
+        tta: wraps a network for labelling; None labels at one scale, in a fifteenth of the time.
+        ranker: ranks the images in place of their stability: any object with ``.rank(dataset) -> Ranking``.
+        ignore_index: mask value of pixels that do not count.
+        inference_batch_size: how many images of equal size are labelled or ranked at once.
+        skip_unreadable: whether to leave out unlabelled images that cannot be read; they are listed in the result.
+        workdir: folder that keeps everything; None keeps results in memory.
+        save_every: seconds between saves of a training that is under way.
+        progress: whether to show bars.
+
+    Raises:
+        ValueError: if an argument makes no sense; names it.
+
+    Example:
+        >>> import torch
+        >>> images = [torch.rand(3, 16, 16) for _ in range(6)]
+        >>> labelled = [(image, (image[0] > 0.5).to(torch.uint8)) for image in images[:2]]
+        >>> trainer = SelfTrainer(
+        ...     lambda: nn.Conv2d(3, 2, 1),
+        ...     num_classes=2,
+        ...     config=TrainConfig(steps=3, batch_size=2, crop_size=16),
+        ...     progress=False,
+        ... )
+        >>> result = trainer.fit(labelled, images[2:])
+        >>> list(result.seconds)
+        ['teacher', 'ranking', 'reliable', 'student-1', 'unreliable', 'student-2']
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        *,
+        num_classes: int,
+        config: TrainConfig,
+        method: Literal["supervised", "st", "st++"] = "st++",
+        teacher: Literal["final", "best"] = "final",
+        reliable_fraction: float = 0.5,
+        strong: BatchAugmentation | None = StrongAugment(),  # noqa: B008  it holds settings alone
+        tta: Callable[[nn.Module], nn.Module] | None = MultiScaleFlip,
+        ranker: Ranker | None = None,
+        ignore_index: int = 255,
+        inference_batch_size: int = 8,
+        skip_unreadable: bool = False,
+        workdir: str | Path | None = None,
+        save_every: float = 60.0,
+        progress: bool = True,
+    ) -> None:
+        if isinstance(make_model, nn.Module):
+            raise TypeError(
+                "make_model is a network; expected a function that makes a fresh one for each stage, "
+                "such as lambda: smp.Unet(...)"
+            )
+        if method not in ("supervised", "st", "st++"):
+            raise ValueError(f"method is {method!r}; expected 'supervised', 'st' or 'st++'")
+        if teacher not in ("final", "best"):
+            raise ValueError(f"teacher is {teacher!r}; expected 'final' or 'best'")
+        if not 0 < reliable_fraction < 1:
+            raise ValueError(f"reliable_fraction is {reliable_fraction}; expected a share between 0 and 1")
+        check_classes(num_classes, ignore_index)
+        if method == "st++" and (config.epochs or config.steps or 0) < 3:
+            raise ValueError(
+                "method 'st++' keeps three checkpoints of the teacher; expected 3 epochs (or steps) or more"
+            )
+        self.method = method
+        self.reliable_fraction = reliable_fraction
+        self.workdir = workdir
+        self.settings = StageSettings(
+            make_model=make_model,
+            num_classes=num_classes,
+            config=config,
+            strong=strong,
+            tta=tta,
+            keep=teacher,
+            ranker=ranker,
+            ignore_index=ignore_index,
+            inference_batch_size=inference_batch_size,
+            skip_unreadable=skip_unreadable,
+            save_every=save_every,
+            progress=progress,
+        )
+
+    def fit(
+        self,
+        labelled: Dataset[Any],
+        unlabelled: Dataset[Any] | None = None,
+        val: Dataset[Any] | None = None,
+        *,
+        teacher: FitResult | None = None,
+    ) -> SelfTrainingResult:
+        """Run the method.
+
+        All data sets, the network and the settings are looked at before any training.
+
+        Args:
+            labelled: items ``(image, mask)``.
+            unlabelled: items are images, or tuples that begin with one; what follows is never looked at.
+            val: items ``(image, mask)``, evaluated while training. They choose nothing, unless ``teacher="best"``.
+            teacher: a supervised stage of an earlier run, such as ``result.stages["teacher"]``, instead of training one.
+
+        Raises:
+            DataError: if a data set is empty, an id is in two of them, or an item is not what it has to be; names it.
+            NetworkError: if the network does not give logits of ``num_classes`` classes.
+            ValueError: if arguments and data do not go together.
+            WorkdirMismatchError: if the work directory was made with other settings or data.
+            TrainingDivergedError: if a loss becomes NaN or infinite.
+        """
+        run, images = self._prepared(labelled, unlabelled, val, teacher)
+        config = self.settings.config
+        if teacher is None:
+            twice = len_of(labelled) < config.double_below
+            teacher = run.train("teacher", MixedDataset(labelled, repeat=2 if twice else 1), thirds(config))
+        if self.method == "supervised":
+            return run.result(teacher)
+        if self.method == "st":
+            labels = run.label("labels", teacher, images)
+            return run.result(run.train("student", MixedDataset(labelled, labels)))
+        reliable, rest = run.rank("ranking", teacher, images).split(self.reliable_fraction)
+        easy = run.label("reliable", teacher, Subset(images, reliable))
+        student = run.train("student-1", MixedDataset(labelled, easy))
+        hard = run.label("unreliable", student, Subset(images, rest))
+        return run.result(run.train("student-2", MixedDataset(labelled, ConcatDataset([easy, hard]))))
+
+    def _prepared(
+        self,
+        labelled: Dataset[Any],
+        unlabelled: Dataset[Any] | None,
+        val: Dataset[Any] | None,
+        teacher: FitResult | None,
+    ) -> tuple[Stages, Images]:
+        """Everything that can be found wrong is found here: the cheap things first, and nothing is trained before."""
+        settings = self.settings
+        if settings.keep == "best" and val is None:
+            raise ValueError("teacher='best' needs a validation set (val) to tell which weights are best")
+        if unlabelled is None and self.method != "supervised":
+            raise ValueError(f"method {self.method!r} needs unlabelled images")
+        if self.method == "st++" and teacher is not None and len(teacher.snapshots) < 2 and settings.ranker is None:
+            raise ValueError(
+                f"method 'st++' ranks by the teacher's snapshots; the teacher has {len(teacher.snapshots)}, "
+                "expected two or more (train it with method='st++', or fit(..., snapshots=...))"
+            )
+        refuse_common_ids({"labelled": labelled, "unlabelled": unlabelled, "validation": val})
+        run = Stages(settings, Workdir(self.workdir, self._described()), val)
+        images = run.check(
+            labelled,
+            unlabelled,
+            {} if teacher is None else {"teacher": digest(teacher.model)},
+        )
+        if self.method != "supervised" and not len(images):
+            raise DataError("the unlabelled data set is empty")
+        if self.method == "st++" and not 0 < math.floor(len(images) * self.reliable_fraction) < len(images):
+            raise DataError(
+                f"{len(images)} unlabelled images with reliable_fraction {self.reliable_fraction} leave none reliable "
+                "or none unreliable; expected at least one of each"
+            )
+        return run, images
+
+    def _described(self) -> dict[str, Any]:
+        s = self.settings
+        return {
+            "method": self.method,
+            "teacher": s.keep,
+            "reliable_fraction": self.reliable_fraction,
+            "num_classes": s.num_classes,
+            "ignore_index": s.ignore_index,
+            "config": {**asdict(s.config), "num_workers": None},
+            "strong": described(s.strong),
+            "tta": described(s.tta),
+            "ranker": described(s.ranker),
+        }
+
+
+def thirds(config: TrainConfig) -> list[int]:
+    """After which epochs (or steps) ST++ keeps a checkpoint: a third, two thirds and all of them; none of fewer than 3.
+
+    Example:
+        >>> thirds(TrainConfig(epochs=80)), thirds(TrainConfig(steps=4))
+        ([26, 53, 80], [1, 2, 4])
+    """
+    length = config.epochs or config.steps or 0
+    return [length // 3, 2 * length // 3, length] if length >= 3 else []

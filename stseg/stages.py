@@ -1,0 +1,240 @@
+"""The steps of a self-training run: train, rank, label. Each is durable, each is done once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from stseg.batches import seed_of
+from stseg.checkpoints import copy_on_cpu
+from stseg.checks import check_labelled, check_network, find_unreadable, fingerprint
+from stseg.config import TrainConfig
+from stseg.data import MixedDataset
+from stseg.inference import Skipped
+from stseg.models.segmenter import as_segmenter
+from stseg.pseudo import PseudoLabeler, PseudoLabelled
+from stseg.ranking import Ranking, StabilityRanker
+from stseg.samples import ids_of, image_of, pair_of
+from stseg.store import check_store_id
+from stseg.training import FitResult, fit
+from stseg.types import BatchAugmentation
+from stseg.workdir import Workdir
+
+
+class Ranker(Protocol):
+    """What can take the place of :class:`stseg.StabilityRanker` in a run."""
+
+    def rank(self, dataset: Dataset[Any]) -> Ranking:
+        """Rank all images of a data set, best first."""
+        ...
+
+
+class Images(Dataset[Tensor]):
+    """Some images of a data set under their ids, and nothing else: whatever stands behind them is not handed on."""
+
+    def __init__(self, dataset: Dataset[Any], indices: Sequence[int], ids: Sequence[str]) -> None:
+        self.dataset, self.indices, self.ids = dataset, list(indices), list(ids)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Tensor:
+        return image_of(self.dataset[self.indices[position]], name=self.ids[position])
+
+
+@dataclass(frozen=True)
+class SelfTrainingResult:
+    """What a run leaves behind.
+
+    Attributes:
+        model: the final network, wrapped, in evaluation mode.
+        stages: the result of each training stage by name, in order: "teacher", then "student" (ST) or "student-1" and
+            "student-2" (ST++). Their models, but for the last, are on the CPU.
+        labels: the pseudo-labelled data sets by name: "labels" (ST), "reliable" and "unreliable" (ST++).
+        ranking: how the unlabelled images were ranked (ST++).
+        skipped: unlabelled images that could not be read and were left out.
+        seconds: duration of each step by name, in order.
+    """
+
+    model: nn.Module
+    stages: dict[str, FitResult]
+    labels: dict[str, PseudoLabelled]
+    ranking: Ranking | None
+    skipped: tuple[Skipped, ...]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What all steps of a run have in common."""
+
+    make_model: Callable[[], nn.Module]
+    num_classes: int
+    config: TrainConfig
+    strong: BatchAugmentation | None
+    tta: Callable[[nn.Module], nn.Module] | None
+    keep: Literal["final", "best"]
+    ranker: Ranker | None
+    ignore_index: int
+    inference_batch_size: int
+    skip_unreadable: bool
+    save_every: float
+    progress: bool
+
+
+class Stages:
+    """Runs the steps; results stay in memory, and in the work directory if there is one."""
+
+    def __init__(self, settings: StageSettings, workdir: Workdir, val: Dataset[Any] | None) -> None:
+        self.settings, self.workdir, self.val = settings, workdir, val
+        self.device = PartialState().device
+        self.trained: dict[str, FitResult] = {}
+        self.labelled: dict[str, PseudoLabelled] = {}
+        self.ranking: Ranking | None = None
+        self.skipped: tuple[Skipped, ...] = ()
+        self.seconds: dict[str, float] = {}
+
+    def check(self, labelled: Dataset[Any], unlabelled: Dataset[Any] | None, facts: dict[str, str]) -> Images:
+        """Look at all data and at the network; what is wrong is found before anything is trained.
+
+        Args:
+            labelled: items ``(image, mask)``.
+            unlabelled: items are images; None stands for none.
+            facts: what else the run works on.
+
+        Returns:
+            The unlabelled images that can be read.
+        """
+        s = self.settings
+        for name, dataset in {"labelled": labelled, "validation": self.val}.items():
+            if dataset is not None:
+                facts[name] = check_labelled(
+                    dataset,
+                    num_classes=s.num_classes,
+                    ignore_index=s.ignore_index,
+                    name=name,
+                    num_workers=s.config.num_workers,
+                    progress=s.progress,
+                )
+        self._check_network(pair_of(labelled[0], name=ids_of(labelled)[0])[0])
+        if unlabelled is None:
+            self.workdir.claim(facts)
+            return Images(labelled, [], [])
+        ids = ids_of(unlabelled)
+        for id in ids:
+            check_store_id(id)
+        facts["unlabelled"] = fingerprint(unlabelled)
+        self.workdir.claim(facts)
+        done = self.workdir.facts("check")
+        if done is None:
+            skipped = find_unreadable(
+                unlabelled, skip=s.skip_unreadable, num_workers=s.config.num_workers, progress=s.progress
+            )
+            done = {"skipped": [asdict(image) for image in skipped]}
+            self.workdir.done("check", **done)
+        self.skipped = tuple(Skipped(**image) for image in done["skipped"])
+        left_out = {image.index for image in self.skipped}
+        kept = [index for index in range(len(ids)) if index not in left_out]
+        return Images(unlabelled, kept, [ids[index] for index in kept])
+
+    def train(self, step: str, dataset: MixedDataset, snapshots: Sequence[int] = ()) -> FitResult:
+        """Train a network of its own, from its initial weights; of those before, none stays on the device."""
+        for earlier in self.trained.values():
+            earlier.model.to("cpu")
+        s = self.settings
+        result = fit(
+            self.new_model(step),
+            dataset,
+            s.config.with_seed(seed_of(s.config.seed, step)),
+            strong=s.strong if dataset.pseudo is not None else None,
+            val=self.val,
+            snapshots=snapshots,
+            keep=s.keep,
+            ignore_index=s.ignore_index,
+            workdir=self.workdir.path(step),
+            save_every=s.save_every,
+            check=False,
+            progress=s.progress,
+            title=step,
+        )
+        self.trained[step] = result
+        self._done(step, result.seconds)
+        return result
+
+    def label(self, step: str, teacher: FitResult, images: Dataset[Any]) -> PseudoLabelled:
+        """Label images with the network of a stage."""
+        s, began = self.settings, time.monotonic()
+        model = teacher.model.to(self.device)
+        labeler = PseudoLabeler(
+            model if s.tta is None else s.tta(model),
+            num_classes=s.num_classes,
+            ignore_index=s.ignore_index,
+            batch_size=s.inference_batch_size,
+            num_workers=s.config.num_workers,
+            precision=s.config.precision,
+            progress=s.progress,
+        )
+        self.labelled[step] = labeler.label(images, self.workdir.path(step, "masks"))
+        self._done(step, time.monotonic() - began)
+        return self.labelled[step]
+
+    def rank(self, step: str, teacher: FitResult, images: Dataset[Any]) -> Ranking:
+        """Rank images by the stability of their masks over the snapshots of a stage, or with the caller's ranker."""
+        s, began = self.settings, time.monotonic()
+        path = self.workdir.path(step, "ranking.csv")
+        if path is not None and path.exists():
+            self.ranking = Ranking.from_csv(path)
+        elif s.ranker is not None:
+            self.ranking = s.ranker.rank(images)
+        else:
+            ranker = StabilityRanker(
+                [copy_on_cpu(snapshot).to(self.device) for snapshot in teacher.snapshots],
+                num_classes=s.num_classes,
+                batch_size=s.inference_batch_size,
+                num_workers=s.config.num_workers,
+                precision=s.config.precision,
+                progress=s.progress,
+            )
+            self.ranking = ranker.rank(images, resume=self.workdir.path(step, "scores"))
+        if path is not None:
+            self.ranking.to_csv(path)
+        self._done(step, time.monotonic() - began)
+        return self.ranking
+
+    def result(self, last: FitResult) -> SelfTrainingResult:
+        """Everything together."""
+        return SelfTrainingResult(
+            model=last.model.to(self.device),
+            stages=self.trained or {"teacher": last},
+            labels=self.labelled,
+            ranking=self.ranking,
+            skipped=self.skipped,
+            seconds=self.seconds,
+        )
+
+    def new_model(self, step: str) -> nn.Module:
+        """A network with the initial weights of a step."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed_of(self.settings.config.seed, "init", step))
+            return as_segmenter(self.settings.make_model())
+
+    def _check_network(self, image: Tensor) -> None:
+        model, another = self.new_model("check"), self.new_model("check")
+        known = {id(parameter) for parameter in model.parameters()}
+        if any(id(parameter) in known for parameter in another.parameters()):
+            raise ValueError(
+                "make_model returned the same parameters twice; expected a fresh network each time it is called"
+            )
+        check_network(model, image, self.settings.num_classes)
+
+    def _done(self, step: str, seconds: float) -> None:
+        facts = self.workdir.facts(step)
+        self.seconds[step] = seconds if facts is None else facts["seconds"]
+        self.workdir.done(step, seconds=round(self.seconds[step], 3))
