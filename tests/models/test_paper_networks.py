@@ -63,9 +63,7 @@ def pooled(x, cells):
     height, width = x.shape[2:]
     rows = [(i * height // cells, -(-(i + 1) * height // cells)) for i in range(cells)]
     columns = [(j * width // cells, -(-(j + 1) * width // cells)) for j in range(cells)]
-    return torch.stack(
-        [torch.stack([x[:, :, a:b, c:d].mean((2, 3)) for c, d in columns], -1) for a, b in rows], -2
-    )
+    return torch.stack([torch.stack([x[:, :, a:b, c:d].mean((2, 3)) for c, d in columns], -1) for a, b in rows], -2)
 
 
 def resnet_features(state, images):
