@@ -50,11 +50,11 @@ class _Images(Dataset[Any]):
         index = self.indices[position]
         name = self.ids[index]
         try:
-            item = self.dataset[index]
+            item = self.dataset[index]  # a PIL image is perhaps decoded only by what follows
+            return index, pair_of(item, name=name) if self.with_mask else image_of(item, name=name)
         except OSError as error:  # handed over as a value: a worker would wrap it in its own traceback
             text = str(error) if isinstance(error, UnreadableImageError) else f"item {name!r}: {error}"
             return index, _Unreadable(UnreadableImageError(text))
-        return index, pair_of(item, name=name) if self.with_mask else image_of(item, name=name)
 
 
 def load(

@@ -51,8 +51,15 @@ def names_of(dataset: Dataset[Any]) -> list[str]:
 
 
 def has_ids(dataset: Dataset[Any]) -> bool:
-    """Whether the data set names its items (otherwise they are numbered)."""
-    return _find(dataset, "ids") is not None
+    """Whether the items have names of their own.
+
+    Otherwise they are numbered, and so are those of a data set made from them (which it holds as
+    ``.dataset``): equal ids do not mean equal images then.
+    """
+    if isinstance(dataset, ConcatDataset):
+        return all(has_ids(part) for part in dataset.datasets)
+    source = getattr(dataset, "dataset", None)
+    return _find(dataset, "ids") is not None and (source is None or has_ids(source))
 
 
 def _named(dataset: Dataset[Any], *attributes: str) -> list[str]:
@@ -93,9 +100,7 @@ def len_of(dataset: Dataset[Any]) -> int:
     try:
         return len(dataset)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):
-        raise TypeError(
-            f"expected a map-style data set with a length, got {type(dataset).__name__}"
-        ) from None
+        raise TypeError(f"expected a map-style data set with a length, got {type(dataset).__name__}") from None
 
 
 def image_of(item: Any, *, name: str) -> Tensor:
@@ -147,9 +152,7 @@ def as_image(image: Any, *, name: str = "image") -> Tensor:
         image = torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
     if not isinstance(image, Tensor):
         hint = (
-            ": torch.from_numpy(array).permute(2, 0, 1) makes one of (H, W, C)"
-            if isinstance(image, np.ndarray)
-            else ""
+            ": torch.from_numpy(array).permute(2, 0, 1) makes one of (H, W, C)" if isinstance(image, np.ndarray) else ""
         )
         raise TypeError(
             f"image {name!r} is {type(image).__name__}; expected a PIL image or a (C, H, W) tensor, "
@@ -228,9 +231,7 @@ def as_mask(mask: Any, *, name: str = "mask") -> Tensor:
     if isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf":
         mask = torch.from_numpy(mask.astype(mask.dtype.newbyteorder("="), order="C"))  # a copy, always
     if not isinstance(mask, Tensor):
-        raise TypeError(
-            f"mask of {name!r} is {type(mask).__name__}; expected an integer (H, W) tensor, array or image"
-        )
+        raise TypeError(f"mask of {name!r} is {type(mask).__name__}; expected an integer (H, W) tensor, array or image")
     classes: Tensor = mask.as_subclass(Tensor)
     shape = tuple(classes.shape)
     if classes.is_floating_point() or classes.is_complex():
@@ -264,9 +265,7 @@ def check_mask_values(mask: Tensor, num_classes: int, ignore_index: int, *, name
     wrong = ((mask < 0) | (mask >= num_classes)) & (mask != ignore_index)
     if wrong.any():
         value = int(mask[wrong][0])
-        raise DataError(
-            f"mask of {name!r} holds the value {value}; expected 0..{num_classes - 1} or {ignore_index}"
-        )
+        raise DataError(f"mask of {name!r} holds the value {value}; expected 0..{num_classes - 1} or {ignore_index}")
 
 
 def check_classes(num_classes: int, ignore_index: int) -> None:
@@ -276,9 +275,7 @@ def check_classes(num_classes: int, ignore_index: int) -> None:
             f"num_classes is {num_classes}; expected 2 or more (foreground against background is 2 classes)"
         )
     if 0 <= ignore_index < num_classes:
-        raise ValueError(
-            f"ignore_index {ignore_index} is one of the {num_classes} classes; expected another value"
-        )
+        raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes; expected another value")
 
 
 def index_dtype(num_classes: int, ignore_index: int) -> torch.dtype:

@@ -219,9 +219,7 @@ def palette() -> tuple[int, ...]:
 
 def _check_confidence(confidence: Tensor, mask: Tensor, id: str) -> None:
     if confidence.shape != mask.shape:
-        raise DataError(
-            f"confidence of {id!r} has shape {tuple(confidence.shape)}; expected {tuple(mask.shape)}"
-        )
+        raise DataError(f"confidence of {id!r} has shape {tuple(confidence.shape)}; expected {tuple(mask.shape)}")
     low, high = (float(v) for v in torch.aminmax(confidence))
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # also catches NaN
         raise DataError(f"confidence of {id!r} holds values from {low:g} to {high:g}; expected [0, 1]")

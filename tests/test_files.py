@@ -1,10 +1,9 @@
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
-import signal
 import stat
-import subprocess
-import sys
 import time
 
 import pytest
@@ -70,31 +69,28 @@ def test_files_get_the_mode_of_the_umask(tmp_path):
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
 
 
-_WRITER = """
-import itertools, sys
-from pathlib import Path
-from stseg.files import write_atomically
-path = Path(sys.argv[1])
-for number in itertools.count():
-    def write(file):
-        for _ in range(64):
-            file.write(bytes([number % 256]) * 4096)
-    write_atomically(path, write)
-"""
+def write_for_ever(path):
+    for number in itertools.count():
+
+        def write(file, byte=bytes([number % 256])):
+            for _ in range(64):
+                file.write(byte * 4096)
+
+        write_atomically(path, write)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("delay", [0.0, 0.013, 0.029])
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path, delay):
     path = tmp_path / "a.bin"
-    for delay in (0.0, 0.013, 0.029):
-        writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(path)])
-        path.unlink(missing_ok=True)
-        while not path.exists():
-            assert writer.poll() is None
-            time.sleep(0.001)
-        time.sleep(delay)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        content = path.read_bytes()
-        assert len(content) == 64 * 4096
-        assert len(set(content)) == 1
+    writer = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(path,))
+    writer.start()
+    while not path.exists():
+        assert writer.is_alive()
+        time.sleep(0.001)
+    time.sleep(delay)
+    writer.kill()
+    writer.join()
+    content = path.read_bytes()
+    assert len(content) == 64 * 4096
+    assert len(set(content)) == 1

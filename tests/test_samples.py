@@ -57,6 +57,14 @@ class TestIds:
     def test_of_a_concatenation_are_numbers_if_one_part_has_none(self):
         assert ids_of(ConcatDataset([Named(["a"]), TensorDataset(torch.zeros(2, 1))])) == ["0", "1", "2"]
 
+    @pytest.mark.parametrize("named", [True, False])
+    def test_made_of_numbers_are_no_names(self, named):
+        source = Named(["a", "b"]) if named else TensorDataset(torch.zeros(2, 1))
+        wrapper = Named(["1", "0"], dataset=source)
+        assert has_ids(wrapper) is named
+        assert has_ids(Subset(wrapper, [0])) is named
+        assert has_ids(ConcatDataset([Named(["c"]), wrapper])) is named
+
     def test_ignore_a_method_called_ids(self):
         class WithMethod(list):
             def ids(self):
@@ -156,17 +164,13 @@ class TestImage:
 
     def test_of_a_truncated_file_is_unreadable(self):
         file = io.BytesIO()
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
-            file, "JPEG"
-        )
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "JPEG")
         lazy = Image.open(io.BytesIO(file.getvalue()[:1500]))
         with pytest.raises(UnreadableImageError, match="image 'x' cannot be read"):
             as_image(lazy, name="x")
 
     def test_as_an_array_is_refused_with_the_way_to_convert_it(self):
-        with pytest.raises(
-            TypeError, match=r"image 'x' is ndarray; .*from_numpy\(array\).permute\(2, 0, 1\)"
-        ):
+        with pytest.raises(TypeError, match=r"image 'x' is ndarray; .*from_numpy\(array\).permute\(2, 0, 1\)"):
             as_image(np.zeros((4, 6, 3), dtype=np.uint8), name="x")
 
     @pytest.mark.parametrize("shape", [(4, 6), (1, 3, 4, 6), ()])
@@ -252,9 +256,7 @@ class TestMask:
 
     @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
     def test_in_colour_is_refused(self, mode):
-        with pytest.raises(
-            DataError, match=f"mask of 'x' is an image of mode {mode}; expected class indices"
-        ):
+        with pytest.raises(DataError, match=f"mask of 'x' is an image of mode {mode}; expected class indices"):
             as_mask(Image.new(mode, (3, 2)), name="x")
 
     @pytest.mark.parametrize(

@@ -174,9 +174,7 @@ def _reraise(error: OSError) -> None:
 
 def _chosen(ids: Sequence[str], found: dict[str, str], root: Path) -> list[str]:
     if isinstance(ids, (str, os.PathLike)):
-        raise TypeError(
-            f"ids is {ids!r}; expected a sequence of ids (stseg.data.read_ids reads a file of them)"
-        )
+        raise TypeError(f"ids is {ids!r}; expected a sequence of ids (stseg.data.read_ids reads a file of them)")
     ids = list(ids)
     if not ids:
         raise DataError("ids is empty; expected one or more")

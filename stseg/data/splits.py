@@ -45,9 +45,7 @@ def read_ids(path: str | Path) -> list[str]:
     return list(lines)
 
 
-def split_ids(
-    ids: Sequence[str], labelled: float | int = 1 / 8, seed: int = 0
-) -> tuple[list[str], list[str]]:
+def split_ids(ids: Sequence[str], labelled: float | int = 1 / 8, seed: int = 0) -> tuple[list[str], list[str]]:
     """Draw the images that count as labelled.
 
     The draw depends on the set of ids and on the seed, not on the order in which the ids come. With one seed,
@@ -71,9 +69,7 @@ def split_ids(
         (13, 87)
     """
     if isinstance(ids, str):
-        raise TypeError(
-            f"ids is the string {ids!r}; expected a sequence of ids (read_ids reads a file of them)"
-        )
+        raise TypeError(f"ids is the string {ids!r}; expected a sequence of ids (read_ids reads a file of them)")
     ids = list(ids)
     twice = duplicate(ids)
     if twice is not None:
@@ -93,11 +89,7 @@ def _count(labelled: float | int, total: int) -> int:
     elif 0 < labelled < 1:
         count = max(1, math.ceil(labelled * total - 1e-9))  # 0.1 * 30 is a little more than 3
     else:
-        raise ValueError(
-            f"labelled is {labelled}; expected a share in (0, 1), or a number of images as an int"
-        )
+        raise ValueError(f"labelled is {labelled}; expected a share in (0, 1), or a number of images as an int")
     if not 0 < count < total:
-        raise ValueError(
-            f"labelled is {labelled}, {count} of {total} ids; expected one or more on either side"
-        )
+        raise ValueError(f"labelled is {labelled}, {count} of {total} ids; expected one or more on either side")
     return count

@@ -173,9 +173,7 @@ class TestRefuses:
     def test_a_mask_of_a_lossy_format(self, images, masks, suffix):
         save(images / "a.png")
         save(masks / f"a{suffix}", CLASSES)
-        with pytest.raises(
-            DataError, match=rf"masks/a\{suffix} is of a format that need not keep class indices"
-        ):
+        with pytest.raises(DataError, match=rf"masks/a\{suffix} is of a format that need not keep class indices"):
             SegmentationFolder(images, masks)
 
     def test_no_picture_of_a_mask_beside_the_mask(self, images, masks):
@@ -264,9 +262,7 @@ class TestBrokenFiles:
         assert dataset[0].shape == (3, 24, 24)
         for length in range(0, len(whole) // 2, 1 + len(whole) // 60):
             path.write_bytes(whole[:length])
-            with pytest.raises(
-                UnreadableImageError, match=rf"deep/a\.{suffix} cannot be read as an image: ."
-            ):
+            with pytest.raises(UnreadableImageError, match=rf"deep/a\.{suffix} cannot be read as an image: ."):
                 dataset[0]
 
     def test_that_are_text_are_named(self, images, masks):
@@ -285,9 +281,7 @@ class TestBrokenFiles:
     def test_that_pil_takes_for_bombs_are_named(self, images, monkeypatch):
         fill(images, None, "a")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
-        with pytest.raises(
-            UnreadableImageError, match=r"a\.png cannot be read as an image: .*decompression bomb"
-        ):
+        with pytest.raises(UnreadableImageError, match=r"a\.png cannot be read as an image: .*decompression bomb"):
             SegmentationFolder(images)[0]
 
 
@@ -380,9 +374,7 @@ class TestOrientation:
         path = save(images / "a.jpg", RGB, exif=oriented(orientation), quality=95)
         with Image.open(path) as image:
             stored = np.array(image)
-        assert np.array_equal(
-            SegmentationFolder(images)[0].permute(1, 2, 0), self.upright(stored, orientation)
-        )
+        assert np.array_equal(SegmentationFolder(images)[0].permute(1, 2, 0), self.upright(stored, orientation))
 
     def test_of_images_leaves_masks_as_drawn(self, images, masks):
         save(images / "a.png", RGB, exif=oriented(6))

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from stseg.data.mixed import MixedDataset
 from stseg.errors import DataError
+from stseg.pseudo import PseudoLabelled
 from stseg.samples import ids_of, names_of
+from stseg.store import MaskStore
 
 
 class Numbered(Dataset):
@@ -162,7 +164,15 @@ class TestRefuses:
             MixedDataset(Numbered(2, ids=["a", "b"]), Numbered(2, ids=["c", "b"]))
 
     def test_no_numbers_that_both_have(self):
+        labels = PseudoLabelled(Numbered(2), MaskStore(), indices=[0, 1], ids=["0", "1"])
         assert len(MixedDataset(Numbered(2), Numbered(2))) == 4
+        assert len(MixedDataset(Numbered(2, ids=["0", "1"]), labels)) == 4
+
+    def test_an_id_in_both_of_what_a_labeller_made(self):
+        images = Numbered(2, ids=["0", "1"])
+        labels = PseudoLabelled(images, MaskStore(), indices=[0, 1], ids=["0", "1"])
+        with pytest.raises(DataError, match="the id '1' is in both"):
+            MixedDataset(Numbered(2, ids=["1", "5"]), labels)
 
     @pytest.mark.parametrize("repeat", [0, -1])
     def test_a_repeat_below_1(self, repeat):
