@@ -394,11 +394,18 @@ def test_a_compiled_segmenter_does_the_same():
         torch.testing.assert_close(compiled(images), model(images))
 
 
-def test_a_compiled_network_may_be_wrapped():
+def test_a_compiled_network_is_compiled_for_the_images_alone():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
     network = nn.Conv2d(3, 4, 3, padding=1)
     images = torch.rand(1, 3, 9, 17)
-    model = Segmenter(torch.compile(network, backend="eager"))
-    torch.testing.assert_close(model(images), Segmenter(network)(images))
+    logits = Segmenter(torch.compile(network, backend=backend))(images)
+    torch.testing.assert_close(logits, Segmenter(network)(images))
+    assert len(compiled) == 1
 
 
 def test_repr_shows_the_settings():
