@@ -38,9 +38,7 @@ def levels_of(backbone: nn.Module) -> tuple[list[int], list[int]]:
     return info.channels(), info.reduction()
 
 
-def conv_bn_relu(
-    in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1
-) -> nn.Sequential:
+def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1) -> nn.Sequential:
     """A convolution without bias that keeps the size, batch normalisation, ReLU."""
     padding = dilation * (kernel_size // 2)
     return nn.Sequential(

@@ -54,8 +54,7 @@ class PSPNet(nn.Module):
         channels = levels_of(self.backbone)[0][-1]
         width = channels // 4
         self.pyramid = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(cells), conv_bn_relu(channels, width))
-            for cells in (1, 2, 3, 6)
+            nn.Sequential(nn.AdaptiveAvgPool2d(cells), conv_bn_relu(channels, width)) for cells in (1, 2, 3, 6)
         )
         self.fuse = nn.Sequential(conv_bn_relu(channels + 4 * width, width, kernel_size=3), nn.Dropout(0.1))
         self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
