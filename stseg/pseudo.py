@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zlib
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 

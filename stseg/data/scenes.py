@@ -122,7 +122,7 @@ class _Scene:
         self.draw_buildings()
         self.draw_road()
         # Depths from the horizon (0) to the viewer (1): what is near hides what is far.
-        for depth in sorted(self.random.uniform(0.05, 0.75, int(self.random.integers(4, 10)))):
+        for depth in sorted(self.random.uniform(0.05, 0.75, int(self.random.integers(3, 8)))):
             draw = (self.draw_tree, self.draw_car, self.draw_person)[int(self.random.choice(3, p=[0.3, 0.35, 0.35]))]
             draw(float(depth))
 
@@ -192,7 +192,7 @@ class _Scene:
 
     def draw_tree(self, depth: float) -> None:
         x, y, scale = self.foot(depth)
-        height, crown = scale * self.uniform(0.25, 0.5), scale * self.uniform(0.08, 0.18)
+        height, crown = scale * self.uniform(0.3, 0.55), scale * self.uniform(0.12, 0.22)
         self.box(
             x - 0.02 * scale,
             y - height,
@@ -214,7 +214,7 @@ class _Scene:
 
     def draw_car(self, depth: float) -> None:
         x, y, scale = self.foot(depth)
-        length, height = scale * self.uniform(0.2, 0.4), scale * self.uniform(0.08, 0.13)
+        length, height = scale * self.uniform(0.28, 0.45), scale * self.uniform(0.1, 0.16)
         paint = self.colour(saturation=(0.0, 1.0), value=(0.1, 1.0))
         left, right, waist = x - length / 2, x + length / 2, y - height
         self.box(left, waist, right, y, paint, CAR)
@@ -231,7 +231,7 @@ class _Scene:
 
     def draw_person(self, depth: float) -> None:
         x, y, scale = self.foot(depth)
-        height = scale * self.uniform(0.18, 0.3)
+        height = scale * self.uniform(0.28, 0.45)
         half = 0.14 * height
         self.box(x - half, y - 0.45 * height, x - 0.2 * half, y, self.colour(value=(0.05, 0.8)), PERSON)
         self.box(x + 0.2 * half, y - 0.45 * height, x + half, y, self.colour(value=(0.05, 0.8)), PERSON)
@@ -254,12 +254,12 @@ class _Scene:
         pixels = np.asarray(image, dtype=np.float64) / 255
         row, column = np.mgrid[0 : 1 : self.height * 1j, 0 : 1 : self.width * 1j]
         if self.random.random() < 0.35:  # fog, thickest at the horizon
-            thickness = self.uniform(0.2, 0.75) * np.exp(-np.abs(row - self.horizon) * self.uniform(1, 4))
+            thickness = self.uniform(0.2, 0.6) * np.exp(-np.abs(row - self.horizon) * self.uniform(1, 4))
             pixels += thickness[..., None] * (self.uniform(0.6, 0.95) - pixels)
         slope = self.random.uniform(-0.35, 0.35, 2)
         light = 1 + slope[0] * (row - 0.5) + slope[1] * (column - 0.5)
-        pixels *= light[..., None] * self.random.uniform(0.8, 1.2, 3) * self.uniform(0.45, 1.25)
-        pixels += self.random.normal(0, 1, pixels.shape) * self.uniform(0.01, 0.07)
+        pixels *= light[..., None] * self.random.uniform(0.8, 1.2, 3) * self.uniform(0.5, 1.2)
+        pixels += self.random.normal(0, 1, pixels.shape) * self.uniform(0.005, 0.04)
         return np.asarray((pixels.clip(0, 1) * 255).round(), dtype=np.uint8)
 
     def mask(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
