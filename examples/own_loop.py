@@ -1,0 +1,76 @@
+"""ST++ inside a plain PyTorch loop: the primitives of stseg, and everything else your own.
+
+    python examples/own_loop.py
+
+Yang et al., "ST++: Make Self-training Work Better for Semi-supervised Semantic Segmentation", CVPR 2022.
+"""
+
+import copy
+from collections.abc import Iterator
+from itertools import chain, islice
+
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+import stseg
+from stseg.data import MixedDataset, SyntheticScenes
+
+STEPS, BATCH, SIZE, CLASSES = 300, 8, 64, len(SyntheticScenes.classes)
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def make_network() -> nn.Module:
+    """Any network will do; Segmenter makes it take images in [0, 1] of any size."""
+    return stseg.Segmenter(smp.FPN("tu-test_resnet", encoder_weights=None, classes=CLASSES))
+
+
+def batches(dataset: MixedDataset) -> Iterator[Batch]:
+    """STEPS batches; a data set smaller than a batch gives smaller ones."""
+    loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=len(dataset) >= BATCH)
+    return islice(chain.from_iterable(iter(lambda: loader, None)), STEPS)
+
+
+def train(dataset: MixedDataset, strong: nn.Module) -> list[nn.Module]:
+    """Your own loop. Returns checkpoints after a third, two thirds and all of the steps."""
+    network, checkpoints = make_network().train(), []
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=STEPS, power=0.9)
+    for step, (images, masks, is_pseudo) in enumerate(batches(dataset), start=1):
+        images, masks = strong(images / 255, masks, is_pseudo)  # strong augmentation where the mask is a guess
+        loss = F.cross_entropy(network(images), masks.long(), ignore_index=255)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step in (STEPS // 3, 2 * STEPS // 3, STEPS):
+            checkpoints.append(copy.deepcopy(network).eval())
+            print(f"step {step}: loss {loss.item():.3f}")
+    return checkpoints
+
+
+def main() -> None:
+    """ST++ as section 3.3 of the paper tells it."""
+    scenes, held_out = SyntheticScenes(220, size=SIZE, seed=0), SyntheticScenes(50, size=SIZE, seed=1)
+    labelled, unlabelled = Subset(scenes, range(20)), Subset(scenes, range(20, 220))
+    weak, strong = stseg.WeakAugment(SIZE, base_size=SIZE, scale=(0.75, 1.5)), stseg.StrongAugment()
+
+    def label(network: nn.Module, indices: list[int]) -> stseg.PseudoLabelled:
+        labeler = stseg.PseudoLabeler(stseg.MultiScaleFlip(network), num_classes=CLASSES)
+        return labeler.label(Subset(unlabelled, indices))
+
+    checkpoints = train(MixedDataset(labelled, transform=weak), strong)
+    ranking = stseg.StabilityRanker(checkpoints, num_classes=CLASSES).rank(unlabelled)
+    reliable, unreliable = ranking.split(0.5)
+    easy = label(checkpoints[-1], reliable)
+    student = train(MixedDataset(labelled, easy, transform=weak), strong)[-1]
+    hard = label(student, unreliable)
+    final = train(MixedDataset(labelled, easy + hard, transform=weak), strong)[-1]
+    for name, network in {"supervised": checkpoints[-1], "ST++": final}.items():
+        print(f"{name}: mIoU {stseg.evaluate(network, held_out, num_classes=CLASSES).compute():.3f}")
+
+
+if __name__ == "__main__":
+    main()
