@@ -91,9 +91,7 @@ class Cutout:
         """
         limits = torch.iinfo(masks.dtype)
         if not limits.min <= self.ignore_index <= limits.max:
-            raise ValueError(
-                f"ignore_index {self.ignore_index} of the cutout does not fit into masks of {masks.dtype}"
-            )
+            raise ValueError(f"ignore_index {self.ignore_index} of the cutout does not fit into masks of {masks.dtype}")
         top, left, bottom, right = boxes.view(-1, 4, 1, 1).unbind(1)
         row = torch.arange(masks.shape[1], device=masks.device)[:, None]
         column = torch.arange(masks.shape[2], device=masks.device)

@@ -18,9 +18,7 @@ def check_probability(name: str, p: float) -> None:
         raise ValueError(f"{name} is {p}; expected a probability in [0, 1]")
 
 
-def ordered_range(
-    name: str, bounds: Sequence[float], *, low: float, high: float = math.inf
-) -> tuple[float, float]:
+def ordered_range(name: str, bounds: Sequence[float], *, low: float, high: float = math.inf) -> tuple[float, float]:
     """The two bounds as floats; above ``low``, in order, and finite."""
     if len(bounds) != 2 or not (low < bounds[0] <= bounds[1] <= high and bounds[1] < math.inf):
         expected = f"low <= high, both above {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
@@ -30,9 +28,7 @@ def ordered_range(
 
 def check_batch(images: Tensor, masks: Tensor, where: Tensor | None) -> None:
     if not images.is_floating_point():
-        raise TypeError(
-            f"images are {images.dtype}; expected float in [0, 1] (uint8 images: images.float() / 255)"
-        )
+        raise TypeError(f"images are {images.dtype}; expected float in [0, 1] (uint8 images: images.float() / 255)")
     if masks.dtype == torch.bool or masks.is_floating_point() or masks.is_complex():
         raise TypeError(f"masks are {masks.dtype}; expected an integer dtype")
     if images.ndim != 4 or 0 in images.shape[1:] or masks.shape != images.shape[:1] + images.shape[2:]:
@@ -43,6 +39,4 @@ def check_batch(images: Tensor, masks: Tensor, where: Tensor | None) -> None:
     if where is not None and where.dtype != torch.bool:
         raise TypeError(f"where is {where.dtype}; expected bool")
     if where is not None and where.shape != images.shape[:1]:
-        raise ValueError(
-            f"where has shape {tuple(where.shape)}; expected ({len(images)},), one for each image"
-        )
+        raise ValueError(f"where has shape {tuple(where.shape)}; expected ({len(images)},), one for each image")

@@ -26,7 +26,7 @@ class StrongParameters(NamedTuple):
     jitter: Tensor
     """``(B,)`` bool: whose colours are jittered."""
     order: Tensor
-    """``(B, 4)`` int64: the operations in turn, 0 brightness, 1 contrast, 2 saturation, 3 hue; switched-off ones last."""
+    """``(B, 4)`` int64: the operations in turn: 0 brightness, 1 contrast, 2 saturation, 3 hue; those off last."""
     factors: Tensor
     """``(B, 4)`` float32: factors of brightness, contrast and saturation, and the shift of hue in turns."""
     gray: Tensor
@@ -89,7 +89,7 @@ class StrongAugment(nn.Module):
         cutout: Cutout | None = Cutout(),  # noqa: B008  frozen, so sharing it does no harm
     ) -> None:
         super().__init__()
-        if len(jitter) != 4 or not (0 <= min(jitter) <= max(jitter) < math.inf and jitter[HUE] <= 0.5):
+        if len(jitter) != 4 or not (all(0 <= strength < math.inf for strength in jitter) and jitter[HUE] <= 0.5):
             raise ValueError(
                 f"jitter is {tuple(jitter)}; expected brightness, contrast and saturation >= 0 and hue in [0, 0.5]"
             )
@@ -145,9 +145,7 @@ class StrongAugment(nn.Module):
         """Apply what :meth:`draw` drew for images of this shape and these settings; the same every time."""
         check_batch(images, masks, where)
         if len(parameters.jitter) != len(images):
-            raise ValueError(
-                f"parameters are for {len(parameters.jitter)} images, but there are {len(images)}"
-            )
+            raise ValueError(f"parameters are for {len(parameters.jitter)} images, but there are {len(images)}")
         if parameters.noise is not None and parameters.noise.shape != images.shape:
             raise ValueError(
                 f"parameters are for images of shape {tuple(parameters.noise.shape)}, not {tuple(images.shape)}"
@@ -162,10 +160,8 @@ class StrongAugment(nn.Module):
         parts = []
         for start in range(0, len(images), rows):
             part = slice(start, start + rows)
-            drawn = StrongParameters(*(None if p is None else p[part] for p in parameters))
-            parts.append(
-                self._transform(images[part], masks[part], drawn, None if where is None else where[part])
-            )
+            drawn = StrongParameters._make(None if p is None else p[part] for p in parameters)
+            parts.append(self._transform(images[part], masks[part], drawn, None if where is None else where[part]))
         return torch.cat([image for image, _ in parts]), torch.cat([mask for _, mask in parts])
 
     def _transform(
@@ -175,9 +171,7 @@ class StrongAugment(nn.Module):
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             x = images.to(torch.promote_types(images.dtype, torch.float32))
             if self.jitter_p > 0 and self._operations(images):
-                x = torch.where(
-                    _column(drawn.jitter), self._jittered(x, drawn.order, drawn.factors.to(x.dtype)), x
-                )
+                x = torch.where(_column(drawn.jitter), self._jittered(x, drawn.order, drawn.factors.to(x.dtype)), x)
             if self.gray_p > 0 and x.shape[1] == 3:
                 x = torch.where(_column(drawn.gray), rgb_to_grayscale(x), x)
             if self.blur_p > 0:
@@ -242,9 +236,7 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
     high, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
     divisor = chroma + (chroma == 0)
-    sector = torch.where(
-        high == green, (blue - red).add_(divisor, alpha=2), (red - green).add_(divisor, alpha=4)
-    )
+    sector = torch.where(high == green, (blue - red).add_(divisor, alpha=2), (red - green).add_(divisor, alpha=4))
     sector = torch.where(high == red, green - blue, sector).div_(divisor).add_((turns * 6)[:, None, None])
     sector.sub_((sector / 6).floor_(), alpha=6)  # torch.remainder is several times slower
     channels = ((sector - 3).abs_().sub_(1), 2 - (sector - 2).abs_(), 2 - (sector - 4).abs_())

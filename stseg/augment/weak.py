@@ -55,7 +55,7 @@ class WeakAugment:
     ignore_index: int = 255
 
     def __post_init__(self) -> None:
-        size = (self.crop_size,) * 2 if isinstance(self.crop_size, int) else tuple(self.crop_size)
+        size = tuple(self.crop_size) if isinstance(self.crop_size, (tuple, list)) else (self.crop_size,) * 2
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
             raise ValueError(f"crop_size is {self.crop_size}; expected a positive integer or (height, width)")
         object.__setattr__(self, "crop_size", size)
@@ -75,8 +75,9 @@ class WeakAugment:
         height, width = classes.shape
         base = self.base_size or max(height, width)
         low, high = (max(1, int(base * factor)) for factor in self.scale)
-        factor = _integer(low, high) / max(height, width)
-        height, width = max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+        new, old = _integer(low, high), max(height, width)
+        # Multiplied first: an exact half (201 * 198 / 396) goes up, as in the paper's runs.
+        height, width = (max(1, int(side * new / old + 0.5)) for side in (height, width))
         pixels = vision.resize(pixels, [height, width], antialias=True)
         classes = classes[_nearest(classes.shape[0], height)][:, _nearest(classes.shape[1], width)]
 
