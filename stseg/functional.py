@@ -34,7 +34,7 @@ def confusion_matrix(
         ``(num_classes, num_classes)`` int64: rows are the true class, columns the predicted one.
 
     Raises:
-        ValueError: if shapes differ or a value is no class.
+        ValueError: if shapes differ, or a value is no class or no integer.
 
     Example:
         >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2)
@@ -42,7 +42,7 @@ def confusion_matrix(
                 [0, 1]])
     """
     _check_same_shape("prediction", prediction, "target", target)
-    prediction, target = prediction.flatten().long(), target.flatten().long()
+    prediction, target = _indices("prediction", prediction).flatten(), _indices("target", target).flatten()
     if ignore_index is not None:
         counted = target != ignore_index
         prediction, target = prediction[counted], target[counted]
@@ -70,9 +70,7 @@ def iou(matrix: Tensor) -> Tensor:
     return intersection / (matrix.sum(-1) + matrix.sum(-2) - intersection)
 
 
-def mean_iou(
-    prediction: Tensor, target: Tensor, num_classes: int, *, ignore_index: int | None = None
-) -> Tensor:
+def mean_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ignore_index: int | None = None) -> Tensor:
     """Mean, over the classes that are true or predicted somewhere, of intersection over union.
 
     Args:
@@ -85,7 +83,7 @@ def mean_iou(
         float64 scalar in [0, 1]; NaN if no pixel counts.
 
     Raises:
-        ValueError: if shapes differ or a value is no class.
+        ValueError: if shapes differ, or a value is no class or no integer.
 
     Example:
         >>> mean_iou(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 3)
@@ -110,7 +108,7 @@ def stability(masks: Tensor, reference: Tensor, num_classes: int) -> Tensor:
         ``(B,)`` float64 scores in ``[0, 1]``; 1 where all checkpoints agree everywhere.
 
     Raises:
-        ValueError: if shapes do not match, ``masks`` holds no checkpoint, or a value is no class.
+        ValueError: if shapes do not match, ``masks`` holds no checkpoint, or a value is no class or no integer.
 
     Example:
         >>> stability(torch.zeros(2, 1, 4, 4, dtype=torch.long), torch.zeros(1, 4, 4, dtype=torch.long), 3)
@@ -125,12 +123,12 @@ def stability(masks: Tensor, reference: Tensor, num_classes: int) -> Tensor:
         raise ValueError("masks hold no checkpoint; expected one or more beside the reference")
     if reference[0:1].numel() == 0 and reference.shape[0]:
         raise ValueError(f"reference has shape {tuple(reference.shape)}: images without pixels")
+    masks, reference = _indices("masks", masks), _indices("reference", reference)
     _check_range("masks", masks, num_classes)
     _check_range("reference", reference, num_classes)
-    reference = reference.long()
     area = _class_areas(reference, num_classes)
     scores = []
-    for mask in masks.long():
+    for mask in masks:
         # Where the two differ, the pixel goes to one class more, which is then left out.
         common = _class_areas(torch.where(mask == reference, mask, num_classes), num_classes + 1)[:, :-1]
         union = area + _class_areas(mask, num_classes) - common
@@ -151,7 +149,8 @@ def pseudo_label(logits: Tensor, *, threshold: float = 0.0, ignore_index: int = 
         mask ``(B, H, W)`` uint8 (int32 where classes or ignore index do not fit) and confidence ``(B, H, W)`` float32.
 
     Raises:
-        ValueError: if logits are not 4-dimensional floats, the threshold is outside [0, 1], or the ignore index is a class.
+        ValueError: if logits are not 4-dimensional floats, the threshold is outside [0, 1], or the ignore index is
+            a class.
 
     Example:
         >>> mask, confidence = pseudo_label(torch.tensor([0.0, 2.0, 0.0]).reshape(1, 3, 1, 1), threshold=0.5)
@@ -164,7 +163,8 @@ def pseudo_label(logits: Tensor, *, threshold: float = 0.0, ignore_index: int = 
         raise ValueError(f"threshold is {threshold}; expected a probability in [0, 1]")
     num_classes = logits.shape[1]
     check_classes(num_classes, ignore_index)
-    confidence, mask = logits.float().softmax(1).max(1)
+    # Not the arg max of the softmax, whose rounding makes equal what is not.
+    mask, confidence = logits.argmax(1), logits.float().softmax(1).amax(1)
     if threshold > 0:
         mask = mask.masked_fill(confidence < threshold, ignore_index)
     return PseudoLabels(mask.to(index_dtype(num_classes, ignore_index)), confidence)
@@ -184,9 +184,13 @@ def _check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) 
         )
 
 
-def _check_range(name: str, values: Tensor, num_classes: int) -> None:
-    if values.is_floating_point():
+def _indices(name: str, values: Tensor) -> Tensor:
+    if values.is_floating_point() or values.is_complex():
         raise ValueError(f"{name} is {values.dtype}; expected integer class indices")
+    return values.long()
+
+
+def _check_range(name: str, values: Tensor, num_classes: int) -> None:
     if values.numel():
         low, high = (int(v) for v in torch.aminmax(values))
         if low < 0 or high >= num_classes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from stseg.distributed import rank, world_size
-from stseg.errors import NetworkError, UnreadableImageError
+from stseg.errors import DataError, NetworkError, UnreadableImageError
 from stseg.metrics import MeanIoU
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, frozen
-from stseg.samples import check_classes, check_mask_values, ids_of, image_of, pair_of
+from stseg.samples import check_classes, check_mask_values, has_ids, ids_of, image_of, pair_of
 from stseg.types import Precision
 
 T = TypeVar("T")
@@ -51,10 +52,12 @@ class _Images(Dataset[Any]):
         name = self.ids[index]
         try:
             item = self.dataset[index]  # a PIL image is perhaps decoded only by what follows
-            return index, pair_of(item, name=name) if self.with_mask else image_of(item, name=name)
+            parts = pair_of(item, name=name) if self.with_mask else (image_of(item, name=name),)
         except OSError as error:  # handed over as a value: a worker would wrap it in its own traceback
             text = str(error) if isinstance(error, UnreadableImageError) else f"item {name!r}: {error}"
             return index, _Unreadable(UnreadableImageError(text))
+        # A tensor from a worker holds a file descriptor as long as it lives, an array does not.
+        return index, tuple(part.cpu().numpy() for part in parts)
 
 
 def load(
@@ -90,7 +93,8 @@ def load(
     for items in loader:
         for index, value in items:
             if not isinstance(value, _Unreadable):
-                yield index, value
+                parts = tuple(torch.from_numpy(part) for part in value)
+                yield index, parts if with_mask else parts[0]
             elif skip is None:
                 raise value.error
             else:
@@ -151,8 +155,7 @@ def in_equal_batches(
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """bfloat16 autocast where ``precision`` is ``"bf16"``; for ``"fp32"`` none, even inside somebody else's."""
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision is {precision!r}; expected 'fp32' or 'bf16'")
+    _check_precision(precision)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -162,11 +165,13 @@ def predictor(model: nn.Module, num_classes: int, precision: Precision) -> Calla
     Gradients and training mode are the caller's matter (see ``frozen``).
 
     Raises:
+        ValueError: if there is no such precision.
         NetworkError: when called, if the network has another number of classes.
     """
-    device = device_of(model)
+    _check_precision(precision)
 
     def predict(images: Tensor) -> Tensor:
+        device = device_of(model)
         with autocast(device, precision):
             logits: Tensor = model(images.to(device))
         if logits.shape[1] != num_classes:
@@ -174,6 +179,23 @@ def predictor(model: nn.Module, num_classes: int, precision: Precision) -> Calla
         return logits
 
     return predict
+
+
+def check_finite(finite: bool, *, name: str) -> None:
+    """Raise a ``NetworkError`` unless all logits of an image were finite: the arg max would make a class of NaN."""
+    if not finite:
+        raise NetworkError(f"the network returned NaN or infinite logits for {name}")
+
+
+def facts_of_unnamed(dataset: Dataset[Any]) -> dict[str, Any]:
+    """What tells a data set whose items are only numbered from another one; nothing where they have ids."""
+    if has_ids(dataset):
+        return {}
+    try:
+        pixels = image_of(dataset[0], name="0").cpu().numpy().tobytes()
+    except OSError:
+        pixels = b""
+    return {"first image": zlib.crc32(pixels)}
 
 
 def share_of(count: int) -> range:
@@ -216,7 +238,8 @@ def evaluate(
         the processes share the work and each gets the whole result.
 
     Raises:
-        DataError: if a mask is missing, of another size than its image, or holds a value that is no class.
+        DataError: if there is no item, or a mask is missing, of another size than its image, or holds a value that
+            is no class.
         NetworkError: if the network has another number of classes.
 
     Example:
@@ -228,14 +251,14 @@ def evaluate(
     model = as_segmenter(model)
     predict = predictor(model, num_classes, precision)
     ids = ids_of(dataset)
+    if not ids:
+        raise DataError("the data set to evaluate on is empty")
     metric = MeanIoU(num_classes, ignore_index)
     mine = share_of(len(ids))
     truth: dict[int, Tensor] = {}
 
     def images() -> Iterator[tuple[int, Tensor]]:
-        for index, (image, mask) in load(
-            dataset, mine, batch_size=batch_size, num_workers=num_workers, with_mask=True
-        ):
+        for index, (image, mask) in load(dataset, mine, batch_size=batch_size, num_workers=num_workers, with_mask=True):
             check_mask_values(mask, num_classes, ignore_index, name=ids[index])
             truth[index] = mask
             yield index, image
@@ -249,3 +272,8 @@ def evaluate(
             metric.update(prediction, truth.pop(index))
     metric.merge_processes()
     return metric
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision is {precision!r}; expected 'fp32' or 'bf16'")

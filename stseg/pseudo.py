@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,10 +15,19 @@ from torch.utils.data import Dataset
 from stseg.distributed import barrier, gathered
 from stseg.errors import DataError
 from stseg.functional import PseudoLabels, pseudo_label
-from stseg.inference import Skipped, bar, in_equal_batches, load, predictor, share_of
+from stseg.inference import (
+    Skipped,
+    bar,
+    check_finite,
+    facts_of_unnamed,
+    in_equal_batches,
+    load,
+    predictor,
+    share_of,
+)
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, digest, frozen
-from stseg.samples import check_classes, has_ids, ids_of, image_of
+from stseg.samples import check_classes, ids_of, image_of
 from stseg.store import MaskStore, check_store_id
 from stseg.types import Precision
 
@@ -88,7 +96,7 @@ class PseudoLabeler:
 
     Raises:
         ValueError: if an argument makes no sense.
-        NetworkError: when labelling, if the network does not give logits of ``num_classes`` classes.
+        NetworkError: when labelling, if the network does not give finite logits of ``num_classes`` classes.
 
     Example:
         >>> labeler = PseudoLabeler(nn.Conv2d(3, 4, 1), num_classes=4, progress=False)
@@ -138,7 +146,9 @@ class PseudoLabeler:
             float32, on the model's device.
         """
         with frozen(self.model), torch.no_grad():
-            return self._label(images)
+            labels = self._label(images)
+        check_finite(bool(labels.confidence.isfinite().all()), name=f"a batch of shape {tuple(images.shape)}")
+        return labels
 
     def label(
         self,
@@ -150,9 +160,9 @@ class PseudoLabeler:
     ) -> PseudoLabelled:
         """Label all images of a data set.
 
-        Batches of equal size are formed on the fly and need no more memory for many images than for few. Each mask is in the store
-        as soon as it is made; images that this same model has labelled in it before are not labelled again. Under
-        ``torch.distributed`` the processes share the images, and a folder must be one they all see.
+        Batches of equal size are formed on the fly and need no more memory for many images than for few. Each mask is
+        in the store as soon as it is made; images that this same model has labelled in it before are not labelled
+        again. Under ``torch.distributed`` the processes share the images, and a folder must be one they all see.
 
         Args:
             dataset: items are images, or tuples that begin with one. Its ``ids`` name the masks, else their numbers do.
@@ -175,6 +185,8 @@ class PseudoLabeler:
         for id in ids:
             check_store_id(id)
         store = store if isinstance(store, MaskStore) else MaskStore(store)
+        if store.folder is not None and self.threshold > 0 and not 0 <= self.ignore_index <= 65535:
+            raise ValueError(f"ignore_index is {self.ignore_index}; a store on disk takes values in 0..65535")
         store.claim(self._description(dataset))
         barrier()
         mine = share_of(len(ids))
@@ -187,13 +199,12 @@ class PseudoLabeler:
             num_workers=self.num_workers,
             skip=skipped.append if skip_unreadable else None,
         )
-        results = in_equal_batches(
-            self._label_each, images, batch_size=self.batch_size, device=device_of(self.model)
-        )
+        results = in_equal_batches(self._label_each, images, batch_size=self.batch_size, device=device_of(self.model))
         # PNGs are written by threads beside the network, a bounded number of them waiting.
         with frozen(self.model), torch.no_grad(), ThreadPoolExecutor(4) as writers:
             writing: deque[Future[None]] = deque()
             for index, (mask, certainty) in bar(results, total=len(todo), title="label", show=self.progress):
+                check_finite(bool(certainty.isfinite().all()), name=f"image {ids[index]!r}")
                 kept = certainty if confidence else None
                 writing.append(writers.submit(store.put, ids[index], mask, kept))
                 while len(writing) > 64:
@@ -207,9 +218,7 @@ class PseudoLabeler:
         kept_indices = [index for index in range(len(ids)) if index not in left_out]
         if not kept_indices:
             raise DataError(f"none of the {len(ids)} images could be read; the first: {skipped[0].reason}")
-        return PseudoLabelled(
-            dataset, store, indices=kept_indices, ids=[ids[i] for i in kept_indices], skipped=skipped
-        )
+        return PseudoLabelled(dataset, store, indices=kept_indices, ids=[ids[i] for i in kept_indices], skipped=skipped)
 
     def _label(self, images: Tensor) -> PseudoLabels:
         return pseudo_label(self._predict(images), threshold=self.threshold, ignore_index=self.ignore_index)
@@ -219,20 +228,14 @@ class PseudoLabeler:
         return list(zip(labels.mask.cpu(), labels.confidence.cpu(), strict=True))
 
     def _description(self, dataset: Dataset[Any]) -> dict[str, Any]:
-        description: dict[str, Any] = {
+        return {
             "model": digest(self.model),
             "num_classes": self.num_classes,
             "threshold": self.threshold,
             "ignore_index": self.ignore_index,
             "precision": self.precision,
+            **facts_of_unnamed(dataset),
         }
-        if not has_ids(dataset):  # numbers name the images of any data set: take a look at one of these
-            try:
-                pixels = image_of(dataset[0], name="0").numpy().tobytes()
-            except OSError:
-                pixels = b""
-            description["first image"] = zlib.crc32(pixels)
-        return description
 
 
 def _share_memory(store: MaskStore, mine: list[str]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,16 @@ from stseg.distributed import barrier, gathered, rank
 from stseg.errors import DataError, WorkdirMismatchError
 from stseg.files import write_atomically
 from stseg.functional import stability
-from stseg.inference import Skipped, bar, in_equal_batches, load, predictor, share_of
+from stseg.inference import (
+    Skipped,
+    bar,
+    check_finite,
+    facts_of_unnamed,
+    in_equal_batches,
+    load,
+    predictor,
+    share_of,
+)
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, digest, frozen
 from stseg.samples import ids_of
@@ -81,7 +92,9 @@ class Ranking:
         values = [float(s) for s in scores]
         places = list(range(len(values))) if indices is None else list(indices)
         if not len(values) == len(ids) == len(places):
-            raise ValueError(f"{len(values)} scores, {len(ids)} ids and {len(places)} indices; expected as many of each")
+            raise ValueError(
+                f"{len(values)} scores, {len(ids)} ids and {len(places)} indices; expected as many of each"
+            )
         for value, id in zip(values, ids, strict=True):
             if math.isnan(value):
                 raise ValueError(f"the score of {id!r} is NaN")
@@ -115,29 +128,36 @@ class Ranking:
 
     def to_csv(self, path: str | Path) -> None:
         """Write ``index,id,score`` lines, best first; scores survive exactly."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["index", "id", "score"])
-        writer.writerows(
-            (i, id, repr(s)) for i, id, s in zip(self.indices, self.ids, self.scores, strict=True)
-        )
-        write_atomically(Path(path), lambda file: file.write(text.getvalue().encode()))
+        # Left to itself, the writer does not quote carriage returns, but the reader ends lines there.
+        returns = any("\r" in id for id in self.ids)
+        text = io.StringIO("index,id,score\n")
+        text.seek(0, io.SEEK_END)
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+        writer.writerows((int(i), id, float(s)) for i, id, s in zip(self.indices, self.ids, self.scores, strict=True))
+        # Ids made of file names may hold surrogates, where a name is not valid UTF-8.
+        content = text.getvalue().encode(errors="surrogatepass")
+        write_atomically(Path(path), lambda file: file.write(content))
 
     @classmethod
     def from_csv(cls, path: str | Path) -> Ranking:
         """Read what ``to_csv`` wrote.
 
         Raises:
-            DataError: if the file is not such a table; names the line.
+            DataError: if the file is not such a table; names it.
         """
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
+        with open(path, newline="", encoding="utf-8", errors="surrogatepass") as file:
+            try:
+                rows = list(csv.reader(file, strict=True))
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise DataError(f"{path} cannot be read as CSV: {error}") from None
         if not rows or rows[0] != ["index", "id", "score"]:
             raise DataError(f"{path} does not begin with the line index,id,score")
         try:
             columns = [(int(index), id, float(score)) for index, id, score in rows[1:]]
         except ValueError as error:
             raise DataError(f"{path} holds a line that is not index,id,score: {error}") from None
+        if (unranked := next((id for _, id, score in columns if math.isnan(score)), None)) is not None:
+            raise DataError(f"{path} gives {unranked!r} the score NaN")
         return cls(
             indices=tuple(c[0] for c in columns), scores=tuple(c[2] for c in columns), ids=tuple(c[1] for c in columns)
         )
@@ -161,7 +181,7 @@ class StabilityRanker:
 
     Raises:
         ValueError: if there are fewer than two checkpoints, or an argument makes no sense.
-        NetworkError: when scoring, if a network does not give logits of ``num_classes`` classes.
+        NetworkError: when scoring, if a network does not give finite logits of ``num_classes`` classes.
 
     Example:
         >>> nets = [nn.Conv2d(3, 4, 1) for _ in range(3)]
@@ -211,7 +231,9 @@ class StabilityRanker:
             ``(B,)`` float64 in [0, 1], on the device of the last checkpoint.
         """
         with frozen(*self.checkpoints), torch.no_grad():
-            return self._score(images)
+            scores = self._score(images)
+        check_finite(not scores.isnan().any(), name=f"a batch of shape {tuple(images.shape)}")
+        return scores
 
     def rank(
         self, dataset: Dataset[Any], *, resume: str | Path | None = None, skip_unreadable: bool = False
@@ -222,18 +244,19 @@ class StabilityRanker:
 
         Args:
             dataset: items are images, or tuples that begin with one.
-            resume: a file that takes each score as soon as it is known; what stands in it is not done again.
+            resume: a file that takes each score as soon as it is known; what stands in it is not done again. Of
+                several processes each further one appends to a file beside it.
             skip_unreadable: whether to go on where an image cannot be read, and list it in ``.skipped``.
 
         Raises:
-            DataError: if there is no image.
-            WorkdirMismatchError: if ``resume`` holds scores of other checkpoints.
+            DataError: if there is no image, or ``resume`` holds a broken line.
+            WorkdirMismatchError: if ``resume`` holds scores of other checkpoints or settings.
             UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false.
         """
         ids = ids_of(dataset)
         if not ids:
             raise DataError("the data set to rank is empty")
-        log = None if resume is None else _ScoreLog(Path(resume), self._description())
+        log = None if resume is None else _ScoreLog(Path(resume), self._description(dataset))
         scores: dict[int, float] = {} if log is None else log.read(ids)
         barrier()
         todo = [index for index in share_of(len(ids)) if index not in scores]
@@ -253,6 +276,7 @@ class StabilityRanker:
         )
         with frozen(*self.checkpoints), torch.no_grad():
             for index, score in bar(results, total=len(todo), title="rank", show=self.progress):
+                check_finite(not math.isnan(score), name=f"image {ids[index]!r} at one of the checkpoints")
                 scores[index] = score
                 if log is not None:
                     log.add(ids[index], score)
@@ -267,44 +291,51 @@ class StabilityRanker:
         )
 
     def _score(self, images: Tensor) -> Tensor:
-        masks = [predict(images).argmax(1) for predict in self._predictors]
+        """``(B,)`` scores; NaN where a checkpoint's logits are not finite."""
+        highest, masks = zip(*(predict(images).max(1) for predict in self._predictors), strict=True)
         reference = masks[-1]
         earlier = torch.stack([mask.to(reference.device) for mask in masks[:-1]])
-        return stability(earlier, reference, self.num_classes)
+        finite = torch.stack([h.isfinite().flatten(1).all(1).to(reference.device) for h in highest]).all(0)
+        return stability(earlier, reference, self.num_classes).masked_fill(~finite, math.nan)
 
-    def _description(self) -> dict[str, Any]:
+    def _description(self, dataset: Dataset[Any]) -> dict[str, Any]:
         return {
             "checkpoints": [digest(network) for network in self.checkpoints],
             "num_classes": self.num_classes,
             "precision": self.precision,
+            **facts_of_unnamed(dataset),
         }
 
 
 class _ScoreLog:
-    """Scores appended to a file as they come, one a line; every process of several has a file of its own."""
+    """Scores appended to a file as they come, one a line; of several processes each has a file of its own."""
 
     def __init__(self, path: Path, description: dict[str, Any]) -> None:
         self.path = path
-        self.header = json.dumps(description)
-        self.mine = path.with_name(f"{path.name}.{rank()}")
+        self.header = json.dumps(description).encode() + b"\n"
+        self.mine = path if rank() == 0 else path.with_name(f"{path.name}.{rank()}")
 
     def read(self, ids: Sequence[str]) -> dict[int, float]:
         index_of = {id: index for index, id in enumerate(ids)}
+        beside = self.path.parent.glob(glob.escape(self.path.name) + ".*")
         scores: dict[int, float] = {}
-        for path in sorted(self.path.parent.glob(self.path.name + ".*")):
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line cut short has no end
-            if lines and lines[0] != self.header:
-                raise WorkdirMismatchError(f"{path} holds scores of other checkpoints or settings; remove it to rank anew")
-            for line in lines[1:]:
-                id, score = json.loads(line)
-                if id in index_of:
-                    scores[index_of[id]] = score
+        for path in [self.path, *sorted(p for p in beside if p.name[len(self.path.name) + 1 :].isdecimal())]:
+            content = path.read_bytes() if path.exists() else b""
+            if not content[: len(self.header)] == self.header[: len(content)]:
+                raise WorkdirMismatchError(
+                    f"{path} holds scores of other checkpoints or settings; remove it to rank anew"
+                )
+            whole = content[: content.rfind(b"\n") + 1]
+            if path == self.mine and whole != content:  # the process was killed while it wrote a line
+                os.truncate(path, len(whole))
+            try:
+                known = [(str(id), float(score)) for id, score in map(json.loads, whole.splitlines()[1:])]
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{path} holds a line that is no score ({error}); remove it to rank anew") from None
+            scores.update((index_of[id], score) for id, score in known if id in index_of)
         return scores
 
     def add(self, id: str, score: float) -> None:
-        new = not self.mine.exists()
-        if new:
-            self.mine.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.mine, "a", encoding="utf-8") as file:
-            file.write(f"{self.header}\n" if new else "")
-            file.write(json.dumps([id, score]) + "\n")
+        self.mine.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.mine, "ab") as file:
+            file.write((b"" if file.tell() else self.header) + json.dumps([id, score]).encode() + b"\n")

@@ -14,8 +14,8 @@ from stseg.models.segmenter import as_segmenter
 class MultiScaleFlip(nn.Module):
     """A model that looks at each image at several scales, mirrored too, and averages the probabilities.
 
-    As the paper labels images (Yang et al., CVPR 2022): sides ``int(h * s)`` and ``int(w * s)``, softmax for each view, resized
-    back (bilinear, corners aligned), averaged. With the defaults these are 10 views.
+    As the paper labels images (Yang et al., CVPR 2022): sides ``int(h * s)`` and ``int(w * s)``, softmax for each
+    view, resized back (bilinear, corners aligned), averaged. With the defaults these are 10 views.
 
     Args:
         model: a network or a wrapped one; a bare network is wrapped in :class:`stseg.Segmenter`.
