@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,10 +42,10 @@ class MultiScaleFlip(nn.Module):
         self, model: nn.Module, scales: Sequence[float] = (0.5, 0.75, 1.0, 1.5, 2.0), flip: bool = True
     ) -> None:
         super().__init__()
-        if not scales or min(scales) <= 0:
-            raise ValueError(f"scales are {tuple(scales)}; expected one or more positive factors")
-        self.model = as_segmenter(model)
         self.scales = tuple(float(s) for s in scales)
+        if not self.scales or not all(0 < s < math.inf for s in self.scales):
+            raise ValueError(f"scales are {self.scales}; expected one or more positive factors")
+        self.model = as_segmenter(model)
         self.flip = flip
 
     def forward(self, images: Tensor) -> Tensor:
