@@ -1,0 +1,96 @@
+"""The pages of the documentation and the README: their code runs, and the reference is complete."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import stseg
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [path for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md"))) if path.exists()]
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>python|pycon)\b[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
+
+
+def blocks(page: Path) -> list[tuple[int, str, str]]:
+    """Line, language and code of the blocks of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (text[: match.start("code")].count("\n") + 1, match["language"], textwrap.dedent(match["code"]))
+        for match in FENCE.finditer(text)
+    ]
+
+
+def run_session(code: str, names: dict[str, Any], where: str) -> None:
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    test = doctest.DocTestParser().get_doctest(code, names, where, where, 0)
+    report: list[str] = []
+    doctest.DocTestRunner(optionflags=options, verbose=False).run(test, out=report.append, clear_globs=False)
+    assert not report, "".join(report)
+    names.update(test.globs)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "page"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for line, language, code in blocks(page):
+            where = f"{page.name}, line {line}"
+            if language == "pycon":
+                run_session(code, names, where)
+            else:
+                exec(compile(code, where, "exec"), names)
+
+
+def test_every_guide_has_code() -> None:
+    without = [path.name for path in (DOCS / "guides").glob("*.md") if not blocks(path)]
+    assert not without
+
+
+def public_names() -> set[str]:
+    functions = inspect.getmembers(stseg.functional, inspect.isfunction)
+    own = [name for name, f in functions if f.__module__ == "stseg.functional" and not name.startswith("_")]
+    modules = {"stseg": stseg.__all__, "stseg.data": stseg.data.__all__, "stseg.models": stseg.models.__all__}
+    return {f"{module}.{name}" for module, names in {**modules, "stseg.functional": own}.items() for name in names}
+
+
+def test_the_reference_is_complete() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    documented = set(re.findall(r"^::: (\S+)$", text, re.M)) | set(re.findall(r"`(stseg\.\w+)`", text))
+    # A name that two modules share is documented once.
+    objects = {id(resolved(name)) for name in documented if not inspect.ismodule(resolved(name))}
+    missing = {name for name in public_names() - documented if id(resolved(name)) not in objects}
+    assert not missing
+    assert all(resolved(name) is not None for name in documented)
+
+
+def resolved(name: str) -> Any:
+    import importlib
+
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        return importlib.import_module(name)
+    parent = importlib.import_module(module)
+    return getattr(parent, attribute)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    missing = [name for path in DOCS.rglob("*.md") if (name := path.relative_to(DOCS).as_posix()) not in navigation]
+    assert not missing
+
+
+def test_pictures_are_there() -> None:
+    for page in DOCS.rglob("*.md"):
+        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).is_file(), f"{page.name}: {target}"
