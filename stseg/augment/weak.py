@@ -78,7 +78,7 @@ class WeakAugment:
         new, old = _integer(low, high), max(height, width)
         # Multiplied first: an exact half (201 * 198 / 396) goes up, as in the paper's runs.
         height, width = (max(1, int(side * new / old + 0.5)) for side in (height, width))
-        pixels = vision.resize(pixels, [height, width], antialias=True)
+        pixels = _bilinear(pixels, height, width)
         classes = classes[_nearest(classes.shape[0], height)][:, _nearest(classes.shape[1], width)]
 
         crop_height, crop_width = self.crop_size
@@ -91,6 +91,17 @@ class WeakAugment:
         # Both branches copy: what leaves a worker must neither alias the data set nor drag along the image.
         pixels, classes = (x[window].flip(-1) if mirrored else x[window].clone() for x in (pixels, classes))
         return pixels.contiguous(), classes.contiguous()
+
+
+def _bilinear(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Resized with antialiasing, as PIL does it."""
+    if width > 1:
+        resized: Tensor = vision.resize(pixels, [height, width], antialias=True)
+        return resized
+    # If the result is one pixel wide, torch smears floats and raises on uint8; one pixel high is sound.
+    turned = pixels[:, None].mT.clone(memory_format=torch.contiguous_format)
+    resized = vision.resize(turned, [width, height], antialias=True)
+    return resized.mT[:, 0]
 
 
 def _nearest(old: int, new: int) -> Tensor:
