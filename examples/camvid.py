@@ -71,6 +71,7 @@ def main() -> None:
     result = trainer.fit(
         folder("train", masks=True, ids="labeled.txt"), folder("train", masks=False, ids="unlabeled.txt"), val
     )
+    stseg.write_report(result, args.out, class_names=CLASSES)
     for name, stage in result.stages.items():
         metric = stseg.evaluate(stage.model, val, num_classes=len(CLASSES), precision=config.precision)
         each = ", ".join(f"{c} {100 * iou:.1f}" for c, iou in zip(CLASSES, metric.iou().tolist(), strict=True))

@@ -19,6 +19,8 @@ import stseg
 from stseg.data import MixedDataset, SyntheticScenes
 
 STEPS, BATCH, SIZE, CLASSES = 300, 8, 64, len(SyntheticScenes.classes)
+LABELLED, UNLABELLED, HELD_OUT = 20, 200, 50
+LABELLED, UNLABELLED, HELD_OUT = 20, 200, 50
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -53,8 +55,9 @@ def train(dataset: MixedDataset, strong: nn.Module) -> list[nn.Module]:
 
 def main() -> None:
     """ST++ as section 3.3 of the paper tells it."""
-    scenes, held_out = SyntheticScenes(220, size=SIZE, seed=0), SyntheticScenes(50, size=SIZE, seed=1)
-    labelled, unlabelled = Subset(scenes, range(20)), Subset(scenes, range(20, 220))
+    scenes = SyntheticScenes(LABELLED + UNLABELLED, size=SIZE, seed=0)
+    labelled, unlabelled = Subset(scenes, range(LABELLED)), Subset(scenes, range(LABELLED, len(scenes)))
+    held_out = SyntheticScenes(HELD_OUT, size=SIZE, seed=1)
     weak, strong = stseg.WeakAugment(SIZE, base_size=SIZE, scale=(0.75, 1.5)), stseg.StrongAugment()
 
     def label(network: nn.Module, indices: list[int]) -> stseg.PseudoLabelled:

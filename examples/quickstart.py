@@ -120,13 +120,13 @@ def figure(results: dict[str, stseg.SelfTrainingResult], held_out: SyntheticScen
 
 def show_image(axes: Axes, image: Tensor) -> None:
     """An image without ticks."""
-    axes.imshow(image.permute(1, 2, 0))
+    axes.imshow(image.permute(1, 2, 0).numpy())
     axes.set(xticks=[], yticks=[])
 
 
 def show_mask(axes: Axes, mask: Tensor) -> None:
     """Classes in their colours."""
-    axes.imshow(mask, cmap=ListedColormap(COLOURS), vmin=0, vmax=len(CLASSES) - 1, interpolation="nearest")
+    axes.imshow(mask.numpy(), cmap=ListedColormap(COLOURS), vmin=0, vmax=len(CLASSES) - 1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
 
 

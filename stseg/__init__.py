@@ -17,8 +17,9 @@ from stseg.metrics import MeanIoU
 from stseg.models import IMAGENET_MEAN, IMAGENET_STD, Segmenter
 from stseg.pseudo import PseudoLabeler, PseudoLabelled
 from stseg.ranking import Ranking, StabilityRanker
+from stseg.report import write_report
+from stseg.result import SelfTrainingResult
 from stseg.self_training import SelfTrainer
-from stseg.stages import SelfTrainingResult
 from stseg.store import MaskStore
 from stseg.training import FitResult, fit
 from stseg.tta import MultiScaleFlip
@@ -56,4 +57,5 @@ __all__ = [
     "fit",
     "functional",
     "models",
+    "write_report",
 ]

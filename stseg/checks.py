@@ -118,7 +118,7 @@ def check_network(model: nn.Module, image: Tensor, num_classes: int | None = Non
 
 
 def _crc(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().numpy().tobytes(), zlib.crc32(str(tuple(tensor.shape)).encode()))
+    return zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), zlib.crc32(str(tuple(tensor.shape)).encode()))
 
 
 def _joined(ids: list[str], prints: list[Any]) -> str:

@@ -51,7 +51,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
-def refuse_other(found: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def refuse_other(found: dict[str, Any], now: dict[str, Any], folder: object) -> None:
     """Raise a ``WorkdirMismatchError`` that names the differences, if there are any."""
     now = json.loads(json.dumps(now))
     if differences := differing(found, now):

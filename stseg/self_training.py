@@ -18,8 +18,9 @@ from stseg.data import MixedDataset
 from stseg.errors import DataError
 from stseg.models.state import digest
 from stseg.records import described
+from stseg.result import SelfTrainingResult
 from stseg.samples import check_classes, len_of
-from stseg.stages import Images, Ranker, SelfTrainingResult, Stages, StageSettings
+from stseg.stages import Images, Ranker, Stages, StageSettings
 from stseg.training import FitResult
 from stseg.tta import MultiScaleFlip
 from stseg.types import BatchAugmentation
@@ -145,7 +146,7 @@ class SelfTrainer:
             labelled: items ``(image, mask)``.
             unlabelled: items are images, or tuples that begin with one; what follows is never looked at.
             val: items ``(image, mask)``, evaluated while training. They choose nothing, unless ``teacher="best"``.
-            teacher: a supervised stage of an earlier run, such as ``result.stages["teacher"]``, instead of training one.
+            teacher: a supervised stage of an earlier run, such as ``result.stages["teacher"]``; none is trained then.
 
         Raises:
             DataError: if a data set is empty, an id is in two of them, or an item is not what it has to be; names it.

@@ -17,10 +17,13 @@ from stseg.checkpoints import copy_on_cpu
 from stseg.checks import check_labelled, check_network, find_unreadable, fingerprint
 from stseg.config import TrainConfig
 from stseg.data import MixedDataset
+from stseg.distributed import barrier, rank
 from stseg.inference import Skipped
 from stseg.models.segmenter import as_segmenter
 from stseg.pseudo import PseudoLabeler, PseudoLabelled
 from stseg.ranking import Ranking, StabilityRanker
+from stseg.report import write_report
+from stseg.result import SelfTrainingResult
 from stseg.samples import ids_of, image_of, pair_of
 from stseg.store import check_store_id
 from stseg.training import FitResult, fit
@@ -47,28 +50,6 @@ class Images(Dataset[Tensor]):
 
     def __getitem__(self, position: int) -> Tensor:
         return image_of(self.dataset[self.indices[position]], name=self.ids[position])
-
-
-@dataclass(frozen=True)
-class SelfTrainingResult:
-    """What a run leaves behind.
-
-    Attributes:
-        model: the final network, wrapped, in evaluation mode.
-        stages: the result of each training stage by name, in order: "teacher", then "student" (ST) or "student-1" and
-            "student-2" (ST++). Their models, but for the last, are on the CPU.
-        labels: the pseudo-labelled data sets by name: "labels" (ST), "reliable" and "unreliable" (ST++).
-        ranking: how the unlabelled images were ranked (ST++).
-        skipped: unlabelled images that could not be read and were left out.
-        seconds: duration of each step by name, in order.
-    """
-
-    model: nn.Module
-    stages: dict[str, FitResult]
-    labels: dict[str, PseudoLabelled]
-    ranking: Ranking | None
-    skipped: tuple[Skipped, ...]
-    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -209,8 +190,8 @@ class Stages:
         return self.ranking
 
     def result(self, last: FitResult) -> SelfTrainingResult:
-        """Everything together."""
-        return SelfTrainingResult(
+        """Everything together, and the report on it."""
+        result = SelfTrainingResult(
             model=last.model.to(self.device),
             stages=self.trained or {"teacher": last},
             labels=self.labelled,
@@ -218,6 +199,10 @@ class Stages:
             skipped=self.skipped,
             seconds=self.seconds,
         )
+        if self.workdir.folder is not None and rank() == 0:
+            write_report(result, self.workdir.folder)
+        barrier()
+        return result
 
     def new_model(self, step: str) -> nn.Module:
         """A network with the initial weights of a step."""

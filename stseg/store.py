@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stseg.errors import DataError, UnreadableImageError, WorkdirMismatchError
 from stseg.files import write_atomically
+from stseg.records import read_record, refuse_other, write_record
 from stseg.samples import as_mask
 
 _CONFIDENCE = ".confidence"
@@ -124,19 +125,15 @@ class MaskStore:
         """
         owner = json.loads(json.dumps(owner))
         record = None if self.folder is None else self.folder / "labels.json"
-        found = self._owner if record is None else _read_json(record)
+        found = self._owner if record is None else read_record(record)
         where = self.folder or "the store"
-        if found is None and next(iter(self), None) is not None:
+        if found is not None:
+            refuse_other(found, owner, where)
+        elif next(iter(self), None) is not None:
             raise WorkdirMismatchError(f"{where} holds masks of unknown origin; use an empty folder")
-        if found is not None and found != owner:
-            keys = [key for key in {**found, **owner} if found.get(key) != owner.get(key)]
-            differences = "; ".join(f"{k}: {found.get(k)!r} there, {owner.get(k)!r} now" for k in keys)
-            raise WorkdirMismatchError(
-                f"{where} holds masks of another labeller ({differences}); use another folder, or remove it"
-            )
+        elif record is not None:
+            write_record(record, owner)
         self._owner = owner
-        if record is not None and found is None:
-            write_atomically(record, lambda file: file.write(json.dumps(owner, indent=1).encode()))
 
     def __getitem__(self, id: str) -> Tensor:
         return self.get(id)
@@ -263,15 +260,3 @@ def _intact(path: Path) -> bool:
             return file.read(8)[4:] == b"IEND"
     except Exception:  # PIL raises many kinds for a broken file
         return False
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise WorkdirMismatchError(f"{path} is not the record of a labeller; remove its folder to label anew")
-    return found

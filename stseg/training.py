@@ -212,7 +212,7 @@ def poly(step: int, total: int, power: float) -> float:
         >>> poly(0, 100, 0.9), round(poly(50, 100, 0.9), 4)
         (1.0, 0.5359)
     """
-    return (1 - step / total) ** power
+    return float((1 - step / total) ** power)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

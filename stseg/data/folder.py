@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -96,20 +95,6 @@ class SegmentationFolder(Dataset[Any]):
         if self._mask_suffixes is None:
             return as_image(image, name=id)
         return pair_of((image, _read(self._mask(index))), name=id)
-
-    def fingerprint(self) -> str:
-        """A short text that tells this data from other data; a copy of the folders has the same.
-
-        It depends on the ids and their order, the mode, the sizes of the image files and the content of the
-        mask files. An image that is edited to the same number of bytes goes unnoticed: reading all of them
-        takes long.
-        """
-        digest = hashlib.blake2b(repr(self.mode).encode(), digest_size=8)
-        for index, id in enumerate(self.ids):
-            digest.update(repr((id, self._image(index).stat().st_size)).encode())
-            if self._mask_suffixes is not None:
-                digest.update(hashlib.blake2b(self._mask(index).read_bytes()).digest())
-        return f"{len(self)} items, {digest.hexdigest()}"
 
     def __repr__(self) -> str:
         masks = "" if self.masks is None else f", {str(self.masks)!r}"

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -428,52 +427,6 @@ class TestMasksOf:
         save(images / "a.png", np.zeros((1, 2), dtype=np.uint8))
         save(masks / "a.png", np.array([[False, True]]))
         assert SegmentationFolder(images, masks)[0][1].tolist() == [[0, 1]]
-
-
-class TestFingerprint:
-    @pytest.fixture
-    def folders(self, images, masks):
-        fill(images, masks, "a", "b", "c/d")
-        return images, masks
-
-    def test_is_short_and_the_same_for_a_copy(self, folders, tmp_path):
-        copies = [Path(shutil.copytree(f, tmp_path / "copy" / f.name)) for f in folders]
-        os.utime(copies[0] / "a.png", (0, 0))
-        fingerprint = SegmentationFolder(*folders).fingerprint()
-        assert SegmentationFolder(*copies).fingerprint() == fingerprint
-        assert fingerprint.startswith("3 items, ")
-        assert len(fingerprint) < 40
-
-    def test_changes_when_a_mask_is_edited_to_the_same_size(self, folders):
-        before = SegmentationFolder(*folders)
-        was = before.fingerprint()
-        path = folders[1] / "a.png"
-        content = bytearray(path.read_bytes())
-        content[-20] ^= 1
-        path.write_bytes(content)
-        assert before.fingerprint() != was
-
-    def test_changes_with_what_is_chosen(self, folders):
-        prints = [
-            SegmentationFolder(*folders).fingerprint(),
-            SegmentationFolder(folders[0]).fingerprint(),
-            SegmentationFolder(*folders, ids=["a", "b"]).fingerprint(),
-            SegmentationFolder(*folders, ids=["b", "a"]).fingerprint(),
-            SegmentationFolder(*folders, mode="L").fingerprint(),
-            SegmentationFolder(*folders, mode=None).fingerprint(),
-        ]
-        assert len(set(prints)) == len(prints)
-
-    def test_changes_with_the_size_of_an_image_file(self, folders):
-        was = SegmentationFolder(*folders).fingerprint()
-        save(folders[0] / "b.png", RGB[:3])
-        assert SegmentationFolder(*folders).fingerprint() != was
-
-    def test_changes_with_a_name(self, folders):
-        was = SegmentationFolder(*folders).fingerprint()
-        for folder in folders:
-            (folder / "b.png").rename(folder / "bb.png")
-        assert SegmentationFolder(*folders).fingerprint() != was
 
 
 def test_repr_tells_folders_and_size(images, masks):

@@ -1,0 +1,40 @@
+# make demo    trains by three methods on drawn scenes, prints a table, draws demo/demo.png (about five minutes)
+# make test    runs the tests
+# make lint    formatting, types, layers
+# make docs    builds the documentation into site/
+# Each creates the environment in .venv first, where there is none (Python 3.10 to 3.13; PYTHON=... chooses one).
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help demo test lint docs clean
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+demo: $(READY)
+	$(BIN)/python examples/quickstart.py --out demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf .venv demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# The stamp comes last: an installation that was cut short is taken up again.
+$(READY): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' || \
+		{ echo "stseg needs Python 3.10 or later: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Creating the environment in .venv: a few minutes, about 6 GB."
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,docs,report]"
+	@touch $@
