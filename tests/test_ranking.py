@@ -1,0 +1,447 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import Subset
+
+from stseg import (
+    DataError,
+    NetworkError,
+    Ranking,
+    Segmenter,
+    StabilityRanker,
+    UnreadableImageError,
+    WorkdirMismatchError,
+)
+
+SIZES = [(9, 12), (12, 9), (7, 7)]
+
+
+class Pooled(nn.Module):
+    """A small network with a branch that sees the whole image, so that padding would change its logits."""
+
+    def __init__(self, classes=4, seed=0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.near, self.far = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+            self.norm, self.drop, self.head = nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, classes, 1)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(tuple(x.shape))
+        x = self.near(x) + 4 * self.far(x.mean((2, 3), keepdim=True))
+        return 8 * self.head(self.drop(self.norm(x)).relu())
+
+    def images_seen(self):
+        """How many images of the data sets here it was called for (not the trials of the wrapper)."""
+        return sum(shape[0] for shape in self.seen if shape[2:] in set(SIZES))
+
+
+class Unlabelled(list):
+    """A list of images with ids."""
+
+    def __init__(self, items, ids=None):
+        super().__init__(items)
+        self.ids = [f"city/img_{i:02}" for i in range(len(self))] if ids is None else ids
+
+
+def pictures(count=13, seed=0):
+    generator = np.random.default_rng(seed)
+    sizes = generator.permutation(SIZES * math.ceil(count / 3))[:count]
+    return Unlabelled([torch.from_numpy(generator.integers(0, 256, (3, *size)).astype(np.uint8)) for size in sizes])
+
+
+def checkpoints(count=3):
+    """Networks that differ a little more from the last one the earlier they are."""
+    networks = [Pooled() for _ in range(count)]
+    for i, network in enumerate(networks):
+        generator = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for p in network.parameters():
+                p += 0.03 * (count - 1 - i) * torch.randn(p.shape, generator=generator)
+    return networks
+
+
+def ranker(networks=None, **options):
+    options = {"num_classes": 4, "progress": False} | options
+    return StabilityRanker(checkpoints() if networks is None else networks, **options)
+
+
+def scores_by_loops(networks, data, num_classes=4):
+    """The formula, one image at a time, on the arg max of the logits."""
+    scores = []
+    for image in data:
+        with torch.no_grad():
+            logits = [Segmenter(network).eval()(image[None])[0].numpy() for network in networks]
+        *earlier, reference = (values.argmax(0) for values in logits)
+        values = []
+        for mask in earlier:
+            ratios = []
+            for c in range(num_classes):
+                union = np.sum((mask == c) | (reference == c))
+                if union:
+                    ratios.append(np.sum((mask == c) & (reference == c)) / union)
+            values.append(sum(ratios) / len(ratios))
+        scores.append(sum(values) / len(values))
+    return scores
+
+
+def by_image(ranking):
+    return [score for _, score in sorted(zip(ranking.indices, ranking.scores, strict=True))]
+
+
+class TestRanker:
+    @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 0), (64, 0), (2, 2)])
+    def test_scores_and_orders_as_the_formula_says(self, batch_size, num_workers):
+        data = pictures()
+        ranking = ranker(batch_size=batch_size, num_workers=num_workers).rank(data)
+        expected = scores_by_loops(checkpoints(), data)
+        assert len({round(score, 6) for score in expected}) > 10, "the scores tell nothing apart"
+        np.testing.assert_allclose(by_image(ranking), expected, rtol=0, atol=1e-12)
+        assert list(ranking.indices) == sorted(range(13), key=lambda i: (-expected[i], i))
+        assert ranking.ids == tuple(data.ids[i] for i in ranking.indices)
+        assert all(type(score) is float for score in ranking.scores)
+
+    def test_scores_a_batch(self):
+        images = torch.rand(3, 3, 9, 12, generator=torch.Generator().manual_seed(0))
+        scores = ranker()(images)
+        assert scores.dtype == torch.float64
+        np.testing.assert_allclose(scores.numpy(), scores_by_loops(checkpoints(), images), rtol=0, atol=1e-12)
+
+    def test_scores_are_those_of_single_precision_whatever_goes_on_around(self):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ranking = ranker().rank(pictures())
+        assert by_image(ranking) == by_image(ranker().rank(pictures()))
+        assert by_image(ranking) != by_image(ranker(precision="bf16").rank(pictures()))
+
+    def test_takes_the_last_checkpoint_as_the_reference(self):
+        data, (first, second, last) = pictures(), checkpoints()
+        scores = by_image(ranker([first, second, last]).rank(data))
+        np.testing.assert_allclose(by_image(ranker([second, first, last]).rank(data)), scores, rtol=0, atol=1e-12)
+        others = by_image(ranker([last, second, first]).rank(data))
+        assert max(abs(a - b) for a, b in zip(scores, others, strict=True)) > 0.01
+        np.testing.assert_allclose(others, scores_by_loops([last, second, first], data), rtol=0, atol=1e-12)
+
+    def test_keeps_the_order_of_the_data_set_where_scores_are_equal(self):
+        same = [Pooled(), Pooled()]
+        ranking = ranker(same, batch_size=3).rank(pictures())
+        assert ranking.scores == (1.0,) * 13
+        assert ranking.indices == tuple(range(13))
+
+    def test_keeps_the_order_of_equal_images_among_others(self):
+        a, b, c = pictures(3)
+        data = Unlabelled([b, a, c, a, b, a])
+        ranking = ranker(batch_size=2).rank(data)
+        place = {index: position for position, index in enumerate(ranking.indices)}
+        assert place[1] < place[3] < place[5]
+        assert place[0] < place[4]
+        assert len(set(ranking.scores)) == 3
+
+    def test_takes_networks_with_and_without_wrapper_and_as_a_module_list(self):
+        data, (first, second, last) = pictures(4), checkpoints()
+        expected = ranker([first, second, last]).rank(data)
+        assert ranker([Segmenter(first), second, Segmenter(last)]).rank(data) == expected
+        assert ranker(nn.ModuleList(checkpoints())).rank(data) == expected
+        assert ranker(checkpoints(), device="cpu").rank(data) == expected
+
+    def test_ignores_what_comes_after_the_image(self):
+        data = pictures(4)
+        items = [(image, torch.zeros(1, 1), "not looked at") for image in data]
+        assert by_image(ranker().rank(items)) == by_image(ranker().rank(data))
+
+    def test_ranks_a_subset_by_its_own_places_and_the_ids_of_the_whole(self):
+        data = pictures()
+        ranking = ranker().rank(Subset(data, [7, 2, 11]))
+        assert sorted(ranking.indices) == [0, 1, 2]
+        assert {ranking.ids[ranking.indices.index(0)]} == {"city/img_07"}
+
+    def test_leaves_modes_gradients_and_random_numbers_alone(self):
+        networks = [network.train() for network in checkpoints()]
+        networks[1].norm.eval()
+        made = ranker(networks)
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        made.rank(pictures(4))
+        scores = made(torch.rand(1, 3, 9, 12, generator=torch.Generator()))
+        assert torch.equal(torch.rand(3), expected)
+        modes = [[m.training for m in (n, n.near, n.norm, n.drop)] for n in networks]
+        assert modes == [[True] * 4, [True, True, False, True], [True] * 4]
+        assert not scores.requires_grad
+        assert torch.is_grad_enabled()
+
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_needs_two_checkpoints(self, count):
+        with pytest.raises(ValueError, match=f"got {count} checkpoints; expected two or more"):
+            ranker(checkpoints()[:count])
+
+    @pytest.mark.parametrize("network", [Pooled(), nn.Sequential(Pooled(), nn.Identity())])
+    def test_refuses_a_single_network(self, network):
+        with pytest.raises(TypeError, match=f"checkpoints is one network .{type(network).__name__}.; expected two"):
+            ranker(network)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_classes": 1}, "num_classes is 1"),
+            ({"batch_size": 0}, "batch_size is 0"),
+            ({"precision": "fp16"}, "precision is 'fp16'"),
+        ],
+    )
+    def test_refuses_arguments_that_make_no_sense(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            ranker(**options)
+
+    def test_refuses_an_empty_data_set_and_networks_of_other_classes(self):
+        with pytest.raises(DataError, match="the data set to rank is empty"):
+            ranker().rank([])
+        with pytest.raises(NetworkError, match="gives 5 classes; num_classes is 4"):
+            ranker([Pooled(), Pooled(classes=5)]).rank(pictures(2))
+
+    def test_names_images_that_cannot_be_read_or_lists_them_by_choice(self):
+        class Failing(Unlabelled):
+            def __getitem__(self, index):
+                if index in (1, 4):
+                    raise OSError("disk on fire")
+                return super().__getitem__(index)
+
+        data = Failing(pictures())
+        with pytest.raises(UnreadableImageError, match="item 'city/img_01': disk on fire"):
+            ranker().rank(data)
+        ranking = ranker().rank(data, skip_unreadable=True)
+        assert [(s.index, s.id) for s in ranking.skipped] == [(1, "city/img_01"), (4, "city/img_04")]
+        assert sorted(ranking.indices) == [i for i in range(13) if i not in (1, 4)]
+        whole = dict(enumerate(by_image(ranker().rank(pictures()))))
+        assert all(whole[i] == score for i, score in zip(ranking.indices, ranking.scores, strict=True))
+        with pytest.raises(DataError, match="none of the 1 images could be read"):
+            ranker().rank(Subset(data, [1]), skip_unreadable=True)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_an_error_whichever_checkpoint_gives_them(value, place):
+    class Poisoned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            logits = self.conv(x).clone()
+            logits[x[:, 0, 0, 0] > 2, 1, -1, -1] = value
+            return logits
+
+    networks = checkpoints()
+    networks[place] = Poisoned()
+    images = torch.zeros(4, 3, 7, 7)
+    assert len(ranker(networks).rank(Unlabelled(images))) == 4
+    images[2] = 1.0
+    with pytest.raises(NetworkError, match="NaN or infinite logits for image 'city/img_02'"):
+        ranker(networks).rank(Unlabelled(images))
+    with pytest.raises(NetworkError, match="NaN or infinite logits for a batch"):
+        ranker(networks)(images)
+
+
+class Interrupted(Unlabelled):
+    """Stops the process, as it were, at one image."""
+
+    def __init__(self, items, at):
+        super().__init__(items)
+        self.at = at
+
+    def __getitem__(self, index):
+        if index == self.at:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+class TestResume:
+    def test_does_only_what_is_not_done(self, tmp_path):
+        data, file = pictures(), tmp_path / "logs" / "scores"
+        with pytest.raises(KeyboardInterrupt):
+            ranker(batch_size=1).rank(Interrupted(data, at=8), resume=file)
+        again = checkpoints()
+        ranking = ranker(again).rank(data, resume=file)
+        assert [network.images_seen() for network in again] == [5, 5, 5]
+        assert ranking == ranker().rank(data)
+        once_more = checkpoints()
+        assert ranker(once_more).rank(data, resume=str(file)) == ranking
+        assert [network.seen for network in once_more] == [[], [], []]
+
+    def test_takes_scores_line_by_line_in_the_file_that_was_named(self, tmp_path):
+        file = tmp_path / "scores[1].jsonl"
+        ranking = ranker().rank(pictures(4), resume=file)
+        _, *lines = file.read_text().splitlines()
+        assert {tuple(json.loads(line)) for line in lines} == set(zip(ranking.ids, ranking.scores, strict=True))
+        assert list(tmp_path.iterdir()) == [file]
+
+    def test_tolerates_a_line_cut_short_wherever_it_is_cut(self, tmp_path):
+        data, file = pictures(4), tmp_path / "scores"
+        expected = ranker(batch_size=1).rank(data, resume=file)
+        whole = file.read_bytes()
+        lines = whole.splitlines(keepends=True)
+        header, last = len(lines[0]), len(whole) - len(lines[-1])
+        for length in {0, 1, header - 1, header, header + 3, last - 1, last, last + 1, len(whole) - 1}:
+            file.write_bytes(whole[:length])
+            again = checkpoints()
+            assert ranker(again, batch_size=1).rank(data, resume=file) == expected
+            assert again[0].images_seen() == 4 - max(0, whole[:length].count(b"\n") - 1)
+            assert file.read_bytes() == whole
+
+    def test_refuses_scores_of_others(self, tmp_path):
+        file = tmp_path / "scores"
+        ranker().rank(pictures(4), resume=file)
+        before = file.read_bytes()
+        first, second, last = checkpoints()
+        others = [
+            ranker([second, first, last]),
+            ranker([first, last]),
+            ranker([first, second, Pooled(seed=1)]),
+            ranker(precision="bf16"),
+        ]
+        for other in others:
+            with pytest.raises(WorkdirMismatchError, match="other checkpoints or settings"):
+                other.rank(pictures(4), resume=file)
+        assert file.read_bytes() == before
+
+    def test_refuses_scores_of_other_images_where_numbers_are_their_names(self, tmp_path):
+        file = tmp_path / "scores"
+        ranker().rank(list(pictures(4)), resume=file)
+        ranker().rank(list(pictures(4)), resume=file)
+        with pytest.raises(WorkdirMismatchError):
+            ranker().rank(list(pictures(4, seed=1)), resume=file)
+
+    @pytest.mark.parametrize("content", [b"index,id,score\n0,a,0.5\n", b"notes", b"\x89PNG\r\n\x1a\n"])
+    def test_refuses_a_file_of_something_else_and_leaves_it_alone(self, tmp_path, content):
+        file = tmp_path / "scores"
+        file.write_bytes(content)
+        with pytest.raises(WorkdirMismatchError, match="scores holds scores of other"):
+            ranker().rank(pictures(4), resume=file)
+        assert file.read_bytes() == content
+
+    @pytest.mark.parametrize("line", [b"\0\0\0\n", b'["a"]\n', b'["a", "high"]\n', b"3\n", b"\xff\n"])
+    def test_refuses_broken_lines_before_any_work(self, tmp_path, line):
+        file, networks = tmp_path / "scores", checkpoints()
+        ranker().rank(pictures(4), resume=file)
+        file.write_bytes(file.read_bytes() + line)
+        with pytest.raises(DataError, match="scores holds a line that is no score"):
+            ranker(networks).rank(pictures(4), resume=file)
+        assert networks[0].seen == []
+
+    def test_takes_no_notice_of_files_with_like_names(self, tmp_path):
+        data = pictures(4)
+        ranking = ranker().rank(data, resume=tmp_path / "ranking")
+        ranking.to_csv(tmp_path / "ranking.csv")
+        assert ranker().rank(data, resume=tmp_path / "ranking") == ranking
+
+    def test_goes_by_id_when_the_data_set_has_changed(self, tmp_path):
+        data, again = pictures(), checkpoints()
+        ranker().rank(Subset(data, [3, 5, 7]), resume=tmp_path / "scores")
+        ranking = ranker(again).rank(data, resume=tmp_path / "scores")
+        assert again[0].images_seen() == 10
+        assert ranking == ranker().rank(data)
+
+
+class TestRanking:
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1), max_size=12))
+    def test_is_highest_first_and_stable(self, scores):
+        ranking = Ranking.from_scores(scores, [f"i{n}" for n in range(len(scores))])
+        left = list(range(len(scores)))
+        for index, score, id in zip(ranking.indices, ranking.scores, ranking.ids, strict=True):
+            best = max(left, key=lambda i: scores[i])  # the first of them
+            assert (index, score, id) == (best, scores[best], f"i{best}")
+            left.remove(best)
+        assert left == []
+        assert len(ranking) == len(scores)
+
+    @pytest.mark.parametrize(
+        ("count", "fraction", "reliable"),
+        [
+            (8, 0.5, 4), (9, 0.5, 4), (1, 0.5, 0), (10399, 0.5, 5199), (9920, 0.5, 4960), (9118, 0.5, 4559),
+            (7, 0, 0), (7, 1, 7), (7, 0.999, 6), (100, 0.29, 29), (10, 0.7, 7), (3, 1 / 3, 1), (0, 0.5, 0), (49, 1 / 49, 1),
+        ],
+    )  # fmt: skip
+    def test_split_rounds_down(self, count, fraction, reliable):
+        indices = list(reversed(range(count)))
+        ranking = Ranking(indices, [0.5] * count, [str(i) for i in indices])
+        first, rest = ranking.split(fraction)
+        assert (first, rest) == (indices[:reliable], indices[reliable:])
+        assert isinstance(first, list)
+        assert isinstance(rest, list)
+
+    def test_splits_in_halves_by_default(self):
+        assert Ranking.from_scores([0.1, 0.9, 0.5], ["a", "b", "c"]).split() == ([1], [2, 0])
+
+    @pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
+    def test_refuses_a_fraction_that_is_none(self, fraction):
+        with pytest.raises(ValueError, match="fraction is"):
+            Ranking([0], [0.5], ["a"]).split(fraction)
+
+    def test_refuses_columns_of_different_lengths_and_nan(self):
+        with pytest.raises(ValueError, match="2, 1 and 2 values"):
+            Ranking([0, 1], [0.5], ["a", "b"])
+        with pytest.raises(ValueError, match="2 scores, 1 ids"):
+            Ranking.from_scores([0.5, 0.2], ["a"])
+        with pytest.raises(ValueError, match="score of 'b' is NaN"):
+            Ranking.from_scores([0.5, math.nan], ["a", "b"])
+
+
+class TestCsv:
+    weird = (
+        'a,b', '"', '""quoted""', "new\nline", "re\rturn", "both\r\nof them", " spaces ", "", "日本語", "é", "#", "'", "\udcff",
+    )  # fmt: skip
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(st.tuples(st.integers(0, 10**9), st.text(max_size=8), st.floats(0, 1)), max_size=8))
+    @example([(i, id, 0.1 + i / 3) for i, id in enumerate(weird)])
+    @example([(0, "a", 0.1 + 0.2), (1, "b", 5e-324), (2, "c", 1 - 2**-53)])
+    def test_comes_back_exactly(self, tmp_path_factory, rows):
+        rows = [row for row in rows if "\0" not in row[1]]  # Python 3.10 reads none
+        path = tmp_path_factory.mktemp("csv") / "ranking.csv"
+        ranking = Ranking([r[0] for r in rows], [r[2] for r in rows], [r[1] for r in rows])
+        ranking.to_csv(path)
+        found = Ranking.from_csv(str(path))
+        assert found == ranking
+        assert [s.hex() for s in found.scores] == [s.hex() for s in ranking.scores]
+
+    def test_is_a_plain_table(self, tmp_path):
+        Ranking.from_scores([0.25, 0.5], ["a/b", "c d"]).to_csv(tmp_path / "deep" / "ranking.csv")
+        assert (tmp_path / "deep" / "ranking.csv").read_bytes() == b"index,id,score\n1,c d,0.5\n0,a/b,0.25\n"
+
+    def test_of_numpy_values_is_that_of_numbers(self, tmp_path):
+        Ranking(np.array([1, 0]), np.array([0.5, 0.1]), ["a", "b"]).to_csv(tmp_path / "ranking.csv")
+        assert Ranking.from_csv(tmp_path / "ranking.csv") == Ranking([1, 0], [0.5, 0.1], ["a", "b"])
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"id,score\na,0.5\n",
+            b"index,id,score\n0,a\n",
+            b"index,id,score\n0,a,0.5,more\n",
+            b"index,id,score\nzero,a,0.5\n",
+            b"index,id,score\n0,a,high\n",
+            b"index,id,score\n0,a,nan\n",
+            b"index,id,score\n0,a,0.5\n1,b,",
+            b'index,id,score\n0,"a,0.5\n',
+            b"index,id,score\n0,\xff\xfe,0.5\n",
+            b"\x89PNG\r\n\x1a\n\0\0\0",
+        ],
+    )
+    def test_of_something_else_is_an_error_that_names_the_file(self, tmp_path, content):
+        path = tmp_path / "ranking.csv"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"ranking\.csv"):
+            Ranking.from_csv(path)
+
+    def test_that_is_missing_is_no_empty_ranking(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            Ranking.from_csv(tmp_path / "ranking.csv")
