@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import inspect
 import re
 import textwrap
@@ -75,8 +76,6 @@ def test_the_reference_is_complete() -> None:
 
 
 def resolved(name: str) -> Any:
-    import importlib
-
     module, _, attribute = name.rpartition(".")
     if not module:
         return importlib.import_module(name)
