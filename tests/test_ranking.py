@@ -366,7 +366,8 @@ class TestRanking:
         ("count", "fraction", "reliable"),
         [
             (8, 0.5, 4), (9, 0.5, 4), (1, 0.5, 0), (10399, 0.5, 5199), (9920, 0.5, 4960), (9118, 0.5, 4559),
-            (7, 0, 0), (7, 1, 7), (7, 0.999, 6), (100, 0.29, 29), (10, 0.7, 7), (3, 1 / 3, 1), (0, 0.5, 0), (49, 1 / 49, 1),
+            (7, 0, 0), (7, 1, 7), (7, 0.999, 6), (100, 0.29, 29), (10, 0.7, 7), (3, 1 / 3, 1), (0, 0.5, 0),
+            (49, 1 / 49, 1),
         ],
     )  # fmt: skip
     def test_split_rounds_down(self, count, fraction, reliable):
@@ -396,7 +397,8 @@ class TestRanking:
 
 class TestCsv:
     weird = (
-        'a,b', '"', '""quoted""', "new\nline", "re\rturn", "both\r\nof them", " spaces ", "", "日本語", "é", "#", "'", "\udcff",
+        'a,b', '"', '""quoted""', "new\nline", "re\rturn", "both\r\nof them", " spaces ", "",
+        "日本語", "é", "#", "'", "\udcff",
     )  # fmt: skip
 
     @settings(max_examples=40, deadline=None)
