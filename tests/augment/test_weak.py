@@ -297,7 +297,7 @@ class TestWhatComesIn:
 
     @pytest.mark.parametrize("kind", ["uint8", "float"])
     @pytest.mark.parametrize("flip", [0, 1])
-    @pytest.mark.parametrize("crop", [(6, 8), (3, 3), (9, 9)])
+    @pytest.mark.parametrize("crop", [(6, 8), (3, 3), (3, 8), (9, 9)])
     def test_is_neither_changed_nor_shared(self, kind, flip, crop):
         image, mask = sample(6, 8)
         image = image / 255 if kind == "float" else image
