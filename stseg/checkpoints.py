@@ -61,6 +61,17 @@ class Progress:
     """Those since the last row of the history."""
     history: list[Row] = field(default_factory=list)
 
+    def add_row(self, *, epoch: float, lr: float, miou: float | None, seconds: float) -> None:
+        """Close a part of the training: the mean of its losses goes into the history."""
+        row = {"epoch": epoch, "step": self.step, "lr": lr, "loss": math.fsum(self.losses) / len(self.losses)}
+        self.history.append({**row, **({} if miou is None else {"miou": miou}), "seconds": seconds})
+        self.losses.clear()
+
+    def shown(self, loss: float) -> dict[str, str]:
+        """What a progress bar tells: the last loss, and the last mIoU in per cent."""
+        miou = self.history[-1].get("miou") if self.history else None
+        return {"loss": f"{loss:.3f}"} | ({} if miou is None else {"mIoU": f"{100 * miou:.1f}"})
+
 
 class StageFolder:
     """What a stage keeps: in a folder, or in memory where that is None.

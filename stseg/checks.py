@@ -33,7 +33,7 @@ def check_labelled(
 
     Raises:
         DataError: if there is no item, an image cannot be read, or a mask is missing, of another size than its image or
-            holds a value that is neither a class nor the ignore index; names the item.
+            holds a value that is neither a class nor the ignore index; names the item. If no mask holds a class.
         TypeError: if a mask holds floats; names the item.
     """
     ids = ids_of(dataset)
@@ -41,10 +41,14 @@ def check_labelled(
         raise DataError(f"the {name} data set is empty")
     mine = share_of(len(ids))
     prints = []
+    any_class = False
     items = load(dataset, mine, batch_size=8, num_workers=num_workers, with_mask=True)
     for index, (image, mask) in bar(items, total=len(mine), title=f"check {name}", show=progress):
         check_mask_values(mask, num_classes, ignore_index, name=ids[index])
         prints.append((index, _crc(image), _crc(mask)))
+        any_class = any_class or bool((mask != ignore_index).any())
+    if not any(gathered(any_class)):
+        raise DataError(f"the masks of the {name} data set hold nothing but the ignore index {ignore_index}")
     return _joined(ids, [row for part in gathered(prints) for row in part])
 
 

@@ -36,7 +36,13 @@ def gathered(value: Any) -> list[Any]:
 
 def summed(tensor: Tensor) -> Tensor:
     """Sum over all processes, on the tensor's own device."""
-    return torch.stack(gathered(tensor)).sum(0) if _on() else tensor
+    if not _on():
+        return tensor
+    if tensor.device.type == "cpu":  # of which NCCL takes none
+        return torch.stack(gathered(tensor)).sum(0)
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def _on() -> bool:

@@ -20,6 +20,7 @@ from stseg.data import MixedDataset
 from stseg.distributed import barrier, rank
 from stseg.inference import Skipped
 from stseg.models.segmenter import as_segmenter
+from stseg.models.state import digest
 from stseg.pseudo import PseudoLabeler, PseudoLabelled
 from stseg.ranking import Ranking, StabilityRanker
 from stseg.report import write_report
@@ -104,7 +105,7 @@ class Stages:
                     num_workers=s.config.num_workers,
                     progress=s.progress,
                 )
-        self._check_network(pair_of(labelled[0], name=ids_of(labelled)[0])[0])
+        facts["network"] = self._check_network(pair_of(labelled[0], name=ids_of(labelled)[0])[0])
         if unlabelled is None:
             self.workdir.claim(facts)
             return Images(labelled, [], [])
@@ -210,7 +211,7 @@ class Stages:
             torch.manual_seed(seed_of(self.settings.config.seed, "init", step))
             return as_segmenter(self.settings.make_model())
 
-    def _check_network(self, image: Tensor) -> None:
+    def _check_network(self, image: Tensor) -> str:
         model, another = self.new_model("check"), self.new_model("check")
         known = {id(parameter) for parameter in model.parameters()}
         if any(id(parameter) in known for parameter in another.parameters()):
@@ -218,6 +219,7 @@ class Stages:
                 "make_model returned the same parameters twice; expected a fresh network each time it is called"
             )
         check_network(model, image, self.settings.num_classes)
+        return digest(model, weights=False)
 
     def _done(self, step: str, seconds: float) -> None:
         facts = self.workdir.facts(step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,10 +22,12 @@ from stseg.batches import Samples, batches_of, seed_of, steps_per_epoch
 from stseg.checkpoints import Row, StageFolder
 from stseg.checks import check_labelled, check_network
 from stseg.config import TrainConfig
-from stseg.distributed import rank, summed, world_size
+from stseg.distributed import rank, world_size
 from stseg.errors import DataError, TrainingDivergedError
-from stseg.inference import autocast, evaluate
+from stseg.inference import evaluate
 from stseg.models.segmenter import as_segmenter
+from stseg.models.state import digest
+from stseg.optimization import optimizer_of, poly, train_step
 from stseg.records import described
 from stseg.samples import names_of
 from stseg.types import BatchAugmentation
@@ -131,7 +131,8 @@ def fit(
             progress=progress,
         )
     record = {
-        "config": asdict(config),
+        "network": digest(model, weights=False),
+        "config": {**asdict(config), "num_workers": None},  # which do not change the result
         "strong": described(strong),
         "data": f"{len(names)} samples, {zlib.crc32(repr(names).encode()):08x}",
         "snapshots": snapshots,
@@ -142,7 +143,7 @@ def fit(
         kept = tuple(folder.snapshot(model, at) for at in snapshots)
         return FitResult(model.eval(), kept, tuple(done.history), done.seconds)
 
-    optimizer = _optimizer(model, config)
+    optimizer = optimizer_of(model, config)
     so_far = folder.resume(model, optimizer)
     copies = [folder.snapshot(model, at) for at in snapshots if at * unit <= so_far.step]
     rows = range(per_epoch, total + 1, per_epoch) if config.epochs else _spread(total, 20)
@@ -169,7 +170,7 @@ def fit(
                 group["lr"] = group["initial_lr"] * poly(step, total, config.power)
             images, masks = _on_device(batch, device, strong)
             try:
-                loss = _step(network, optimizer, images, masks, config, ignore_index)
+                loss = train_step(network, optimizer, images, masks, config, ignore_index)
             except FloatingPointError as error:
                 save()
                 raise TrainingDivergedError(
@@ -179,20 +180,17 @@ def fit(
                 ) from None
             so_far.losses.append(loss)
             so_far.step = step + 1
-            bar.update()
             if so_far.step in rows:
-                row = {"epoch": so_far.step / per_epoch, "step": so_far.step, "lr": group["lr"]}
-                row["loss"] = math.fsum(so_far.losses) / len(so_far.losses)
-                if val is not None:
-                    row["miou"] = _miou(model, val, classes, ignore_index, config)
-                    if keep == "best" and row["miou"] > so_far.best:
-                        so_far.best = row["miou"]
-                        folder.keep_best(model)
-                row["seconds"] = before + time.monotonic() - began
-                so_far.losses.clear()
-                so_far.history.append(row)
+                miou = None if val is None else _miou(model, val, classes, ignore_index, config)
+                if keep == "best" and miou is not None and miou > so_far.best:
+                    so_far.best = miou
+                    folder.keep_best(model)
+                so_far.add_row(
+                    epoch=so_far.step / per_epoch, lr=group["lr"], miou=miou, seconds=before + time.monotonic() - began
+                )
                 folder.log(so_far)
-                bar.set_postfix({key: f"{row[key]:.3f}" for key in ("loss", "miou") if key in row})
+            bar.set_postfix(so_far.shown(loss), refresh=False)
+            bar.update()
             if so_far.step % unit == 0 and so_far.step // unit in snapshots:
                 copies.append(folder.add_snapshot(model, so_far.step // unit))
             if time.monotonic() - saved >= save_every:
@@ -203,89 +201,6 @@ def fit(
         folder.load_best(model)
     folder.finish(model, so_far)
     return FitResult(model.eval(), tuple(copies), tuple(so_far.history), so_far.seconds)
-
-
-def poly(step: int, total: int, power: float) -> float:
-    """Factor of the learning rate after ``step`` of ``total`` steps: ``(1 - step / total) ** power``.
-
-    Example:
-        >>> poly(0, 100, 0.9), round(poly(50, 100, 0.9), 4)
-        (1.0, 0.5359)
-    """
-    return float((1 - step / total) ** power)
-
-
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """The backbone at the base learning rate, the rest at ``head_lr_factor`` times that.
-
-    Raises:
-        ValueError: if ``config.backbone`` names no submodule, or nothing can be trained.
-    """
-    network = getattr(model, "network", model)
-    backbone = _backbone(network, config.backbone)
-    inside = set() if backbone is None else {id(p) for p in backbone.parameters()}
-    trained = [p for p in network.parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError(f"the network ({type(network).__name__}) has no parameters that require gradients")
-    base = [p for p in trained if backbone is None or id(p) in inside]
-    head = [p for p in trained if backbone is not None and id(p) not in inside]
-    groups = [(base, config.lr), (head, config.lr * config.head_lr_factor)]
-    return [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
-
-
-def _backbone(network: nn.Module, name: str | None) -> nn.Module | None:
-    if name is not None:
-        try:
-            return network.get_submodule(name)
-        except AttributeError:
-            raise ValueError(
-                f"backbone is {name!r}; the network ({type(network).__name__}) has no such submodule"
-            ) from None
-    names = ("encoder", "backbone", getattr(network, "base_model_prefix", None) or "encoder")
-    found = (getattr(network, name, None) for name in names)
-    return next((module for module in found if isinstance(module, nn.Module)), None)
-
-
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, config)
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def _step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    masks: Tensor,
-    config: TrainConfig,
-    ignore_index: int,
-) -> float:
-    """One iteration; the loss over all processes.
-
-    Raises:
-        FloatingPointError: if loss or gradients are not finite; network and optimizer are left as they were.
-    """
-    # Buffers change with the forward pass: a batch that ruins the loss ruins the running statistics as well.
-    buffers = list(network.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    with autocast(images.device, config.precision):
-        logits = network(images)
-    losses = F.cross_entropy(logits.float(), masks, ignore_index=ignore_index, reduction="sum")
-    # The mean over the whole batch, as in a single process; DistributedDataParallel averages over processes.
-    total = summed(torch.stack([losses.detach().double(), (masks != ignore_index).sum().double()]))
-    count = total[1].clamp(min=1)
-    optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(losses * (world_size() / count).float())
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)
-    loss, finite = torch.stack([total[0] / count, (total[0] + norm).isfinite().double()]).tolist()
-    if not finite:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
-        raise FloatingPointError("the gradients are not finite" if math.isfinite(loss) else f"the loss is {loss}")
-    optimizer.step()
-    return float(loss)
 
 
 def _on_device(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stseg.errors import NetworkError
 from stseg.models.state import device_of, frozen
@@ -148,6 +149,8 @@ def as_segmenter(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a network (torch.nn.Module), got {type(model).__name__}")
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # it waits for the other processes at each call, and they may have fewer batches
     return model if _takes_images(model) else Segmenter(model)
 
 
