@@ -165,7 +165,7 @@ class TestRecipe:
 
 
 class TestKornia:
-    """The two operations that are written anew, for speed and so as not to read values back, compute what kornia's do."""
+    """The two operations written anew, for speed and so as not to read values back, compute what kornia's do."""
 
     def test_has_the_same_hue(self):
         images, masks = batch(16)
