@@ -20,7 +20,7 @@ from stseg.errors import DataError
 from stseg.files import write_atomically
 from stseg.models.segmenter import Segmenter
 from stseg.models.state import cpu_state
-from stseg.records import check_record
+from stseg.records import check_record, read_record, write_record
 
 Row = dict[str, float]
 """A line of a history: epoch, step, lr, loss (mean since the line before), miou (with validation) and seconds (since
@@ -97,8 +97,7 @@ class StageFolder:
         if self.folder is None or not (self.folder / "model.safetensors").exists():
             return None
         load_weights(model, self.folder / "model.safetensors")
-        progress = json.loads((self.folder / "progress.json").read_text())
-        return Progress(**progress)
+        return Progress(**read_record(self.folder / "progress.json") or {})
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         """Load the last state that was saved, if there is one."""
@@ -159,8 +158,7 @@ class StageFolder:
     def finish(self, model: nn.Module, progress: Progress) -> None:
         """Write the result and remove what was only needed on the way."""
         if self.folder is not None and rank() == 0:
-            content = json.dumps(asdict(progress))
-            write_atomically(self.folder / "progress.json", lambda file: file.write(content.encode()))
+            write_record(self.folder / "progress.json", asdict(progress))
             save_weights(model, self.folder / "model.safetensors")
             shutil.rmtree(self.folder / "state", ignore_errors=True)
         barrier()

@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import stseg
+from stseg import Ranking, SelfTrainer, TrainConfig, WorkdirMismatchError, fit
+from stseg.batches import seed_of
+from stseg.models.state import cpu_state
+from stseg.self_training import thirds
+
+SEED = 5
+NORMAL = [torch.tensor(v)[:, None, None] for v in (stseg.IMAGENET_MEAN, stseg.IMAGENET_STD)]
+
+
+class Named(list):
+    """Items with ids."""
+
+    def __init__(self, items, prefix: str) -> None:
+        super().__init__(items)
+        self.ids = [f"{prefix}/{index}" for index in range(len(self))]
+
+
+def images(count: int, seed: int, size: tuple[int, int] = (20, 24)) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [F.interpolate(torch.rand(1, 3, 5, 6, generator=generator), size)[0] for _ in range(count)]
+
+
+def labelled(count: int = 3, seed: int = 1, prefix: str = "labelled") -> Named:
+    return Named([(image, (image[0] > 0.5).byte() + (image[1] > 0.7)) for image in images(count, seed)], prefix)
+
+
+def unlabelled(count: int = 5) -> Named:
+    return Named([*images(count - 1, 2), *images(1, 3, (17, 30))], "unlabelled")
+
+
+def make_model() -> nn.Module:
+    first = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+    return nn.Sequential(first, nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
+
+
+CONFIG = TrainConfig(epochs=4, batch_size=3, crop_size=16, base_size=24, lr=0.05, seed=SEED)
+
+
+def trainer(**options) -> SelfTrainer:
+    options = {"num_classes": 3, "config": CONFIG, "progress": False, **options}
+    return SelfTrainer(options.pop("make_model", make_model), **options)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    a, b = cpu_state(one), cpu_state(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Mixture(list):
+    """What a stage learns from: L as often as makes it about as large as the rest, then the rest."""
+
+    def __init__(self, true, guessed) -> None:
+        rounds = math.ceil(len(guessed) / len(true)) if guessed else 2  # fewer than 200: twice
+        super().__init__([(*item, False) for item in true] * rounds + [(*item, True) for item in guessed])
+
+
+def train_by_hand(step: str, true, guessed=()) -> tuple[nn.Module, list[nn.Module]]:
+    """A stage on its own: fresh weights, and the seed of that step."""
+    torch.manual_seed(seed_of(SEED, "init", step))
+    result = fit(
+        make_model(),
+        Mixture(true, guessed),
+        CONFIG.with_seed(seed_of(SEED, step)),
+        strong=stseg.StrongAugment() if guessed else None,
+        snapshots=[4 // 3, 2 * 4 // 3, 4],
+        check=False,
+        progress=False,
+    )
+    return result.model.network, [snapshot.network for snapshot in result.snapshots]
+
+
+@torch.no_grad()
+def mask_by_hand(network: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """One image: five scales, each with its mirror image."""
+    height, width = image.shape[-2:]
+    total = torch.zeros(3, height, width)
+    for scale in (0.5, 0.75, 1.0, 1.5, 2.0):
+        size = (int(height * scale), int(width * scale))
+        view = F.interpolate(image[None], size, mode="bilinear", align_corners=True)
+        for mirrored in (False, True):
+            x = view.flip(-1) if mirrored else view
+            p = network((x - NORMAL[0]) / NORMAL[1]).softmax(1)
+            p = p.flip(-1) if mirrored else p
+            total += F.interpolate(p, (height, width), mode="bilinear", align_corners=True)[0]
+    return total.argmax(0).to(torch.uint8)
+
+
+@torch.no_grad()
+def stability_by_hand(networks: list[nn.Module], image: torch.Tensor) -> float:
+    masks = [network(((image - NORMAL[0]) / NORMAL[1])[None]).argmax(1)[0].numpy() for network in networks]
+    scores = []
+    for mask in masks[:-1]:
+        ious = []
+        for k in range(3):
+            either = ((mask == k) | (masks[-1] == k)).sum()
+            if either:
+                ious.append(((mask == k) & (masks[-1] == k)).sum() / either)
+        scores.append(np.mean(ious))
+    return float(np.mean(scores))
+
+
+class TestAgainstTheSameByHand:
+    def test_supervised(self):
+        result = trainer(method="supervised").fit(labelled())
+        assert same(result.model.network, train_by_hand("teacher", labelled())[0])
+        assert list(result.stages) == ["teacher"]
+        assert result.labels == {}
+
+    def test_st(self):
+        result = trainer(method="st").fit(labelled(), unlabelled())
+        teacher, _ = train_by_hand("teacher", labelled())
+        labels = [mask_by_hand(teacher, image) for image in unlabelled()]
+        assert all(torch.equal(mask, own) for (_, mask), own in zip(result.labels["labels"], labels, strict=True))
+        student, _ = train_by_hand("student", labelled(), list(zip(unlabelled(), labels, strict=True)))
+        assert same(result.model.network, student)
+
+    def test_st_plus_plus(self):
+        result = trainer().fit(labelled(), unlabelled())
+        data = unlabelled()
+        teacher, checkpoints = train_by_hand("teacher", labelled())
+        scores = [stability_by_hand(checkpoints, image) for image in data]
+        order = sorted(range(5), key=lambda index: -scores[index])
+        assert result.ranking.indices == tuple(order)
+        assert result.ranking.scores == pytest.approx([scores[i] for i in order], abs=1e-12)
+        easy = [(data[i], mask_by_hand(teacher, data[i])) for i in order[:2]]
+        student, _ = train_by_hand("student-1", labelled(), easy)
+        hard = [(data[i], mask_by_hand(student, data[i])) for i in order[2:]]
+        final, _ = train_by_hand("student-2", labelled(), easy + hard)
+        for name, pairs in (("reliable", easy), ("unreliable", hard)):
+            assert all(torch.equal(mask, own) for (_, mask), (_, own) in zip(result.labels[name], pairs, strict=True))
+        assert same(result.model.network, final)
+        assert same(result.stages["student-1"].model.network, student)
+
+
+class TestThirds:
+    @pytest.mark.parametrize("length", [3, 4, 5, 80, 240, 1000])
+    def test_are_those_of_the_paper(self, length):
+        assert thirds(TrainConfig(epochs=length)) == [length // 3, 2 * length // 3, length]
+        assert thirds(TrainConfig(steps=length)) == [length // 3, 2 * length // 3, length]
+
+    def test_of_fewer_than_three_epochs_are_refused_for_st_plus_plus_alone(self):
+        short = TrainConfig(epochs=2, batch_size=3, crop_size=16)
+        with pytest.raises(ValueError, match="keeps three checkpoints of the teacher; expected 3 epochs"):
+            trainer(config=short)
+        trainer(config=short, method="st").fit(labelled(), unlabelled())
+
+
+class TestTeacher:
+    def test_may_come_from_an_earlier_run(self):
+        supervised = trainer(method="supervised").fit(labelled())
+        teacher = supervised.stages["teacher"]
+        for method in ("st", "st++"):
+            handed = trainer(method=method).fit(labelled(), unlabelled(), teacher=teacher)
+            assert same(handed.model, trainer(method=method).fit(labelled(), unlabelled()).model)
+            assert "teacher" not in handed.seconds
+
+    def test_best_trains_on_the_labels_of_the_best_weights(self):
+        val = labelled(4, seed=9, prefix="val")
+        wild = TrainConfig(epochs=12, batch_size=3, crop_size=16, lr=1.0, seed=SEED)
+        result = trainer(method="st", teacher="best", config=wild).fit(labelled(), unlabelled(), val)
+        for stage in result.stages.values():
+            metric = stseg.evaluate(stage.model, val, num_classes=3, progress=False)
+            assert metric.compute() == max(row["miou"] for row in stage.history)
+        with pytest.raises(ValueError, match="teacher='best' needs a validation set"):
+            trainer(teacher="best").fit(labelled(), unlabelled())
+
+    def test_final_lets_validation_choose_nothing(self):
+        val = labelled(4, seed=9, prefix="val")
+        with_val = trainer(method="st").fit(labelled(), unlabelled(), val)
+        assert same(with_val.model, trainer(method="st").fit(labelled(), unlabelled()).model)
+        assert all("miou" in row for stage in with_val.stages.values() for row in stage.history)
+
+    def test_without_snapshots_cannot_rank(self):
+        teacher = fit(make_model(), labelled(), CONFIG, progress=False)
+        with pytest.raises(ValueError, match="the teacher has 0, expected two or more"):
+            trainer().fit(labelled(), unlabelled(), teacher=teacher)
+
+
+class TestUnlabelled:
+    def test_masks_behind_the_images_are_never_looked_at(self):
+        class Tempting(Named):
+            def __getitem__(self, index):
+                return super().__getitem__(index), "not even a mask"
+
+        with_masks = Tempting(list(unlabelled()), "unlabelled")
+        assert same(trainer().fit(labelled(), with_masks).model, trainer().fit(labelled(), unlabelled()).model)
+
+    def test_without_ids_are_numbered(self, tmp_path):
+        result = trainer(workdir=tmp_path).fit(list(labelled()), list(unlabelled()))
+        assert sorted(result.ranking.ids) == ["0", "1", "2", "3", "4"]
+
+    def test_are_not_needed_for_supervised_alone(self):
+        with pytest.raises(ValueError, match=r"method 'st\+\+' needs unlabelled images"):
+            trainer().fit(labelled())
+
+    def test_of_which_none_would_be_reliable_are_refused(self):
+        with pytest.raises(stseg.DataError, match=r"1 unlabelled images with reliable_fraction 0\.5"):
+            trainer().fit(labelled(), Named(images(1, 2), "u"))
+
+
+def test_any_ranker_may_take_the_place_of_stability():
+    class Backwards:
+        def rank(self, dataset):
+            return Ranking.from_scores(list(range(len(dataset))), dataset.ids)
+
+    result = trainer(ranker=Backwards(), reliable_fraction=0.4).fit(labelled(), unlabelled())
+    assert result.labels["reliable"].ids == ["unlabelled/4", "unlabelled/3"]
+    assert result.labels["unreliable"].ids == ["unlabelled/2", "unlabelled/1", "unlabelled/0"]
+
+
+def test_labels_at_one_scale_where_asked_to():
+    result = trainer(method="st", tta=None).fit(labelled(), unlabelled())
+    teacher, _ = train_by_hand("teacher", labelled())
+    for image, mask in result.labels["labels"]:
+        with torch.no_grad():
+            assert torch.equal(mask, teacher(((image - NORMAL[0]) / NORMAL[1])[None]).argmax(1)[0].byte())
+
+
+def test_make_model_must_make_a_fresh_network_each_time():
+    network = make_model()
+    with pytest.raises(ValueError, match="make_model returned the same parameters twice"):
+        trainer(make_model=lambda: network).fit(labelled(), unlabelled())
+    with pytest.raises(TypeError, match="make_model is a network; expected a function"):
+        trainer(make_model=network)
+
+
+def test_leaves_the_random_state_of_the_caller_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    trainer().fit(labelled(), unlabelled())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def content(folder: Path) -> dict[str, str]:
+    """What a run has computed: every file but those that hold times."""
+    timed = {"run.json", "history.jsonl", "progress.json", "report.html", "training.png"}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in timed)
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+class TestWorkdir:
+    def test_is_laid_out_as_documented(self, tmp_path):
+        result = trainer(workdir=tmp_path).fit(labelled(), unlabelled())
+        files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+        for step in ("teacher", "student-1", "student-2"):
+            assert {f"{step}/model.safetensors", f"{step}/history.jsonl"} <= files
+        assert {f"teacher/snapshots/{at}.safetensors" for at in (1, 2, 4)} <= files
+        assert {"run.json", "ranking/ranking.csv", "report.html"} <= files
+        for name in ("reliable", "unreliable"):
+            masks = {f for f in files if f.startswith(f"{name}/masks/") and f.endswith(".png")}
+            assert masks == {f"{name}/masks/{id}.png" for id in result.labels[name].ids}
+        run = json.loads((tmp_path / "run.json").read_text())
+        assert run["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert [step for step in run["steps"] if step != "check"] == list(result.seconds)
+        assert Ranking.from_csv(tmp_path / "ranking" / "ranking.csv").ids == result.ranking.ids
+
+    def test_gives_a_finished_run_back_without_work(self, tmp_path):
+        first = trainer(workdir=tmp_path).fit(labelled(), unlabelled())
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+        again = trainer(workdir=tmp_path).fit(labelled(), unlabelled())
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+        assert same(first.model, again.model)
+        assert first.ranking == again.ranking
+        assert again.seconds == pytest.approx(first.seconds, abs=1e-3)
+        for name, data in first.labels.items():
+            assert data.ids == again.labels[name].ids
+
+    @pytest.mark.parametrize(
+        "removed", ["teacher", "ranking", "reliable", "student-1", "unreliable", "student-2", "report.html"]
+    )
+    def test_goes_on_from_the_first_step_that_is_missing(self, tmp_path, removed):
+        steps = ["teacher", "ranking", "reliable", "student-1", "unreliable", "student-2", "report.html"]
+        trainer(workdir=tmp_path).fit(labelled(), unlabelled())
+        before = content(tmp_path)
+        run = json.loads((tmp_path / "run.json").read_text())
+        for step in steps[steps.index(removed) :]:
+            run["steps"].pop(step, None)
+            for path in sorted((tmp_path / step).rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+        (tmp_path / "report.html").unlink(missing_ok=True)
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        trainer(workdir=tmp_path).fit(labelled(), unlabelled())
+        assert content(tmp_path) == before
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"method": "st"}, r"method is 'st\+\+' there and 'st' now"),
+            ({"config": CONFIG.with_seed(6)}, "config.seed is 5 there and 6 now"),
+            ({"reliable_fraction": 0.4}, "reliable_fraction is 0.5 there and 0.4 now"),
+            ({"strong": None}, "strong is 'StrongAugment.*' there and 'None' now"),
+            ({"tta": None}, "tta is '.*MultiScaleFlip' there and 'None' now"),
+            ({"make_model": lambda: nn.Conv2d(3, 3, 1)}, "network is '.*' there and '.*' now"),
+        ],
+    )
+    def test_of_other_settings_is_refused_with_the_difference(self, tmp_path, options, message):
+        trainer(workdir=tmp_path).fit(labelled(), unlabelled())
+        before = content(tmp_path)
+        with pytest.raises(WorkdirMismatchError, match=message):
+            trainer(workdir=tmp_path, **options).fit(labelled(), unlabelled())
+        assert content(tmp_path) == before
+
+    @pytest.mark.parametrize("changed", ["labelled", "unlabelled", "validation"])
+    def test_of_other_data_is_refused_with_the_difference(self, tmp_path, changed):
+        data = {"labelled": labelled(), "unlabelled": unlabelled(), "validation": labelled(2, seed=9, prefix="v")}
+        trainer(workdir=tmp_path).fit(*data.values())
+        first = data[changed][0]
+        data[changed][0] = (first[0].flip(-1), first[1].flip(-1)) if isinstance(first, tuple) else first.flip(-1)
+        with pytest.raises(WorkdirMismatchError, match=f"{changed} is '.* items, .*' there and '.* items, .*' now"):
+            trainer(workdir=tmp_path).fit(*data.values())
+
+    def test_of_other_workers_or_bars_is_the_same_run(self, tmp_path):
+        trainer(workdir=tmp_path).fit(labelled(), unlabelled())
+        busy = TrainConfig(**{**CONFIG.__dict__, "num_workers": 1})
+        trainer(workdir=tmp_path, config=busy, save_every=5.0).fit(labelled(), unlabelled())
+
+
+KILLED = """
+import sys, torch, stseg
+from torch import nn
+generator = torch.Generator().manual_seed(0)
+images = torch.rand(30, 3, 24, 24, generator=generator)
+pairs = [(image, (image[0] > 0.5).byte()) for image in images[:4]]
+
+def make_model():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+config = stseg.TrainConfig(steps=60, batch_size=4, crop_size=24, lr=0.01)
+options = {"workdir": sys.argv[1], "save_every": 0.02, "progress": False}
+stseg.SelfTrainer(make_model, num_classes=2, config=config, **options).fit(pairs, list(images[4:]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_comes_to_the_same_result(tmp_path):
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], env=environment)
+
+    assert start(tmp_path / "whole").wait() == 0
+    killed = tmp_path / "killed"
+    # Killed as soon as there is a first sign of each of these.
+    for sign in (
+        "teacher/state/latest.pt",
+        "reliable/masks/1*.png",
+        "student-1/history.jsonl",
+        "unreliable/masks/*.png",
+    ):
+        process = start(killed)
+        while process.poll() is None and not list(killed.glob(sign)):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, sign
+    assert not (killed / "student-2" / "model.safetensors").exists()
+    assert start(killed).wait() == 0
+    ours, theirs = content(killed), content(tmp_path / "whole")
+    assert {name: value for name, value in ours.items() if not name.endswith(".part")} == theirs
