@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from stseg.augment import WeakAugment
 from stseg.types import Precision
 
 
@@ -82,6 +83,19 @@ class TrainConfig:
             raise ValueError(f"optimizer is {self.optimizer!r}; expected 'sgd' or 'adamw'")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision is {self.precision!r}; expected 'fp32' or 'bf16'")
+
+        self.weak_augment()  # which looks at its own settings
+
+    def weak_augment(self, ignore_index: int = 255) -> WeakAugment:
+        """The weak augmentation of these settings.
+
+        Example:
+            >>> TrainConfig(epochs=1, crop_size=32).weak_augment().crop_size
+            (32, 32)
+        """
+        return WeakAugment(
+            self.crop_size, base_size=self.base_size, scale=self.scale, flip=self.flip, ignore_index=ignore_index
+        )
 
     @classmethod
     def pascal(cls, *, batch_size: int = 16, **changes: Any) -> TrainConfig:

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from stseg.augment import WeakAugment
 from stseg.batches import Samples, batches_of, seed_of, steps_per_epoch
 from stseg.checkpoints import Row, StageFolder
 from stseg.checks import check_labelled, check_network
@@ -118,7 +117,8 @@ def fit(
     _check_arguments(total // unit, snapshots, keep, val, strong, ignore_index)
 
     model = as_segmenter(model).to(device)
-    samples = Samples(dataset, names, _weak(dataset, config, ignore_index), seed=config.seed)
+    weak = None if getattr(dataset, "transform", None) is not None else config.weak_augment(ignore_index)
+    samples = Samples(dataset, names, weak, seed=config.seed)
     classes = check_network(model, samples[0, 0][0])
     samples.check_masks(classes, ignore_index)
     if check:
@@ -221,18 +221,6 @@ def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
     # Networks may have parts that the logits do not need, such as torchvision's auxiliary classifier.
     return DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=True
-    )
-
-
-def _weak(dataset: Dataset[Any], config: TrainConfig, ignore_index: int) -> WeakAugment | None:
-    if getattr(dataset, "transform", None) is not None:
-        return None
-    return WeakAugment(
-        config.crop_size,
-        base_size=config.base_size,
-        scale=config.scale,
-        flip=config.flip,
-        ignore_index=ignore_index,
     )
 
 

@@ -20,9 +20,10 @@ def check_probability(name: str, p: float) -> None:
 
 def ordered_range(name: str, bounds: Sequence[float], *, low: float, high: float = math.inf) -> tuple[float, float]:
     """The two bounds as floats; above ``low``, in order, and finite."""
-    if len(bounds) != 2 or not (low < bounds[0] <= bounds[1] <= high and bounds[1] < math.inf):
+    pair = isinstance(bounds, Sequence) and len(bounds) == 2
+    if not (pair and low < bounds[0] <= bounds[1] <= high and bounds[1] < math.inf):
         expected = f"low <= high, both above {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
-        raise ValueError(f"{name} is {tuple(bounds)}; expected (low, high) with {expected}")
+        raise ValueError(f"{name} is {bounds!r}; expected (low, high) with {expected}")
     return float(bounds[0]), float(bounds[1])
 
 

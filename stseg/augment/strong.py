@@ -89,9 +89,10 @@ class StrongAugment(nn.Module):
         cutout: Cutout | None = Cutout(),  # noqa: B008  frozen, so sharing it does no harm
     ) -> None:
         super().__init__()
-        if len(jitter) != 4 or not (all(0 <= strength < math.inf for strength in jitter) and jitter[HUE] <= 0.5):
+        four = isinstance(jitter, Sequence) and len(jitter) == 4
+        if not (four and all(0 <= strength < math.inf for strength in jitter) and jitter[HUE] <= 0.5):
             raise ValueError(
-                f"jitter is {tuple(jitter)}; expected brightness, contrast and saturation >= 0 and hue in [0, 0.5]"
+                f"jitter is {jitter!r}; expected brightness, contrast and saturation >= 0 and hue in [0, 0.5]"
             )
         for name, p in (("jitter_p", jitter_p), ("gray_p", gray_p), ("blur_p", blur_p)):
             check_probability(name, p)

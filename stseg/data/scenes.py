@@ -123,7 +123,7 @@ class _Scene:
         self.draw_road()
         # Depths from the horizon (0) to the viewer (1): what is near hides what is far.
         for depth in sorted(self.random.uniform(0.05, 0.75, int(self.random.integers(3, 8)))):
-            draw = (self.draw_tree, self.draw_car, self.draw_person)[int(self.random.choice(3, p=[0.3, 0.35, 0.35]))]
+            draw = (self.draw_tree, self.draw_car, self.draw_person)[int(self.random.choice(3, p=[0.28, 0.3, 0.42]))]
             draw(float(depth))
 
     def draw_sky_and_ground(self) -> None:
@@ -188,7 +188,7 @@ class _Scene:
 
     def foot(self, depth: float) -> tuple[float, float, float]:
         """Where something at a depth stands, and how large things are there."""
-        return self.uniform(0.0, 1.0), self.horizon + (1 - self.horizon) * depth, 0.25 + 0.75 * depth
+        return self.uniform(0.0, 1.0), self.horizon + (1 - self.horizon) * depth, 0.45 + 0.55 * depth
 
     def draw_tree(self, depth: float) -> None:
         x, y, scale = self.foot(depth)
@@ -232,7 +232,7 @@ class _Scene:
     def draw_person(self, depth: float) -> None:
         x, y, scale = self.foot(depth)
         height = scale * self.uniform(0.28, 0.45)
-        half = 0.14 * height
+        half = 0.18 * height
         self.box(x - half, y - 0.45 * height, x - 0.2 * half, y, self.colour(value=(0.05, 0.8)), PERSON)
         self.box(x + 0.2 * half, y - 0.45 * height, x + half, y, self.colour(value=(0.05, 0.8)), PERSON)
         self.box(
@@ -244,7 +244,7 @@ class _Scene:
             PERSON,
         )
         skin = self.colour((0.02, 0.1), (0.2, 0.6), (0.25, 1.0))
-        self.ellipse(x, y - 0.9 * height, 0.1 * height, 0.1 * height, skin, PERSON)
+        self.ellipse(x, y - 0.88 * height, 0.12 * height, 0.12 * height, skin, PERSON)
 
     def photograph(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The colours as a camera sees them: light, fog, blur and noise. uint8 ``(H, W, 3)``."""

@@ -60,7 +60,7 @@ def split_ids(ids: Sequence[str], labelled: float | int = 1 / 8, seed: int = 0) 
         The labelled and the unlabelled ids, each in the order of ``ids``.
 
     Raises:
-        DataError: if an id occurs twice.
+        DataError: if there is no id, or one occurs twice.
         ValueError: if either side would be empty.
 
     Example:
@@ -74,6 +74,8 @@ def split_ids(ids: Sequence[str], labelled: float | int = 1 / 8, seed: int = 0) 
     twice = duplicate(ids)
     if twice is not None:
         raise DataError(f"the id {twice!r} occurs more than once; ids must be unique")
+    if not ids:
+        raise DataError("there are no ids to split")
     count = _count(labelled, len(ids))
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
     by_name = sorted(ids)

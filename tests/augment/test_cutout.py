@@ -214,7 +214,7 @@ class TestRefuses:
         with pytest.raises(ValueError, match=f"^p is {p}; expected a probability in"):
             Cutout(p=p)
 
-    @pytest.mark.parametrize("area", [(0, 0.4), (0.4, 0.1), (0.1, 1.01), (0.1,), (0.1, float("nan"))])
+    @pytest.mark.parametrize("area", [(0, 0.4), (0.4, 0.1), (0.1, 1.01), (0.1,), (0.1, float("nan")), 0.4])
     def test_areas(self, area):
         with pytest.raises(ValueError, match=r"area is \(.*; expected .* both above 0 and at most 1"):
             Cutout(area=area)
