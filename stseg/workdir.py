@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stseg.distributed import barrier, rank
+from stseg.errors import WorkdirMismatchError
 from stseg.records import read_record, refuse_other, write_record
 
 
@@ -26,6 +27,10 @@ class Workdir:
         self.folder = None if folder is None else Path(folder)
         self._run: dict[str, Any] = {"settings": settings, "versions": _versions(), "data": {}, "steps": {}}
         if self.folder is not None and (found := read_record(self.folder / "run.json")) is not None:
+            if not all(isinstance(found.get(part), dict) for part in self._run):
+                raise WorkdirMismatchError(
+                    f"{self.folder / 'run.json'} is not the record of a run; remove {self.folder} to begin anew"
+                )
             refuse_other(found["settings"], settings, self.folder)
             self._run = found
 

@@ -1,0 +1,96 @@
+"""The package as it is installed: what a wheel holds, what an import does, what is documented."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import stseg
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = [
+    *(getattr(stseg, name) for name in stseg.__all__),
+    *(getattr(module, name) for module in (stseg.data, stseg.models) for name in module.__all__),
+    *(
+        thing
+        for name, thing in vars(stseg.functional).items()
+        if getattr(thing, "__module__", "") == "stseg.functional" and not name.startswith("_")
+    ),
+]
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
+    # Of a copy: what earlier builds left in the folder would go into the wheel.
+    left = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "runs", "demo", "site", ".*_cache")
+    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=left)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(tree)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    information = f"stseg-{stseg.__version__}.dist-info/"
+    code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "stseg").rglob("*.py")}
+    assert {name for name in names if not name.startswith(information)} == code | {"stseg/py.typed"}
+    assert any(name.endswith("LICENSE") for name in names)
+    metadata = zipfile.ZipFile(wheel).read(information + "METADATA").decode()
+    assert "Requires-Python: >=3.10" in metadata
+    assert "# stseg" in metadata  # the README
+
+
+IMPORT = """
+import random, sys, logging, warnings
+import numpy as np, torch
+before = torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate(), torch.get_num_threads()
+handlers, dtype, filters = list(logging.root.handlers), torch.get_default_dtype(), None
+import torchvision, kornia
+filters, threads = list(warnings.filters), torch.get_num_threads()
+import stseg
+assert torch.equal(before[0], torch.get_rng_state()), "torch random state"
+assert before[1:3] == (np.random.get_state()[1].tobytes(), random.getstate()), "random state"
+assert threads == torch.get_num_threads() and handlers == logging.root.handlers and dtype == torch.get_default_dtype()
+assert torch.is_grad_enabled() and not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+heavy = {"matplotlib", "segmentation_models_pytorch", "transformers", "scipy"} & set(sys.modules)
+print(sorted(heavy))
+"""
+
+
+def test_an_import_has_no_side_effects(tmp_path):
+    ran = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+    assert "matplotlib" not in ran.stdout
+    assert "segmentation_models_pytorch" not in ran.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in stseg.__all__:
+        assert hasattr(stseg, name), name
+    for thing in PUBLIC:
+        if inspect.isclass(thing) or inspect.isfunction(thing) or inspect.ismodule(thing):
+            assert inspect.getdoc(thing), thing
+
+
+def test_every_public_class_and_function_shows_an_example():
+    without = [
+        thing.__name__
+        for thing in PUBLIC
+        if (inspect.isclass(thing) or inspect.isfunction(thing))
+        and thing.__module__.startswith("stseg")
+        and not thing.__name__.startswith("_")
+        and not (inspect.isclass(thing) and issubclass(thing, Exception))
+        and ">>>" not in (inspect.getdoc(thing) or "")
+    ]
+    # What is made by another function, in whose example it stands.
+    assert set(without) <= {"FitResult", "SelfTrainingResult", "Skipped", "PseudoLabels", "PseudoLabelled"}
+
+
+def test_types_ship():
+    assert (Path(stseg.__file__).parent / "py.typed").exists()

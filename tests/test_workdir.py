@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import stseg
+from stseg.errors import WorkdirMismatchError
+from stseg.workdir import Workdir
+
+
+def test_in_memory_keeps_notes_for_the_run_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdir = Workdir(None, {"a": 1})
+    workdir.claim({"labelled": "3 items"})
+    workdir.done("teacher", seconds=1.0)
+    assert workdir.facts("teacher") == {"seconds": 1.0}
+    assert workdir.path("teacher") is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_disk_finds_its_notes_again(tmp_path):
+    first = Workdir(tmp_path / "run", {"a": (1, 2)})
+    first.claim({"labelled": "3 items"})
+    first.done("teacher", seconds=1.0)
+    second = Workdir(tmp_path / "run", {"a": (1, 2)})
+    second.claim({"labelled": "3 items"})
+    assert second.facts("teacher") == {"seconds": 1.0}
+    assert second.facts("ranking") is None
+    assert second.path("ranking", "ranking.csv") == tmp_path / "run" / "ranking" / "ranking.csv"
+
+
+def test_keeps_the_notes_of_the_first_time(tmp_path):
+    workdir = Workdir(tmp_path, {})
+    workdir.claim({})
+    workdir.done("teacher", seconds=9.0)
+    workdir.done("teacher", seconds=0.1)
+    assert workdir.facts("teacher") == {"seconds": 9.0}
+
+
+def test_writes_nothing_before_the_data_have_been_looked_at(tmp_path):
+    Workdir(tmp_path / "run", {"a": 1})
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_versions(tmp_path):
+    Workdir(tmp_path, {"a": 1}).claim({})
+    versions = json.loads((tmp_path / "run.json").read_text())["versions"]
+    assert versions["stseg"] == stseg.__version__
+    assert {"python", "torch", "kornia", "timm"} <= versions.keys()
+
+
+def test_of_other_settings_or_data_is_refused(tmp_path):
+    Workdir(tmp_path, {"a": 1}).claim({"labelled": "3 items, 00"})
+    with pytest.raises(WorkdirMismatchError, match="a is 1 there and 2 now"):
+        Workdir(tmp_path, {"a": 2})
+    with pytest.raises(WorkdirMismatchError, match="labelled is '3 items, 00' there and '4 items, 11' now"):
+        Workdir(tmp_path, {"a": 1}).claim({"labelled": "4 items, 11"})
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"settings": 3}', '{"settings": {}}'])
+def test_with_a_damaged_record_is_refused(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(WorkdirMismatchError, match=r"run\.json"):
+        Workdir(tmp_path, {})
