@@ -10,16 +10,14 @@ when started again. With ``--page`` the table also replaces what stands between 
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import platform
 import re
 import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+from timing import conditions
+from torch.utils.data import Subset
 
 import stseg
 from stseg.data import SyntheticScenes
@@ -40,7 +38,7 @@ def scores(steps: int, seed: int, out: Path) -> dict[str, float]:
     """Held-out mIoU of each row of the table, in per cent."""
     results = quickstart.run(steps, seed, out)
     scenes = quickstart.scenes(seed)
-    few = torch.utils.data.Subset(scenes, range(quickstart.LABELLED))
+    few = Subset(scenes, range(quickstart.LABELLED))
     config = quickstart.settings(steps, seed)
     for name, data, settings in (("long", few, replace(config, steps=4 * steps)), ("all", scenes, config)):
         trainer = stseg.SelfTrainer(
@@ -72,8 +70,7 @@ def table(found: list[dict[str, float]], steps: int) -> str:
         "",
         f"ST++ is above the supervised network for {gains} of {len(found)} seeds. Every stage took {steps} steps; ± is "
         "the standard deviation over seeds, which draw other scenes and other weights. "
-        f"`benchmarks/demo_seeds.py`, {datetime.date.today()}, {os.cpu_count()} cores of a {platform.machine()} CPU, "
-        f"torch {torch.__version__.split('+')[0]}.",
+        f"`benchmarks/demo_seeds.py`, {conditions()}.",
     ]
     return "\n".join(lines)
 
