@@ -599,10 +599,11 @@ class TestRefuses:
             (math.nan, 0.5, 0.5, 0.25),
             (0.5, 0.5, math.nan, 0.25),
             (0.5, 0.5, 0.5, math.nan),
+            0.5,
         ],
     )
     def test_strengths(self, jitter):
-        with pytest.raises(ValueError, match=r"jitter is \(.*; expected brightness, contrast and .* hue in \[0, 0.5\]"):
+        with pytest.raises(ValueError, match=r"jitter is .*; expected brightness, contrast and .* hue in \[0, 0.5\]"):
             StrongAugment(jitter=jitter)
 
     @pytest.mark.parametrize("name", ["jitter_p", "gray_p", "blur_p"])
