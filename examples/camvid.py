@@ -73,9 +73,9 @@ def main() -> None:
     )
     stseg.write_report(result, args.out, class_names=CLASSES)
     for name, stage in result.stages.items():
-        metric = stseg.evaluate(stage.model, val, num_classes=len(CLASSES), precision=config.precision)
-        each = ", ".join(f"{c} {100 * iou:.1f}" for c, iou in zip(CLASSES, metric.iou().tolist(), strict=True))
-        print(f"{name}: mIoU {100 * metric.compute():.1f} ({each})")
+        print(f"{name}: mIoU {100 * stage.history[-1]['miou']:.1f}")
+    metric = stseg.evaluate(result.model, val, num_classes=len(CLASSES), precision=config.precision)
+    print(", ".join(f"{c} {100 * iou:.1f}" for c, iou in zip(CLASSES, metric.iou().tolist(), strict=True)))
     print(f"masks, ranking, history and report: {args.out}")
 
 

@@ -20,7 +20,7 @@ from stseg.data import MixedDataset, SyntheticScenes
 
 STEPS, BATCH, SIZE, CLASSES = 300, 8, 64, len(SyntheticScenes.classes)
 LABELLED, UNLABELLED, HELD_OUT = 20, 200, 50
-LABELLED, UNLABELLED, HELD_OUT = 20, 200, 50
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -37,10 +37,11 @@ def batches(dataset: MixedDataset) -> Iterator[Batch]:
 
 def train(dataset: MixedDataset, strong: nn.Module) -> list[nn.Module]:
     """Your own loop. Returns checkpoints after a third, two thirds and all of the steps."""
-    network, checkpoints = make_network().train(), []
+    network, checkpoints = make_network().to(DEVICE).train(), []
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=STEPS, power=0.9)
-    for step, (images, masks, is_pseudo) in enumerate(batches(dataset), start=1):
+    for step, batch in enumerate(batches(dataset), start=1):
+        images, masks, is_pseudo = (x.to(DEVICE) for x in batch)
         images, masks = strong(images / 255, masks, is_pseudo)  # strong augmentation where the mask is a guess
         loss = F.cross_entropy(network(images), masks.long(), ignore_index=255)
         optimizer.zero_grad()

@@ -26,14 +26,14 @@ from stseg.data import SyntheticScenes
 CLASSES = SyntheticScenes.classes
 COLOURS = ("#8fbf6f", "#a8d5f2", "#6b6b76", "#d99157", "#2f7d3b", "#d43a3a", "#f6d743")
 HELD_OUT_SEED = 10_000
-LABELLED, UNLABELLED, HELD_OUT, SIZE = 20, 400, 150, 64
-STEPS = 1000
+LABELLED, UNLABELLED, HELD_OUT, SIZE = 20, 400, 150, 48
+STEPS = 2000
 
 
 class SmallUNet(nn.Module):
     """Small, so that every stage converges on a CPU within a minute."""
 
-    def __init__(self, num_classes: int, widths: tuple[int, ...] = (16, 32, 64, 96)) -> None:
+    def __init__(self, num_classes: int, widths: tuple[int, ...] = (16, 32, 64)) -> None:
         super().__init__()
         self.down = nn.ModuleList(self.block(i, o) for i, o in zip((3, *widths), widths, strict=False))
         self.up = nn.ModuleList(self.block(fine + coarse, fine) for coarse, fine in pairwise(reversed(widths)))
@@ -164,7 +164,8 @@ def show_mask(axes: Axes, mask: Tensor) -> None:
 def predicted(network: nn.Module, image: Tensor) -> Tensor:
     """The class map of one image."""
     with torch.no_grad():
-        return network(image[None]).argmax(1)[0]
+        device = next(network.parameters()).device
+        return network(image[None].to(device)).argmax(1)[0].cpu()
 
 
 def main() -> None:

@@ -151,7 +151,13 @@ class Samples(Dataset[tuple[Tensor, Tensor, bool]]):
                 check_mask_values(mask, *self._values, name=name)
             if self.transform is not None:
                 image, mask = pair_of(self.transform(image, mask), name=name)
-        return image, mask, len(item) > 2 and isinstance(item[2], (bool, np.bool_)) and bool(item[2])
+        return image.cpu(), mask.cpu(), len(item) > 2 and _is_true(item[2])
+
+
+def _is_true(value: Any) -> bool:
+    """Whether it is a bool, of Python, numpy or torch, and true; what else may stand in third place is nothing."""
+    is_bool = isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    return is_bool and bool(value)
 
 
 def collate(samples: Sequence[tuple[Tensor, Tensor, bool]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,8 +23,8 @@ from stseg.models.state import cpu_state
 from stseg.records import check_record, read_record, write_record
 
 Row = dict[str, float]
-"""A line of a history: epoch, step, lr, loss (mean since the line before), miou (with validation) and seconds (since
-the beginning)."""
+"""A line of a history: epoch, step, lr (of the backbone), loss (mean since the line before), miou (with validation) and
+seconds (since the beginning)."""
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -97,6 +97,8 @@ class StageFolder:
         if self.folder is None or not (self.folder / "model.safetensors").exists():
             return None
         load_weights(model, self.folder / "model.safetensors")
+        if rank() == 0:
+            shutil.rmtree(self.folder / "state", ignore_errors=True)  # left over if killed right after the weights
         return Progress(**read_record(self.folder / "progress.json") or {})
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
@@ -157,6 +159,7 @@ class StageFolder:
 
     def finish(self, model: nn.Module, progress: Progress) -> None:
         """Write the result and remove what was only needed on the way."""
+        barrier()  # all have read the best weights by now
         if self.folder is not None and rank() == 0:
             write_record(self.folder / "progress.json", asdict(progress))
             save_weights(model, self.folder / "model.safetensors")

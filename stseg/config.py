@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from stseg.augment import WeakAugment
@@ -127,6 +127,10 @@ class TrainConfig:
             settings["epochs"] = None
         settings |= {"batch_size": batch_size, "lr": lr * batch_size / 16, **changes}
         return cls(**settings)
+
+    def record(self) -> dict[str, Any]:
+        """What the result depends on, which is all but the workers."""
+        return {name: value for name, value in asdict(self).items() if name != "num_workers"}
 
     def with_seed(self, seed: int) -> TrainConfig:
         """The same settings with another seed."""

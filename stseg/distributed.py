@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rank() -> int:
@@ -43,6 +43,13 @@ def summed(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the buffers of the first one: running statistics differ, each has seen its own images."""
+    if _on():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def _on() -> bool:

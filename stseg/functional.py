@@ -65,7 +65,7 @@ def iou(matrix: Tensor) -> Tensor:
         >>> iou(torch.tensor([[1, 1], [0, 1]]))
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    matrix = matrix.double()
+    matrix = _countable(matrix).double()
     intersection = matrix.diagonal(dim1=-2, dim2=-1)
     return intersection / (matrix.sum(-1) + matrix.sum(-2) - intersection)
 
@@ -174,7 +174,11 @@ def _class_areas(mask: Tensor, num_classes: int) -> Tensor:
     """``(B, K)`` int64: pixels of each class in each image of ``(B, H, W)``."""
     offset = torch.arange(len(mask), device=mask.device)[:, None] * num_classes
     cells = torch.bincount((mask.flatten(1) + offset).flatten(), minlength=len(mask) * num_classes)
-    return cells.reshape(len(mask), num_classes)
+    return _countable(cells).reshape(len(mask), num_classes)
+
+
+def _countable(counts: Tensor) -> Tensor:
+    return counts.cpu() if counts.device.type == "mps" else counts  # Apple's GPUs have no float64
 
 
 def _check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

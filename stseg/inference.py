@@ -240,7 +240,7 @@ def evaluate(
     Raises:
         DataError: if there is no item, or a mask is missing, of another size than its image, or holds a value that
             is no class.
-        NetworkError: if the network has another number of classes.
+        NetworkError: if the network has another number of classes, or returns NaN or infinite logits.
 
     Example:
         >>> data = [(torch.zeros(3, 8, 8), torch.zeros(8, 8, dtype=torch.uint8))] * 3
@@ -263,12 +263,14 @@ def evaluate(
             truth[index] = mask
             yield index, image
 
-    def classes(batch: Tensor) -> list[Tensor]:
-        return list(predict(batch).argmax(1).cpu())
+    def classes(batch: Tensor) -> list[tuple[Tensor, bool]]:
+        logits = predict(batch)
+        return list(zip(logits.argmax(1).cpu(), logits.isfinite().flatten(1).all(1).tolist(), strict=True))
 
     with frozen(model), torch.no_grad():
         results = in_equal_batches(classes, images(), batch_size=batch_size, device=device_of(model))
-        for index, prediction in bar(results, total=len(mine), title="evaluate", show=progress):
+        for index, (prediction, finite) in bar(results, total=len(mine), title="evaluate", show=progress):
+            check_finite(finite, name=f"image {ids[index]!r}")
             metric.update(prediction, truth.pop(index))
     metric.merge_processes()
     return metric

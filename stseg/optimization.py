@@ -86,13 +86,13 @@ def train_step(
         logits = network(images)
     losses = F.cross_entropy(logits.float(), masks, ignore_index=ignore_index, reduction="sum")
     # The mean over the whole batch, as in a single process; DistributedDataParallel averages over processes.
-    total = summed(torch.stack([losses.detach().double(), (masks != ignore_index).sum().double()]))
+    total = summed(torch.stack([losses.detach(), (masks != ignore_index).sum().float()]))
     count = total[1].clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(losses * (world_size() / count).float())
+    torch.autograd.backward(losses * (world_size() / count))
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)  # which clips nothing
-    loss, finite = torch.stack([total[0] / count, (total[0] + norm).isfinite().double()]).tolist()
+    loss, finite = torch.stack([total[0] / count, (total[0] + norm).isfinite().float()]).tolist()
     if not finite:
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)

@@ -199,13 +199,19 @@ class PseudoLabeler:
             num_workers=self.num_workers,
             skip=skipped.append if skip_unreadable else None,
         )
-        results = in_equal_batches(self._label_each, images, batch_size=self.batch_size, device=device_of(self.model))
+
+        def label_each(batch: Tensor) -> list[tuple[Tensor, bool, Tensor | None]]:
+            labels = self._label(batch)
+            finite = labels.confidence.isfinite().flatten(1).all(1).tolist()
+            kept = labels.confidence.cpu() if confidence else [None] * len(batch)
+            return list(zip(labels.mask.cpu(), finite, kept, strict=True))
+
+        results = in_equal_batches(label_each, images, batch_size=self.batch_size, device=device_of(self.model))
         # PNGs are written by threads beside the network, a bounded number of them waiting.
         with frozen(self.model), torch.no_grad(), ThreadPoolExecutor(4) as writers:
             writing: deque[Future[None]] = deque()
-            for index, (mask, certainty) in bar(results, total=len(todo), title="label", show=self.progress):
-                check_finite(bool(certainty.isfinite().all()), name=f"image {ids[index]!r}")
-                kept = certainty if confidence else None
+            for index, (mask, finite, kept) in bar(results, total=len(todo), title="label", show=self.progress):
+                check_finite(finite, name=f"image {ids[index]!r}")
                 writing.append(writers.submit(store.put, ids[index], mask, kept))
                 while len(writing) > 64:
                     writing.popleft().result()
@@ -223,10 +229,6 @@ class PseudoLabeler:
     def _label(self, images: Tensor) -> PseudoLabels:
         return pseudo_label(self._predict(images), threshold=self.threshold, ignore_index=self.ignore_index)
 
-    def _label_each(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        labels = self._label(images)
-        return list(zip(labels.mask.cpu(), labels.confidence.cpu(), strict=True))
-
     def _description(self, dataset: Dataset[Any]) -> dict[str, Any]:
         return {
             "model": digest(self.model),
@@ -239,7 +241,13 @@ class PseudoLabeler:
 
 
 def _share_memory(store: MaskStore, mine: list[str]) -> None:
-    part = [(id, store.get(id), store._confidence.get(id)) for id in mine if id in store]
-    for other in gathered(part):
-        for id, mask, confidence in other:
-            store.put(id, mask, confidence)
+    """Give every process the masks of all, some at a time: NCCL sends them through the memory of the GPU."""
+    made = [id for id in mine if id in store]
+    for start in range(0, max(gathered(len(made))), 32):
+        part = []
+        for id in made[start : start + 32]:
+            certainty = store.confidence(id) if store.holds(id, confidence=True) else None
+            part.append((id, store.get(id), certainty))
+        for other in gathered(part):
+            for id, mask, certainty in other:
+                store.put(id, mask, certainty)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -86,4 +87,9 @@ def described(value: Any) -> str:
     """
     if isinstance(value, nn.Module) or not hasattr(value, "__qualname__"):
         return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-    return f"{value.__module__}.{value.__qualname__}"
+    name = f"{value.__module__}.{value.__qualname__}"
+    if "<lambda>" not in name or not hasattr(value, "__code__"):
+        return name
+    code = value.__code__  # all lambdas of a module have one name
+    constants = [value for value in code.co_consts if not hasattr(value, "co_code")]
+    return f"{name} {zlib.crc32(repr((code.co_code, code.co_names, constants)).encode()):08x}"

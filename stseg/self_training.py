@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,6 @@ from stseg.checks import refuse_common_ids
 from stseg.config import TrainConfig
 from stseg.data import MixedDataset
 from stseg.errors import DataError
-from stseg.models.state import digest
 from stseg.records import described
 from stseg.result import SelfTrainingResult
 from stseg.samples import check_classes, len_of
@@ -191,12 +189,10 @@ class SelfTrainer:
             )
         refuse_common_ids({"labelled": labelled, "unlabelled": unlabelled, "validation": val})
         run = Stages(settings, Workdir(self.workdir, self._described()), val)
-        images = run.check(
-            labelled,
-            unlabelled,
-            {} if teacher is None else {"teacher": digest(teacher.model)},
-        )
-        if self.method != "supervised" and not len(images):
+        images = run.check(labelled, unlabelled, teacher)
+        if images is None or self.method == "supervised":
+            return run, Images(labelled, [], [])
+        if not len(images):
             raise DataError("the unlabelled data set is empty")
         if self.method == "st++" and not 0 < math.floor(len(images) * self.reliable_fraction) < len(images):
             raise DataError(
@@ -213,7 +209,7 @@ class SelfTrainer:
             "reliable_fraction": self.reliable_fraction,
             "num_classes": s.num_classes,
             "ignore_index": s.ignore_index,
-            "config": {**asdict(s.config), "num_workers": None},
+            "config": s.config.record(),
             "strong": described(s.strong),
             "tta": described(s.tta),
             "ranker": described(s.ranker),

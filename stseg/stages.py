@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,10 +17,11 @@ from stseg.checkpoints import copy_on_cpu
 from stseg.checks import check_labelled, check_network, find_unreadable, fingerprint
 from stseg.config import TrainConfig
 from stseg.data import MixedDataset
-from stseg.distributed import barrier, rank
+from stseg.distributed import barrier, gathered, rank
+from stseg.errors import DataError
 from stseg.inference import Skipped
 from stseg.models.segmenter import as_segmenter
-from stseg.models.state import digest
+from stseg.models.state import device_of, digest
 from stseg.pseudo import PseudoLabeler, PseudoLabelled
 from stseg.ranking import Ranking, StabilityRanker
 from stseg.report import write_report
@@ -83,18 +84,21 @@ class Stages:
         self.skipped: tuple[Skipped, ...] = ()
         self.seconds: dict[str, float] = {}
 
-    def check(self, labelled: Dataset[Any], unlabelled: Dataset[Any] | None, facts: dict[str, str]) -> Images:
+    def check(
+        self, labelled: Dataset[Any], unlabelled: Dataset[Any] | None, teacher: FitResult | None
+    ) -> Images | None:
         """Look at all data and at the network; what is wrong is found before anything is trained.
 
         Args:
             labelled: items ``(image, mask)``.
             unlabelled: items are images; None stands for none.
-            facts: what else the run works on.
+            teacher: trained elsewhere, or None.
 
         Returns:
             The unlabelled images that can be read.
         """
         s = self.settings
+        facts = {} if teacher is None else {"teacher": digest(teacher.model)}
         for name, dataset in {"labelled": labelled, "validation": self.val}.items():
             if dataset is not None:
                 facts[name] = check_labelled(
@@ -105,10 +109,14 @@ class Stages:
                     num_workers=s.config.num_workers,
                     progress=s.progress,
                 )
-        facts["network"] = self._check_network(pair_of(labelled[0], name=ids_of(labelled)[0])[0])
+        image = pair_of(labelled[0], name=ids_of(labelled)[0])[0]
+        facts["network"] = self._check_network(image)
+        if teacher is not None:
+            check_network(teacher.model, image, s.num_classes)
+            self.trained["teacher"] = teacher
         if unlabelled is None:
             self.workdir.claim(facts)
-            return Images(labelled, [], [])
+            return None
         ids = ids_of(unlabelled)
         for id in ids:
             check_store_id(id)
@@ -140,6 +148,7 @@ class Stages:
             snapshots=snapshots,
             keep=s.keep,
             ignore_index=s.ignore_index,
+            inference_batch_size=s.inference_batch_size,
             workdir=self.workdir.path(step),
             save_every=s.save_every,
             check=False,
@@ -153,6 +162,7 @@ class Stages:
     def label(self, step: str, teacher: FitResult, images: Dataset[Any]) -> PseudoLabelled:
         """Label images with the network of a stage."""
         s, began = self.settings, time.monotonic()
+        before = device_of(teacher.model)
         model = teacher.model.to(self.device)
         labeler = PseudoLabeler(
             model if s.tta is None else s.tta(model),
@@ -164,6 +174,7 @@ class Stages:
             progress=s.progress,
         )
         self.labelled[step] = labeler.label(images, self.workdir.path(step, "masks"))
+        model.to(before)
         self._done(step, time.monotonic() - began)
         return self.labelled[step]
 
@@ -174,7 +185,7 @@ class Stages:
         if path is not None and path.exists():
             self.ranking = Ranking.from_csv(path)
         elif s.ranker is not None:
-            self.ranking = s.ranker.rank(images)
+            self.ranking = _checked(gathered(s.ranker.rank(images))[0], ids_of(images))
         else:
             ranker = StabilityRanker(
                 [copy_on_cpu(snapshot).to(self.device) for snapshot in teacher.snapshots],
@@ -185,7 +196,7 @@ class Stages:
                 progress=s.progress,
             )
             self.ranking = ranker.rank(images, resume=self.workdir.path(step, "scores"))
-        if path is not None:
+        if path is not None and rank() == 0 and not path.exists():
             self.ranking.to_csv(path)
         self._done(step, time.monotonic() - began)
         return self.ranking
@@ -194,7 +205,7 @@ class Stages:
         """Everything together, and the report on it."""
         result = SelfTrainingResult(
             model=last.model.to(self.device),
-            stages=self.trained or {"teacher": last},
+            stages=self.trained,
             labels=self.labelled,
             ranking=self.ranking,
             skipped=self.skipped,
@@ -209,7 +220,7 @@ class Stages:
         """A network with the initial weights of a step."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed_of(self.settings.config.seed, "init", step))
-            return as_segmenter(self.settings.make_model())
+            return as_segmenter(self.settings.make_model()).to(self.device)
 
     def _check_network(self, image: Tensor) -> str:
         model, another = self.new_model("check"), self.new_model("check")
@@ -219,9 +230,23 @@ class Stages:
                 "make_model returned the same parameters twice; expected a fresh network each time it is called"
             )
         check_network(model, image, self.settings.num_classes)
-        return digest(model, weights=False)
+        return digest(model)  # the seed makes its first weights the same in every run, so pretrained ones count
 
     def _done(self, step: str, seconds: float) -> None:
         facts = self.workdir.facts(step)
         self.seconds[step] = seconds if facts is None else facts["seconds"]
         self.workdir.done(step, seconds=round(self.seconds[step], 3))
+
+
+def _checked(ranking: Ranking, ids: Sequence[str]) -> Ranking:
+    """What a caller's ranker returned, under the ids of the images.
+
+    Raises:
+        DataError: if it names images that are not there, or one twice.
+    """
+    if len(set(ranking.indices)) < len(ranking) or not set(ranking.indices) <= set(range(len(ids))):
+        raise DataError(
+            f"the ranker returned {len(ranking)} indices from {min(ranking.indices)} to {max(ranking.indices)}; "
+            f"expected each of 0..{len(ids) - 1} at most once"
+        )
+    return replace(ranking, ids=tuple(ids[index] for index in ranking.indices))

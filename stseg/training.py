@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ from stseg.batches import Samples, batches_of, seed_of, steps_per_epoch
 from stseg.checkpoints import Row, StageFolder
 from stseg.checks import check_labelled, check_network
 from stseg.config import TrainConfig
-from stseg.distributed import rank, world_size
-from stseg.errors import DataError, TrainingDivergedError
+from stseg.data import MixedDataset
+from stseg.distributed import rank, share_buffers, world_size
+from stseg.errors import DataError, NetworkError, TrainingDivergedError
 from stseg.inference import evaluate
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import digest
@@ -59,6 +61,7 @@ def fit(
     snapshots: Sequence[int] = (),
     keep: Literal["final", "best"] = "final",
     ignore_index: int = 255,
+    inference_batch_size: int = 8,
     workdir: str | Path | None = None,
     save_every: float = 60.0,
     check: bool = True,
@@ -68,22 +71,24 @@ def fit(
     """Train a network on a labelled or a mixed data set.
 
     The loss is the mean cross-entropy over the pixels of the batch that are not ignored, true and pseudo-masks alike
-    (Yang et al., CVPR 2022, section 3.1 with lambda = 1). The result depends on the seed and the initial weights
-    alone: an interrupted stage that has a ``workdir`` goes on to the same weights.
+    (Yang et al., CVPR 2022, section 3.1 with lambda = 1). The result depends on the seed, the initial weights and the
+    number of processes alone: an interrupted stage that has a ``workdir`` goes on to the same weights.
 
     It runs on the devices that ``torchrun`` or ``accelerate launch`` set up; in a single process, on the best one
-    there is. Batch normalisation keeps the statistics of each process apart.
+    there is. Batch normalisation sees the images of each process apart; the model has the running statistics of the
+    first one.
 
     Args:
         model: a network or a wrapped one. It is itself trained, not a copy.
-        dataset: items ``(image, mask)``, or ``(image, mask, is_pseudo)`` as of :class:`stseg.data.MixedDataset`. If it
-            has a ``transform``, that takes the place of the weak augmentation.
+        dataset: items ``(image, mask)``, or ``(image, mask, is_pseudo)`` as of :class:`stseg.data.MixedDataset`, whose
+            ``transform``, if it has one, takes the place of the weak augmentation.
         config: the settings.
         strong: augmentation of the pseudo-labelled images, on the device, such as :class:`stseg.StrongAugment`.
         val: labelled data set, evaluated for every row of the history.
         snapshots: after which epochs to keep a copy; after which steps, where the config counts steps.
         keep: ``"best"`` returns the weights that were best on ``val``, which then is no longer held out.
         ignore_index: mask value of pixels that do not count.
+        inference_batch_size: how many images of equal size of ``val`` are evaluated at once.
         workdir: folder for ``model.safetensors``, ``snapshots/``, ``history.jsonl`` and, while under way,
             ``state/``. A stage that is done is read from there, not trained again.
         save_every: seconds between saves of the state.
@@ -117,14 +122,15 @@ def fit(
     _check_arguments(total // unit, snapshots, keep, val, strong, ignore_index)
 
     model = as_segmenter(model).to(device)
-    weak = None if getattr(dataset, "transform", None) is not None else config.weak_augment(ignore_index)
+    has_own = isinstance(dataset, MixedDataset) and dataset.transform is not None
+    weak = None if has_own else config.weak_augment(ignore_index)
     samples = Samples(dataset, names, weak, seed=config.seed)
     classes = check_network(model, samples[0, 0][0])
     samples.check_masks(classes, ignore_index)
+    facts = f"{len(names)} samples, {zlib.crc32(repr(names).encode()):08x}"
     if check:
-        labelled = getattr(dataset, "labelled", dataset)
-        check_labelled(
-            labelled,
+        facts += "; " + check_labelled(
+            dataset.labelled if isinstance(dataset, MixedDataset) else dataset,
             num_classes=classes,
             ignore_index=ignore_index,
             num_workers=config.num_workers,
@@ -132,9 +138,10 @@ def fit(
         )
     record = {
         "network": digest(model, weights=False),
-        "config": {**asdict(config), "num_workers": None},  # which do not change the result
+        "config": config.record(),
         "strong": described(strong),
-        "data": f"{len(names)} samples, {zlib.crc32(repr(names).encode()):08x}",
+        "data": facts,
+        "ignore_index": ignore_index,
         "snapshots": snapshots,
         "keep": keep,
     }
@@ -166,37 +173,40 @@ def fit(
     with bar, _random_state_kept(device):
         for step, batch in enumerate(batches, start=so_far.step):
             torch.manual_seed(seed_of(config.seed, "step", step, rank()))
+            factor = poly(step, total, config.power)
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * poly(step, total, config.power)
+                group["lr"] = group["initial_lr"] * factor
             images, masks = _on_device(batch, device, strong)
             try:
                 loss = train_step(network, optimizer, images, masks, config, ignore_index)
             except FloatingPointError as error:
                 save()
                 raise TrainingDivergedError(
-                    f"{title}: {error} at step {step + 1} of {total} (learning rate {group['lr']:.3g}); "
+                    f"{title}: {error} at step {step + 1} of {total} (learning rate {config.lr * factor:.3g}); "
                     "the weights are those of the step before",
                     step=step + 1,
                 ) from None
             so_far.losses.append(loss)
             so_far.step = step + 1
+            wanted = so_far.step % unit == 0 and so_far.step // unit in snapshots
+            if so_far.step in rows or wanted:
+                share_buffers(model)
             if so_far.step in rows:
-                miou = None if val is None else _miou(model, val, classes, ignore_index, config)
+                miou = None if val is None else _miou(model, val, classes, ignore_index, config, inference_batch_size)
                 if keep == "best" and miou is not None and miou > so_far.best:
                     so_far.best = miou
                     folder.keep_best(model)
-                so_far.add_row(
-                    epoch=so_far.step / per_epoch, lr=group["lr"], miou=miou, seconds=before + time.monotonic() - began
-                )
+                seconds = before + time.monotonic() - began
+                so_far.add_row(epoch=so_far.step / per_epoch, lr=config.lr * factor, miou=miou, seconds=seconds)
                 folder.log(so_far)
             bar.set_postfix(so_far.shown(loss), refresh=False)
             bar.update()
-            if so_far.step % unit == 0 and so_far.step // unit in snapshots:
+            if wanted:
                 copies.append(folder.add_snapshot(model, so_far.step // unit))
             if time.monotonic() - saved >= save_every:
                 save()
                 saved = time.monotonic()
-    save()
+    so_far.seconds = before + time.monotonic() - began
     if keep == "best":
         folder.load_best(model)
     folder.finish(model, so_far)
@@ -224,17 +234,23 @@ def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def _miou(model: nn.Module, val: Dataset[Any], classes: int, ignore_index: int, config: TrainConfig) -> float:
-    metric = evaluate(
-        model,
-        val,
-        num_classes=classes,
-        ignore_index=ignore_index,
-        num_workers=config.num_workers,
-        precision=config.precision,
-        progress=False,
-    )
-    return metric.compute()
+def _miou(
+    model: nn.Module, val: Dataset[Any], classes: int, ignore_index: int, config: TrainConfig, batch_size: int
+) -> float:
+    """NaN where the logits are not finite: the next step of the training will say so."""
+    with suppress(NetworkError):
+        metric = evaluate(
+            model,
+            val,
+            num_classes=classes,
+            ignore_index=ignore_index,
+            batch_size=batch_size,
+            num_workers=config.num_workers,
+            precision=config.precision,
+            progress=False,
+        )
+        return metric.compute()
+    return math.nan
 
 
 def _spread(total: int, rows: int) -> set[int]:

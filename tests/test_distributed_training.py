@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import stseg
+from stseg.distributed import gathered
+from stseg.models.state import digest
 
 STEPS = 12
 
@@ -28,6 +30,17 @@ class Two(nn.Module):
 
     def forward(self, x):
         return {"out": self.last(self.first(x).relu())}
+
+
+class Normalised(nn.Module):
+    """With batch normalisation: each process sees other statistics, but they must have one model in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
+
+    def forward(self, x):
+        return self.layers(x)
 
 
 def data(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -47,6 +60,11 @@ def run(out: Path) -> None:
     trainer = stseg.SelfTrainer(Two, num_classes=3, config=config, strong=None, workdir=out / "run", progress=False)
     result = trainer.fit(data(6, seed=1), [image for image, _ in data(9, seed=2)], val)
     miou = stseg.evaluate(result.model, val, num_classes=3, progress=False).compute()
+    options = {"num_classes": 3, "config": config, "workdir": out / "normalised", "progress": False}
+    normalised = stseg.SelfTrainer(Normalised, **options)
+    final = normalised.fit(data(6, seed=1), [image for image, _ in data(9, seed=2)], val)
+    for model in (final.model, *final.stages["teacher"].snapshots):
+        assert len(set(gathered(digest(model)))) == 1
     process = os.environ.get("RANK", "alone")
     known = {
         "history": fitted.history,
@@ -72,6 +90,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         subprocess.Popen([*command, str(two)], env={**group, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
     ]
     assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
+    # Once more over the same folders, of which some results are lost: everything must still fit together.
+    for lost in ("ranking/ranking.csv", "student-2/model.safetensors", "run.json"):
+        (two / "normalised" / lost).unlink()
+    processes = [
+        subprocess.Popen([*command, str(two)], env={**group, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
     return alone, two
 
 

@@ -89,3 +89,5 @@ class TestDescribed:
         assert described(stseg.StrongAugment()) != described(stseg.StrongAugment(blur_p=0.1))
         assert described(torch.sin) != described(torch.cos)
         assert described(None) == "None"
+        assert described(lambda m: m) == described(lambda m: m)
+        assert described(lambda m: (m, 1)) != described(lambda m: (m, 2))

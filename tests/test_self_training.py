@@ -172,6 +172,7 @@ class TestTeacher:
             handed = trainer(method=method).fit(labelled(), unlabelled(), teacher=teacher)
             assert same(handed.model, trainer(method=method).fit(labelled(), unlabelled()).model)
             assert "teacher" not in handed.seconds
+            assert handed.stages["teacher"] is teacher
 
     def test_best_trains_on_the_labels_of_the_best_weights(self):
         val = labelled(4, seed=9, prefix="val")
@@ -225,6 +226,22 @@ def test_any_ranker_may_take_the_place_of_stability():
     result = trainer(ranker=Backwards(), reliable_fraction=0.4).fit(labelled(), unlabelled())
     assert result.labels["reliable"].ids == ["unlabelled/4", "unlabelled/3"]
     assert result.labels["unreliable"].ids == ["unlabelled/2", "unlabelled/1", "unlabelled/0"]
+
+
+@pytest.mark.parametrize("indices", [(0, 1, 1), (0, 5), (-1, 0)])
+def test_a_ranker_that_names_images_that_are_not_there_is_refused(indices):
+    class Wrong:
+        def rank(self, dataset):
+            return Ranking(indices, (0.5,) * len(indices), tuple(map(str, indices)))
+
+    with pytest.raises(stseg.DataError, match=r"ranker returned \d indices from .*; expected each of 0\.\.4"):
+        trainer(ranker=Wrong()).fit(labelled(), unlabelled())
+
+
+def test_a_teacher_of_other_classes_is_refused():
+    other = fit(nn.Conv2d(3, 4, 1), labelled(), CONFIG, snapshots=[1, 4], progress=False)
+    with pytest.raises(stseg.NetworkError, match="gives 4 classes; num_classes is 3"):
+        trainer().fit(labelled(), unlabelled(), teacher=other)
 
 
 def test_labels_at_one_scale_where_asked_to():
