@@ -21,7 +21,6 @@ from stseg.data import MixedDataset, SyntheticScenes
 STEPS, BATCH, SIZE, CLASSES = 300, 8, 64, len(SyntheticScenes.classes)
 LABELLED, UNLABELLED, HELD_OUT = 20, 200, 50
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def make_network() -> nn.Module:
@@ -29,7 +28,7 @@ def make_network() -> nn.Module:
     return stseg.Segmenter(smp.FPN("tu-test_resnet", encoder_weights=None, classes=CLASSES))
 
 
-def batches(dataset: MixedDataset) -> Iterator[Batch]:
+def batches(dataset: MixedDataset) -> Iterator[list[Tensor]]:
     """STEPS batches; a data set smaller than a batch gives smaller ones."""
     loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=len(dataset) >= BATCH)
     return islice(chain.from_iterable(iter(lambda: loader, None)), STEPS)
