@@ -3,8 +3,9 @@
     python benchmarks/demo_seeds.py --out runs/demo_seeds
 
 Beside supervised, ST and ST++ as in ``examples/quickstart.py``, each seed trains a supervised network for three times
-as many steps, which is as long as ST++ takes in all, and one with the masks of all scenes. A run that was killed goes on
-when started again. With ``--page`` the table also replaces what stands between the page's ``demo-table`` marks.
+as many steps, which is as long as ST++ takes in all, and one with the masks of all scenes. A run that was
+killed goes on when started again. With ``--page`` the table also replaces what stands between the page's
+``demo-table`` marks.
 """
 
 from __future__ import annotations
