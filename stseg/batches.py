@@ -6,9 +6,7 @@ on as if nothing had happened, and neither the number of workers nor that of pro
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,44 +18,11 @@ from stseg.config import TrainConfig
 from stseg.distributed import rank, world_size
 from stseg.errors import DataError
 from stseg.samples import check_mask_values, pair_of
+from stseg.seeds import seed_of, seeded
 from stseg.types import PairTransform
 
 Draw = tuple[int, int]
 """The number of a draw, counted over the whole training, and the index of the sample that is drawn."""
-
-
-def seed_of(seed: int, *keys: int | str) -> int:
-    """A seed for a part of a run: far from those of all other parts and of all other runs.
-
-    Example:
-        >>> seed_of(0, "teacher") == seed_of(0, "teacher"), seed_of(0, "teacher") == seed_of(0, "student")
-        (True, False)
-    """
-    numbers = (int.from_bytes(key.encode(), "little") if isinstance(key, str) else key for key in keys)
-    return int(np.random.SeedSequence([seed & (2**64 - 1), *numbers]).generate_state(1, np.uint64)[0])
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch (on the CPU), numpy and ``random`` start from the seed; afterwards they go on as before.
-
-    Example:
-        >>> with seeded(3):
-        ...     a = torch.rand(())
-        >>> with seeded(3):
-        ...     bool(torch.rand(()) == a)
-        True
-    """
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  transforms use it
-    try:
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        random.setstate(before[2])
 
 
 class Batches(Sampler[list[Draw]]):

@@ -19,6 +19,7 @@ from stseg.metrics import MeanIoU
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, frozen
 from stseg.samples import check_classes, check_mask_values, has_ids, ids_of, image_of, pair_of
+from stseg.seeds import seed_of, seeded
 from stseg.types import Precision
 
 T = TypeVar("T")
@@ -51,8 +52,9 @@ class _Images(Dataset[Any]):
         index = self.indices[position]
         name = self.ids[index]
         try:
-            item = self.dataset[index]  # a PIL image is perhaps decoded only by what follows
-            parts = pair_of(item, name=name) if self.with_mask else (image_of(item, name=name),)
+            with seeded(seed_of(0, "read", index)):  # a data set that augments gives the same every time
+                item = self.dataset[index]  # a PIL image is perhaps decoded only by what follows
+                parts = pair_of(item, name=name) if self.with_mask else (image_of(item, name=name),)
         except OSError as error:  # handed over as a value: a worker would wrap it in its own traceback
             text = str(error) if isinstance(error, UnreadableImageError) else f"item {name!r}: {error}"
             return index, _Unreadable(UnreadableImageError(text))

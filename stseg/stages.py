@@ -12,7 +12,6 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from stseg.batches import seed_of
 from stseg.checkpoints import copy_on_cpu
 from stseg.checks import check_labelled, check_network, find_unreadable, fingerprint
 from stseg.config import TrainConfig
@@ -27,6 +26,7 @@ from stseg.ranking import Ranking, StabilityRanker
 from stseg.report import write_report
 from stseg.result import SelfTrainingResult
 from stseg.samples import ids_of, image_of, pair_of
+from stseg.seeds import seed_of
 from stseg.store import check_store_id
 from stseg.training import FitResult, fit
 from stseg.types import BatchAugmentation

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from stseg.batches import Samples, batches_of, seed_of, steps_per_epoch
+from stseg.batches import Samples, batches_of, steps_per_epoch
 from stseg.checkpoints import Row, StageFolder
 from stseg.checks import check_labelled, check_network
 from stseg.config import TrainConfig
@@ -31,6 +31,7 @@ from stseg.models.state import digest
 from stseg.optimization import optimizer_of, poly, train_step
 from stseg.records import described
 from stseg.samples import names_of
+from stseg.seeds import seed_of
 from stseg.types import BatchAugmentation
 
 

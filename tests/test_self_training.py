@@ -18,8 +18,8 @@ from torch import nn
 
 import stseg
 from stseg import Ranking, SelfTrainer, TrainConfig, WorkdirMismatchError, fit
-from stseg.batches import seed_of
 from stseg.models.state import cpu_state
+from stseg.seeds import seed_of
 from stseg.self_training import thirds
 
 SEED = 5
@@ -345,6 +345,19 @@ class TestWorkdir:
         data[changed][0] = (first[0].flip(-1), first[1].flip(-1)) if isinstance(first, tuple) else first.flip(-1)
         with pytest.raises(WorkdirMismatchError, match=f"{changed} is '.* items, .*' there and '.* items, .*' now"):
             trainer(workdir=tmp_path).fit(*data.values())
+
+    def test_of_data_sets_that_augment_by_themselves_can_be_resumed(self, tmp_path):
+        class Noisy(Named):
+            def __getitem__(self, index):
+                item = super().__getitem__(index)
+                image, *mask = item if isinstance(item, tuple) else (item,)
+                image = (image + 0.1 * torch.rand(image.shape) * np.random.rand()).clamp(0, 1)  # noqa: NPY002
+                return (image, *mask)
+
+        data = Noisy(list(labelled()), "l"), Noisy(list(unlabelled()), "u")
+        first = trainer(workdir=tmp_path).fit(*data)
+        torch.rand(3)
+        assert same(trainer(workdir=tmp_path).fit(*data).model, first.model)
 
     def test_of_other_workers_or_bars_is_the_same_run(self, tmp_path):
         trainer(workdir=tmp_path).fit(labelled(), unlabelled())

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from stseg.seeds import seed_of, seeded
+
+
+class TestSeedOf:
+    def test_differs_for_other_seeds_and_other_parts(self):
+        parts = [
+            (seed, *keys) for seed in range(20) for keys in [("order", 0), ("order", 1), ("sample", 1), ("x",), ()]
+        ]
+        assert len({seed_of(*part) for part in parts}) == len(parts)
+
+    def test_is_the_same_in_every_run(self):
+        assert seed_of(0, "teacher") == seed_of(0, "teacher")
+        assert 0 <= seed_of(-5, "teacher") < 2**64
+
+
+class TestSeeded:
+    def draws(self):
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]  # noqa: NPY002
+
+    def test_makes_all_three_generators_start_anew(self):
+        with seeded(4):
+            first = self.draws()
+        with seeded(4):
+            assert self.draws() == first
+        with seeded(5):
+            assert self.draws() != first
+
+    def test_gives_the_callers_state_back_even_after_an_error(self):
+        torch.manual_seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        random.seed(1)
+        expected = self.draws()
+        torch.manual_seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        random.seed(1)
+        with pytest.raises(ZeroDivisionError), seeded(9):
+            self.draws()[0][0] / 0
+        assert self.draws() == expected
