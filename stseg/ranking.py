@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import csv
-import glob
 import io
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from stseg.distributed import barrier, gathered, rank
-from stseg.errors import DataError, WorkdirMismatchError
+from stseg.distributed import barrier, gathered
+from stseg.errors import DataError
 from stseg.files import write_atomically
 from stseg.functional import stability
 from stseg.inference import (
@@ -34,6 +31,7 @@ from stseg.inference import (
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, digest, frozen
 from stseg.samples import ids_of
+from stseg.score_log import ScoreLog
 from stseg.types import Precision
 
 
@@ -256,7 +254,7 @@ class StabilityRanker:
         ids = ids_of(dataset)
         if not ids:
             raise DataError("the data set to rank is empty")
-        log = None if resume is None else _ScoreLog(Path(resume), self._description(dataset))
+        log = None if resume is None else ScoreLog(Path(resume), self._description(dataset))
         scores: dict[int, float] = {} if log is None else log.read(ids)
         barrier()
         todo = [index for index in share_of(len(ids)) if index not in scores]
@@ -305,37 +303,3 @@ class StabilityRanker:
             "precision": self.precision,
             **facts_of_unnamed(dataset),
         }
-
-
-class _ScoreLog:
-    """Scores appended to a file as they come, one a line; of several processes each has a file of its own."""
-
-    def __init__(self, path: Path, description: dict[str, Any]) -> None:
-        self.path = path
-        self.header = json.dumps(description).encode() + b"\n"
-        self.mine = path if rank() == 0 else path.with_name(f"{path.name}.{rank()}")
-
-    def read(self, ids: Sequence[str]) -> dict[int, float]:
-        index_of = {id: index for index, id in enumerate(ids)}
-        beside = self.path.parent.glob(glob.escape(self.path.name) + ".*")
-        scores: dict[int, float] = {}
-        for path in [self.path, *sorted(p for p in beside if p.name[len(self.path.name) + 1 :].isdecimal())]:
-            content = path.read_bytes() if path.exists() else b""
-            if not content[: len(self.header)] == self.header[: len(content)]:
-                raise WorkdirMismatchError(
-                    f"{path} holds scores of other checkpoints or settings; remove it to rank anew"
-                )
-            whole = content[: content.rfind(b"\n") + 1]
-            if path == self.mine and whole != content:  # the process was killed while it wrote a line
-                os.truncate(path, len(whole))
-            try:
-                known = [(str(id), float(score)) for id, score in map(json.loads, whole.splitlines()[1:])]
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{path} holds a line that is no score ({error}); remove it to rank anew") from None
-            scores.update((index_of[id], score) for id, score in known if id in index_of)
-        return scores
-
-    def add(self, id: str, score: float) -> None:
-        self.mine.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.mine, "ab") as file:
-            file.write((b"" if file.tell() else self.header) + json.dumps([id, score]).encode() + b"\n")

@@ -11,37 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small import Named, Pooled
 from torch import nn
 
 from stseg import DataError, NetworkError, Segmenter, UnreadableImageError, evaluate
 from stseg.inference import autocast, in_equal_batches, load, predictor
 
 CPU = torch.device("cpu")
-
-
-class Pooled(nn.Module):
-    """A small network with a branch that sees the whole image, so that padding would change its logits."""
-
-    def __init__(self, classes=4, seed=0):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.near, self.far = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
-            self.norm, self.drop, self.head = nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, classes, 1)
-        self.seen = []
-
-    def forward(self, x):
-        self.seen.append(tuple(x.shape))
-        x = self.near(x) + 4 * self.far(x.mean((2, 3), keepdim=True))
-        return 8 * self.head(self.drop(self.norm(x)).relu())
-
-
-class Labelled(list):
-    """A list of items with ids."""
-
-    def __init__(self, items, ids=None):
-        super().__init__(items)
-        self.ids = [f"img_{i:02}" for i in range(len(self))] if ids is None else ids
 
 
 def mixed_sizes(count, seed=0, classes=4):
@@ -52,7 +28,7 @@ def mixed_sizes(count, seed=0, classes=4):
         mask = generator.integers(0, classes, size).astype(np.uint8)
         mask[generator.random(mask.shape) < 0.1] = 255
         items.append((torch.from_numpy(generator.random((3, *size), dtype=np.float32)), torch.from_numpy(mask)))
-    return Labelled(items)
+    return Named(items)
 
 
 def means(batch):
@@ -144,7 +120,7 @@ class TestLoad:
 
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_names_what_cannot_be_read(self, num_workers, tmp_path):
-        class Broken(Labelled):
+        class Broken(Named):
             def __getitem__(self, index):
                 if index == 1:
                     return Image.open(tmp_path / "there is none.png")
@@ -277,12 +253,12 @@ class TestEvaluate:
         ],
     )
     def test_names_the_item_that_is_wrong(self, item, message):
-        data = Labelled([(torch.zeros(3, 4, 4), torch.zeros(4, 4).int()), item], ids=["a", "b"])
+        data = Named([(torch.zeros(3, 4, 4), torch.zeros(4, 4).int()), item], ids=["a", "b"])
         with pytest.raises(DataError, match=message):
             evaluate(Pooled(), data, num_classes=4, progress=False)
 
     def test_refuses_float_masks(self):
-        data = Labelled([(torch.zeros(3, 4, 4), torch.zeros(4, 4))], ids=["a"])
+        data = Named([(torch.zeros(3, 4, 4), torch.zeros(4, 4))], ids=["a"])
         with pytest.raises(TypeError, match=r"mask of 'a' is torch\.float32"):
             evaluate(Pooled(), data, num_classes=4, progress=False)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import SIZES, Named, Pooled
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
@@ -20,37 +21,6 @@ from stseg import (
     WorkdirMismatchError,
 )
 
-SIZES = [(9, 12), (12, 9), (7, 7)]
-
-
-class Pooled(nn.Module):
-    """A small network with a branch that sees the whole image, so that padding would change its logits."""
-
-    def __init__(self, classes=4, seed=0):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.near, self.far = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
-            self.norm, self.drop, self.head = nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, classes, 1)
-        self.seen = []
-
-    def forward(self, x):
-        self.seen.append(tuple(x.shape))
-        x = self.near(x) + 4 * self.far(x.mean((2, 3), keepdim=True))
-        return 8 * self.head(self.drop(self.norm(x)).relu())
-
-    def images_seen(self):
-        """How many images of the data sets here it was called for (not the trials of the wrapper)."""
-        return sum(shape[0] for shape in self.seen if shape[2:] in set(SIZES))
-
-
-class Unlabelled(list):
-    """A list of images, or tuples that begin with one, with ids."""
-
-    def __init__(self, items, ids=None):
-        super().__init__(items)
-        self.ids = [f"city/img_{i:02}" for i in range(len(self))] if ids is None else ids
-
 
 def pictures(count=13, seed=0):
     """Images of three sizes, in no order; some float, some 8 bits."""
@@ -59,7 +29,7 @@ def pictures(count=13, seed=0):
     for i, size in enumerate(generator.permutation(SIZES * math.ceil(count / 3))[:count]):
         image = generator.integers(0, 256, (3, *size)).astype(np.uint8)
         items.append(torch.from_numpy(image if i % 3 else image.astype(np.float32) / 255))
-    return Unlabelled(items)
+    return Named(items)
 
 
 def labeler(network=None, **options):
@@ -182,7 +152,7 @@ class TestLabels:
         assert same_masks(labeler().label(drawn), one_at_a_time(data))
 
     def test_go_by_the_ids_of_parts(self):
-        data = ConcatDataset([pictures(3), Subset(Unlabelled(pictures(4), ["a", "b", "c", "d"]), [3, 1])])
+        data = ConcatDataset([pictures(3), Subset(Named(pictures(4), ["a", "b", "c", "d"]), [3, 1])])
         found = labeler().label(data)
         assert found.ids == ["city/img_00", "city/img_01", "city/img_02", "d", "b"]
         assert torch.equal(found.store["b"], one_at_a_time([pictures(4)[1]])[0][0])
@@ -236,7 +206,7 @@ class TestOnDisk:
     def test_each_mask_is_there_as_soon_as_it_is_made(self, tmp_path):
         there = []
 
-        class Watching(Unlabelled):
+        class Watching(Named):
             def __getitem__(self, index):
                 there.append(len(MaskStore(tmp_path)))
                 return super().__getitem__(index)
@@ -285,7 +255,7 @@ class TestOnDisk:
         torch.testing.assert_close(found.confidence(0), expected, rtol=0, atol=1 / 65535)
 
     def test_what_was_made_before_an_unreadable_image_is_kept(self, tmp_path):
-        class Failing(Unlabelled):
+        class Failing(Named):
             def __getitem__(self, index):
                 if index == 9:
                     raise OSError("disk on fire")
@@ -337,7 +307,7 @@ class TestRefuses:
     @pytest.mark.parametrize("id", ["../a", "a/../../b", "/etc/a", "C:\\a", "a\\b", "", "."])
     def test_ids_that_would_leave_the_store_before_any_work(self, tmp_path, id, on_disk):
         network = Pooled()
-        data = Unlabelled(pictures(3), ["fine", "too", id])
+        data = Named(pictures(3), ["fine", "too", id])
         with pytest.raises(DataError, match="cannot name a file in a store"):
             labeler(network).label(data, tmp_path / "masks" if on_disk else None)
         assert network.seen == []
@@ -345,7 +315,7 @@ class TestRefuses:
 
     def test_ids_that_occur_twice(self):
         with pytest.raises(DataError, match="the id 'a' occurs more than once"):
-            labeler().label(Unlabelled(pictures(3), ["a", "b", "a"]))
+            labeler().label(Named(pictures(3), ["a", "b", "a"]))
 
     def test_an_empty_data_set(self):
         with pytest.raises(DataError, match="the data set to label is empty"):
@@ -378,7 +348,7 @@ class TestRefuses:
     @pytest.mark.parametrize("image", [torch.full((3, 4, 4), 2.0), torch.full((3, 4, 4), math.nan), torch.zeros(4, 4)])
     def test_what_are_no_images_and_names_them(self, image):
         with pytest.raises(DataError, match="image 'b'"):
-            labeler().label(Unlabelled([torch.zeros(3, 4, 4), image], ["a", "b"]))
+            labeler().label(Named([torch.zeros(3, 4, 4), image], ["a", "b"]))
 
 
 class TestUnreadable:
@@ -392,7 +362,7 @@ class TestUnreadable:
         (tmp_path / "3.png").write_bytes(whole[: len(whole) // 2])
         return tmp_path
 
-    class Files(Unlabelled):
+    class Files(Named):
         def __getitem__(self, index):
             return Image.open(super().__getitem__(index))  # decodes nothing yet
 
@@ -435,7 +405,7 @@ class Poisoned(nn.Module):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 class TestNaN:
     def test_logits_are_an_error_that_names_the_image(self, tmp_path, value):
-        data = Unlabelled([torch.zeros(3, 4, 5) for _ in range(8)])
+        data = Named([torch.zeros(3, 4, 5) for _ in range(8)])
         data[5] = torch.ones(3, 4, 5)
         with pytest.raises(NetworkError, match="NaN or infinite logits for image 'city/img_05'"):
             labeler(Poisoned(value)).label(data, tmp_path)
@@ -460,7 +430,7 @@ def test_a_network_that_was_moved_to_another_type_of_weights_still_labels():
 def test_memory_stays_bounded_when_every_image_has_a_size_of_its_own():
     alive, most = set(), 0
 
-    class Sizes(Unlabelled):
+    class Sizes(Named):
         def __getitem__(self, index):
             nonlocal most
             alive.add(index)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small import SIZES, Named, Pooled
 from torch import nn
 from torch.utils.data import Subset
 
@@ -21,42 +22,11 @@ from stseg import (
     WorkdirMismatchError,
 )
 
-SIZES = [(9, 12), (12, 9), (7, 7)]
-
-
-class Pooled(nn.Module):
-    """A small network with a branch that sees the whole image, so that padding would change its logits."""
-
-    def __init__(self, classes=4, seed=0):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.near, self.far = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
-            self.norm, self.drop, self.head = nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, classes, 1)
-        self.seen = []
-
-    def forward(self, x):
-        self.seen.append(tuple(x.shape))
-        x = self.near(x) + 4 * self.far(x.mean((2, 3), keepdim=True))
-        return 8 * self.head(self.drop(self.norm(x)).relu())
-
-    def images_seen(self):
-        """How many images of the data sets here it was called for (not the trials of the wrapper)."""
-        return sum(shape[0] for shape in self.seen if shape[2:] in set(SIZES))
-
-
-class Unlabelled(list):
-    """A list of images with ids."""
-
-    def __init__(self, items, ids=None):
-        super().__init__(items)
-        self.ids = [f"city/img_{i:02}" for i in range(len(self))] if ids is None else ids
-
 
 def pictures(count=13, seed=0):
     generator = np.random.default_rng(seed)
     sizes = generator.permutation(SIZES * math.ceil(count / 3))[:count]
-    return Unlabelled([torch.from_numpy(generator.integers(0, 256, (3, *size)).astype(np.uint8)) for size in sizes])
+    return Named([torch.from_numpy(generator.integers(0, 256, (3, *size)).astype(np.uint8)) for size in sizes])
 
 
 def checkpoints(count=3):
@@ -138,7 +108,7 @@ class TestRanker:
 
     def test_keeps_the_order_of_equal_images_among_others(self):
         a, b, c = pictures(3)
-        data = Unlabelled([b, a, c, a, b, a])
+        data = Named([b, a, c, a, b, a])
         ranking = ranker(batch_size=2).rank(data)
         place = {index: position for position, index in enumerate(ranking.indices)}
         assert place[1] < place[3] < place[5]
@@ -207,7 +177,7 @@ class TestRanker:
             ranker([Pooled(), Pooled(classes=5)]).rank(pictures(2))
 
     def test_names_images_that_cannot_be_read_or_lists_them_by_choice(self):
-        class Failing(Unlabelled):
+        class Failing(Named):
             def __getitem__(self, index):
                 if index in (1, 4):
                     raise OSError("disk on fire")
@@ -241,15 +211,15 @@ def test_logits_that_are_not_finite_are_an_error_whichever_checkpoint_gives_them
     networks = checkpoints()
     networks[place] = Poisoned()
     images = torch.zeros(4, 3, 7, 7)
-    assert len(ranker(networks).rank(Unlabelled(images))) == 4
+    assert len(ranker(networks).rank(Named(images))) == 4
     images[2] = 1.0
     with pytest.raises(NetworkError, match="NaN or infinite logits for image 'city/img_02'"):
-        ranker(networks).rank(Unlabelled(images))
+        ranker(networks).rank(Named(images))
     with pytest.raises(NetworkError, match="NaN or infinite logits for a batch"):
         ranker(networks)(images)
 
 
-class Interrupted(Unlabelled):
+class Interrupted(Named):
     """Stops the process, as it were, at one image."""
 
     def __init__(self, items, at):
