@@ -41,8 +41,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     try:
         _bare(model).load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise DataError(f"{path} cannot be loaded into a {type(_bare(model)).__name__}: {error}") from error
+    except (SafetensorError, RuntimeError, OSError) as error:
+        kind = type(_bare(model)).__name__
+        raise DataError(f"{path} cannot be loaded into a {kind} (if it is damaged, remove it): {error}") from error
 
 
 def copy_on_cpu(model: nn.Module) -> nn.Module:
@@ -99,7 +100,11 @@ class StageFolder:
         load_weights(model, self.folder / "model.safetensors")
         if rank() == 0:
             shutil.rmtree(self.folder / "state", ignore_errors=True)  # left over if killed right after the weights
-        return Progress(**read_record(self.folder / "progress.json") or {})
+        path = self.folder / "progress.json"
+        try:
+            return Progress(**(read_record(path) or {"missing": path}))
+        except TypeError:
+            raise DataError(f"{path} is missing or damaged; remove {self.folder} to train this stage anew") from None
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         """Load the last state that was saved, if there is one."""
@@ -107,11 +112,11 @@ class StageFolder:
             return Progress()
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            _bare(model).load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return Progress(**state["progress"])
         except Exception as error:  # torch raises many kinds for a broken file
             raise DataError(f"{path} cannot be read ({error}); remove it to begin the stage anew") from error
-        _bare(model).load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return Progress(**state["progress"])
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Replace the saved state."""

@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 
 from stseg.distributed import gathered
 from stseg.errors import DataError, NetworkError, StsegError
-from stseg.inference import Skipped, bar, load, share_of
+from stseg.inference import Skipped, bar, crc, image_prints, load, share_of
 from stseg.models.state import device_of, frozen
-from stseg.samples import check_mask_values, has_ids, ids_of, len_of, repeated
+from stseg.samples import check_mask_values, has_ids, ids_of, repeated
+from stseg.types import BatchAugmentation
 
 
 def check_labelled(
@@ -23,10 +24,11 @@ def check_labelled(
     num_classes: int,
     ignore_index: int = 255,
     name: str = "labelled",
+    channels: int | None = None,
     num_workers: int = 0,
     progress: bool = True,
 ) -> str:
-    """Read every image and mask once.
+    """Read every image and mask once. Images must have so many channels, or as many as the first one.
 
     Returns:
         A fingerprint of ids, images and masks.
@@ -45,7 +47,8 @@ def check_labelled(
     items = load(dataset, mine, batch_size=8, num_workers=num_workers, with_mask=True)
     for index, (image, mask) in bar(items, total=len(mine), title=f"check {name}", show=progress):
         check_mask_values(mask, num_classes, ignore_index, name=ids[index])
-        prints.append((index, _crc(image), _crc(mask)))
+        channels = _same_channels(image, channels, ids[index])
+        prints.append((index, crc(image), crc(mask)))
         any_class = any_class or bool((mask != ignore_index).any())
     if not any(gathered(any_class)):
         raise DataError(f"the masks of the {name} data set hold nothing but the ignore index {ignore_index}")
@@ -53,31 +56,34 @@ def check_labelled(
 
 
 def find_unreadable(
-    dataset: Dataset[Any], *, skip: bool = False, num_workers: int = 0, progress: bool = True
+    dataset: Dataset[Any],
+    *,
+    channels: int | None = None,
+    skip: bool = False,
+    num_workers: int = 0,
+    progress: bool = True,
 ) -> list[Skipped]:
-    """Read every image once.
+    """Read every image once. They must have so many channels, or as many as the first one.
 
     Returns:
         What could not be read, where ``skip`` is true.
 
     Raises:
         UnreadableImageError: if one cannot be read and ``skip`` is false.
+        DataError: if one has other channels.
     """
-    mine = share_of(len_of(dataset))
+    ids = ids_of(dataset)
+    mine = share_of(len(ids))
     skipped: list[Skipped] = []
     items = load(dataset, mine, batch_size=8, num_workers=num_workers, skip=skipped.append if skip else None)
-    for _ in bar(items, total=len(mine), title="check unlabelled", show=progress):
-        pass
+    for index, image in bar(items, total=len(mine), title="check unlabelled", show=progress):
+        channels = _same_channels(image, channels, ids[index])
     return sorted((s for part in gathered(skipped) for s in part), key=lambda s: s.index)
 
 
 def fingerprint(dataset: Dataset[Any], *, most: int = 256) -> str:
     """Number, ids and the pixels of at most so many images of a data set, evenly spread."""
-    ids = ids_of(dataset)
-    chosen = sorted({len(ids) * k // most for k in range(most)}) if ids else []
-    unreadable: list[Skipped] = []
-    items = load(dataset, chosen, batch_size=8, num_workers=0, skip=unreadable.append)
-    return _joined(ids, [(index, _crc(image)) for index, image in items])
+    return _joined(ids_of(dataset), list(image_prints(dataset, most=most).items()))
 
 
 def refuse_common_ids(datasets: dict[str, Dataset[Any] | None]) -> None:
@@ -104,7 +110,7 @@ def check_network(model: nn.Module, image: Tensor, num_classes: int | None = Non
             logits = model(image[None].to(device_of(model)))
         except StsegError:
             raise
-        except RuntimeError as error:
+        except Exception as error:  # each library has its own kinds
             raise NetworkError(f"the network cannot take an image of shape {tuple(image.shape)}: {error}") from error
     classes = int(logits.shape[1])
     if classes < 2:
@@ -121,8 +127,20 @@ def check_network(model: nn.Module, image: Tensor, num_classes: int | None = Non
     return classes
 
 
-def _crc(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), zlib.crc32(str(tuple(tensor.shape)).encode()))
+def check_strong(strong: BatchAugmentation | None, ignore_index: int) -> None:
+    """Raise a ``ValueError`` if the cutout of a strong augmentation writes another value than the ignore index."""
+    cut = getattr(getattr(strong, "cutout", None), "ignore_index", ignore_index)
+    if cut != ignore_index:
+        raise ValueError(
+            f"the cutout of strong writes {cut} into masks, but ignore_index is {ignore_index}; "
+            f"expected strong=StrongAugment(cutout=Cutout(ignore_index={ignore_index}))"
+        )
+
+
+def _same_channels(image: Tensor, channels: int | None, name: str) -> int:
+    if channels is not None and len(image) != channels:
+        raise DataError(f"image {name!r} has {len(image)} channels; expected {channels}, as the first image has")
+    return len(image)
 
 
 def _joined(ids: list[str], prints: list[Any]) -> str:

@@ -19,7 +19,7 @@ from stseg.inference import (
     Skipped,
     bar,
     check_finite,
-    facts_of_unnamed,
+    image_prints,
     in_equal_batches,
     load,
     predictor,
@@ -187,7 +187,7 @@ class PseudoLabeler:
         store = store if isinstance(store, MaskStore) else MaskStore(store)
         if store.folder is not None and self.threshold > 0 and not 0 <= self.ignore_index <= 65535:
             raise ValueError(f"ignore_index is {self.ignore_index}; a store on disk takes values in 0..65535")
-        store.claim(self._description(dataset))
+        store.claim(self._description(), images=image_prints(dataset))
         barrier()
         mine = share_of(len(ids))
         todo = [index for index in mine if not store.holds(ids[index], confidence=confidence)]
@@ -229,14 +229,13 @@ class PseudoLabeler:
     def _label(self, images: Tensor) -> PseudoLabels:
         return pseudo_label(self._predict(images), threshold=self.threshold, ignore_index=self.ignore_index)
 
-    def _description(self, dataset: Dataset[Any]) -> dict[str, Any]:
+    def _description(self) -> dict[str, Any]:
         return {
             "model": digest(self.model),
             "num_classes": self.num_classes,
             "threshold": self.threshold,
             "ignore_index": self.ignore_index,
             "precision": self.precision,
-            **facts_of_unnamed(dataset),
         }
 
 

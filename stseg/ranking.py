@@ -22,7 +22,7 @@ from stseg.inference import (
     Skipped,
     bar,
     check_finite,
-    facts_of_unnamed,
+    image_prints,
     in_equal_batches,
     load,
     predictor,
@@ -203,6 +203,7 @@ class StabilityRanker:
     ) -> None:
         if isinstance(checkpoints, nn.Module) and not isinstance(checkpoints, nn.ModuleList):
             raise TypeError(f"checkpoints is one network ({type(checkpoints).__name__}); expected two or more")
+        checkpoints = list(checkpoints)
         if len(checkpoints) < 2:
             raise ValueError(f"got {len(checkpoints)} checkpoints; expected two or more, the last one as reference")
         if num_classes < 2:
@@ -254,7 +255,7 @@ class StabilityRanker:
         ids = ids_of(dataset)
         if not ids:
             raise DataError("the data set to rank is empty")
-        log = None if resume is None else ScoreLog(Path(resume), self._description(dataset))
+        log = None if resume is None else ScoreLog(Path(resume), self._description(), image_prints(dataset))
         scores: dict[int, float] = {} if log is None else log.read(ids)
         barrier()
         todo = [index for index in share_of(len(ids)) if index not in scores]
@@ -296,10 +297,9 @@ class StabilityRanker:
         finite = torch.stack([h.isfinite().flatten(1).all(1).to(reference.device) for h in highest]).all(0)
         return stability(earlier, reference, self.num_classes).masked_fill(~finite, math.nan)
 
-    def _description(self, dataset: Dataset[Any]) -> dict[str, Any]:
+    def _description(self) -> dict[str, Any]:
         return {
             "checkpoints": [digest(network) for network in self.checkpoints],
             "num_classes": self.num_classes,
             "precision": self.precision,
-            **facts_of_unnamed(dataset),
         }

@@ -88,8 +88,15 @@ def described(value: Any) -> str:
     if isinstance(value, nn.Module) or not hasattr(value, "__qualname__"):
         return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
     name = f"{value.__module__}.{value.__qualname__}"
-    if "<lambda>" not in name or not hasattr(value, "__code__"):
+    code = getattr(value, "__code__", None)
+    if code is None:
         return name
-    code = value.__code__  # all lambdas of a module have one name
-    constants = [value for value in code.co_consts if not hasattr(value, "co_code")]
-    return f"{name} {zlib.crc32(repr((code.co_code, code.co_names, constants)).encode()):08x}"
+    bound = [*(value.__defaults__ or ()), *(cell.cell_contents for cell in value.__closure__ or ())]
+    plain = [each for each in bound if isinstance(each, (bool, int, float, str, tuple, type(None)))]
+    if plain:
+        name += f" {plain}"
+    if "<lambda>" in name:  # all of a module have one name
+        constants = [sorted(map(repr, c)) if isinstance(c, frozenset) else repr(c) for c in code.co_consts]
+        own = [constant for constant in constants if " at 0x" not in constant]
+        name += f" {zlib.crc32(repr((code.co_code, code.co_names, own)).encode()):08x}"
+    return name

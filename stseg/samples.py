@@ -58,8 +58,10 @@ def has_ids(dataset: Dataset[Any]) -> bool:
     """
     if isinstance(dataset, ConcatDataset):
         return all(has_ids(part) for part in dataset.datasets)
-    source = getattr(dataset, "dataset", None)
-    return _find(dataset, "ids") is not None and (source is None or has_ids(source))
+    ids, source = _find(dataset, "ids"), getattr(dataset, "dataset", None)
+    if ids is None or source is None or has_ids(source):
+        return ids is not None
+    return not all(id.isdecimal() for id in ids)
 
 
 def _named(dataset: Dataset[Any], *attributes: str) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from stseg.augment import StrongAugment
-from stseg.checks import refuse_common_ids
+from stseg.checks import check_strong, refuse_common_ids
 from stseg.config import TrainConfig
 from stseg.data import MixedDataset
 from stseg.errors import DataError
@@ -110,6 +110,7 @@ class SelfTrainer:
             raise ValueError(
                 "method 'st++' keeps three checkpoints of the teacher; expected 3 epochs (or steps) or more"
             )
+        check_strong(strong, ignore_index)
         self.method = method
         self.reliable_fraction = reliable_fraction
         self.workdir = workdir
@@ -213,6 +214,7 @@ class SelfTrainer:
             "strong": described(s.strong),
             "tta": described(s.tta),
             "ranker": described(s.ranker),
+            "skip_unreadable": s.skip_unreadable,
         }
 
 

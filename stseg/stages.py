@@ -26,7 +26,7 @@ from stseg.ranking import Ranking, StabilityRanker
 from stseg.report import write_report
 from stseg.result import SelfTrainingResult
 from stseg.samples import ids_of, image_of, pair_of
-from stseg.seeds import seed_of
+from stseg.seeds import seed_of, seeded
 from stseg.store import check_store_id
 from stseg.training import FitResult, fit
 from stseg.types import BatchAugmentation
@@ -99,6 +99,7 @@ class Stages:
         """
         s = self.settings
         facts = {} if teacher is None else {"teacher": digest(teacher.model)}
+        image: Tensor | None = None
         for name, dataset in {"labelled": labelled, "validation": self.val}.items():
             if dataset is not None:
                 facts[name] = check_labelled(
@@ -106,10 +107,12 @@ class Stages:
                     num_classes=s.num_classes,
                     ignore_index=s.ignore_index,
                     name=name,
+                    channels=None if image is None else len(image),
                     num_workers=s.config.num_workers,
                     progress=s.progress,
                 )
-        image = pair_of(labelled[0], name=ids_of(labelled)[0])[0]
+                image = pair_of(labelled[0], name=ids_of(labelled)[0])[0] if image is None else image
+        assert image is not None
         facts["network"] = self._check_network(image)
         if teacher is not None:
             check_network(teacher.model, image, s.num_classes)
@@ -123,9 +126,13 @@ class Stages:
         facts["unlabelled"] = fingerprint(unlabelled)
         self.workdir.claim(facts)
         done = self.workdir.facts("check")
-        if done is None:
+        if done is None or "skipped" not in done:
             skipped = find_unreadable(
-                unlabelled, skip=s.skip_unreadable, num_workers=s.config.num_workers, progress=s.progress
+                unlabelled,
+                channels=len(image),
+                skip=s.skip_unreadable,
+                num_workers=s.config.num_workers,
+                progress=s.progress,
             )
             done = {"skipped": [asdict(image) for image in skipped]}
             self.workdir.done("check", **done)
@@ -184,8 +191,13 @@ class Stages:
         path = self.workdir.path(step, "ranking.csv")
         if path is not None and path.exists():
             self.ranking = Ranking.from_csv(path)
+            facts = self.workdir.facts(step) or {}
+            if len(self.ranking) != facts.get("images", len(self.ranking)):
+                raise DataError(
+                    f"{path} ranks {len(self.ranking)} images, not {facts['images']}; remove it to rank anew"
+                )
         elif s.ranker is not None:
-            self.ranking = _checked(gathered(s.ranker.rank(images))[0], ids_of(images))
+            self.ranking = gathered(s.ranker.rank(images))[0]
         else:
             ranker = StabilityRanker(
                 [copy_on_cpu(snapshot).to(self.device) for snapshot in teacher.snapshots],
@@ -196,9 +208,10 @@ class Stages:
                 progress=s.progress,
             )
             self.ranking = ranker.rank(images, resume=self.workdir.path(step, "scores"))
+        self.ranking = _checked(self.ranking, ids_of(images), str(path or "the ranker"))
         if path is not None and rank() == 0 and not path.exists():
             self.ranking.to_csv(path)
-        self._done(step, time.monotonic() - began)
+        self._done(step, time.monotonic() - began, images=len(self.ranking))
         return self.ranking
 
     def result(self, last: FitResult) -> SelfTrainingResult:
@@ -218,8 +231,9 @@ class Stages:
 
     def new_model(self, step: str) -> nn.Module:
         """A network with the initial weights of a step."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed_of(self.settings.config.seed, "init", step))
+        seed = seed_of(self.settings.config.seed, "init", step)
+        with seeded(seed), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
             return as_segmenter(self.settings.make_model()).to(self.device)
 
     def _check_network(self, image: Tensor) -> str:
@@ -230,23 +244,26 @@ class Stages:
                 "make_model returned the same parameters twice; expected a fresh network each time it is called"
             )
         check_network(model, image, self.settings.num_classes)
-        return digest(model)  # the seed makes its first weights the same in every run, so pretrained ones count
+        # The seed makes its first weights the same in every run, so pretrained ones count.
+        return f"{digest(model)}, {sum(p.requires_grad for p in model.parameters())} trained tensors"
 
-    def _done(self, step: str, seconds: float) -> None:
-        facts = self.workdir.facts(step)
-        self.seconds[step] = seconds if facts is None else facts["seconds"]
-        self.workdir.done(step, seconds=round(self.seconds[step], 3))
+    def _done(self, step: str, seconds: float, **more: int) -> None:
+        facts = self.workdir.facts(step) or {}
+        self.seconds[step] = facts.get("seconds", seconds)
+        self.workdir.done(step, seconds=round(self.seconds[step], 3), **more)
 
 
-def _checked(ranking: Ranking, ids: Sequence[str]) -> Ranking:
-    """What a caller's ranker returned, under the ids of the images.
+def _checked(ranking: Ranking, ids: Sequence[str], source: str) -> Ranking:
+    """A ranking from outside, under the ids of the images.
 
     Raises:
-        DataError: if it names images that are not there, or one twice.
+        DataError: if it is empty, or names images that are not there, or one twice.
     """
+    if not len(ranking):
+        raise DataError(f"{source} ranks no image")
     if len(set(ranking.indices)) < len(ranking) or not set(ranking.indices) <= set(range(len(ids))):
         raise DataError(
-            f"the ranker returned {len(ranking)} indices from {min(ranking.indices)} to {max(ranking.indices)}; "
+            f"{source} gives {len(ranking)} indices from {min(ranking.indices)} to {max(ranking.indices)}; "
             f"expected each of 0..{len(ids) - 1} at most once"
         )
     return replace(ranking, ids=tuple(ids[index] for index in ranking.indices))

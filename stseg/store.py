@@ -112,28 +112,35 @@ class MaskStore:
             return id in self._masks and (not confidence or id in self._confidence)
         return _intact(self._path(id)) and (not confidence or _intact(self._path(id, _CONFIDENCE)))
 
-    def claim(self, owner: dict[str, Any]) -> None:
+    def claim(self, owner: dict[str, Any], *, images: dict[str, int] | None = None) -> None:
         """Say who fills this store, so that masks of two labellers are never taken for one another's.
 
         On disk this is kept in ``labels.json``.
 
         Args:
             owner: description of the labeller, of JSON's types.
+            images: check sums of some of the images, by id.
 
         Raises:
-            WorkdirMismatchError: if another one has filled it, or it holds masks of unknown origin.
+            WorkdirMismatchError: if another one has filled it, it holds masks of other images under the same ids, or
+                of unknown origin.
         """
-        owner = json.loads(json.dumps(owner))
+        owner = json.loads(json.dumps({**owner, **({"images": images} if images else {})}))
         record = None if self.folder is None else self.folder / "labels.json"
         found = self._owner if record is None else read_record(record)
         where = self.folder or "the store"
         if found is not None:
+            known, now = found.pop("images", {}), owner.pop("images", {})
             refuse_other(found, owner, where)
+            for id, crc in now.items():
+                if known.get(id, crc) != crc:
+                    raise WorkdirMismatchError(f"{where} holds masks of other images: the one called {id!r} differs")
+            owner["images"] = {**known, **now}
         elif next(iter(self), None) is not None:
             raise WorkdirMismatchError(f"{where} holds masks of unknown origin; use an empty folder")
-        elif record is not None:
-            write_record(record, owner)
         self._owner = owner
+        if record is not None:
+            write_record(record, owner)
 
     def __getitem__(self, id: str) -> Tensor:
         return self.get(id)

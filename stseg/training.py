@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from stseg.batches import Samples, batches_of, steps_per_epoch
 from stseg.checkpoints import Row, StageFolder
-from stseg.checks import check_labelled, check_network
+from stseg.checks import check_labelled, check_network, check_strong, refuse_common_ids
 from stseg.config import TrainConfig
 from stseg.data import MixedDataset
 from stseg.distributed import rank, share_buffers, world_size
@@ -130,13 +130,7 @@ def fit(
     samples.check_masks(classes, ignore_index)
     facts = f"{len(names)} samples, {zlib.crc32(repr(names).encode()):08x}"
     if check:
-        facts += "; " + check_labelled(
-            dataset.labelled if isinstance(dataset, MixedDataset) else dataset,
-            num_classes=classes,
-            ignore_index=ignore_index,
-            num_workers=config.num_workers,
-            progress=progress,
-        )
+        facts += _looked_at(dataset, val, classes, ignore_index, config, progress)
     record = {
         "network": digest(model, weights=False),
         "config": config.record(),
@@ -209,9 +203,37 @@ def fit(
                 saved = time.monotonic()
     so_far.seconds = before + time.monotonic() - began
     if keep == "best":
+        if so_far.best == -math.inf:
+            raise DataError("keep='best': no mIoU of the validation set is a number")
         folder.load_best(model)
     folder.finish(model, so_far)
     return FitResult(model.eval(), tuple(copies), tuple(so_far.history), so_far.seconds)
+
+
+def _looked_at(
+    dataset: Dataset[Any],
+    val: Dataset[Any] | None,
+    classes: int,
+    ignore_index: int,
+    config: TrainConfig,
+    progress: bool,
+) -> str:
+    """Fingerprints of the labelled and the validation images, once they have been found to be as they have to be."""
+    mixed = dataset if isinstance(dataset, MixedDataset) else MixedDataset(dataset)
+    refuse_common_ids({"labelled": mixed.labelled, "pseudo-labelled": mixed.pseudo, "validation": val})
+    text = ""
+    for name, part in {"labelled": mixed.labelled, "validation": val}.items():
+        if part is not None:
+            found = check_labelled(
+                part,
+                num_classes=classes,
+                ignore_index=ignore_index,
+                name=name,
+                num_workers=config.num_workers,
+                progress=progress,
+            )
+            text += f"; {name}: {found}"
+    return text
 
 
 def _on_device(
@@ -279,6 +301,4 @@ def _check_arguments(
         raise ValueError(f"keep is {keep!r}; expected 'final' or 'best'")
     if keep == "best" and val is None:
         raise ValueError("keep='best' needs a validation set (val) to tell which weights are best")
-    cut = getattr(getattr(strong, "cutout", None), "ignore_index", ignore_index)
-    if cut != ignore_index:
-        raise ValueError(f"the cutout of strong writes {cut} into masks, but ignore_index is {ignore_index}")
+    check_strong(strong, ignore_index)

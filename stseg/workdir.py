@@ -25,9 +25,12 @@ class Workdir:
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
+        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"the work directory {self.folder} is a file; expected a folder")
         self._run: dict[str, Any] = {"settings": settings, "versions": _versions(), "data": {}, "steps": {}}
         if self.folder is not None and (found := read_record(self.folder / "run.json")) is not None:
-            if not all(isinstance(found.get(part), dict) for part in self._run):
+            parts = [found.get(part) for part in self._run]
+            if not all(isinstance(p, dict) for p in (*parts, *(found.get("steps") or {}).values())):
                 raise WorkdirMismatchError(
                     f"{self.folder / 'run.json'} is not the record of a run; remove {self.folder} to begin anew"
                 )

@@ -293,3 +293,53 @@ def test_crops_that_the_network_cannot_take(tmp_path):
 
     with pytest.raises((NetworkError, AssertionError), match="32 pixels"):
         trainer(make_model=lambda: Fixed(3, 2, 1)).fit(pairs(), IMAGES)
+
+
+class TestChannels:
+    GREY = torch.rand(1, 20, 20)
+
+    def test_of_a_labelled_image(self):
+        with pytest.raises(DataError, match="image '1' has 1 channels; expected 3, as the first image has"):
+            trainer().fit(spoilt(1, pairs()[1][1], self.GREY), IMAGES)
+
+    def test_of_an_unlabelled_image(self):
+        with pytest.raises(DataError, match="image '6' has 1 channels; expected 3"):
+            trainer().fit(pairs(), [*IMAGES, self.GREY])
+
+    def test_of_a_validation_image(self):
+        with pytest.raises(DataError, match="image '0' has 1 channels; expected 3"):
+            trainer().fit(pairs(), IMAGES, [(self.GREY, pairs()[0][1])])
+
+
+class TestFit:
+    def test_looks_at_the_validation_set_first(self):
+        with pytest.raises(DataError, match="mask of '0' holds the value 9"):
+            stseg.fit(Counted(3, 2, 1), pairs(), CONFIG, val=[(IMAGES[0], torch.full((20, 20), 9))], progress=False)
+        with pytest.raises(DataError, match="validation data set is empty"):
+            stseg.fit(Counted(3, 2, 1), pairs(), CONFIG, val=[], progress=False)
+
+    def test_refuses_ids_that_are_in_both(self):
+        data = WithIds(pairs(), ["a", "b", "c"])
+        with pytest.raises(DataError, match="the id 'a' is in both the labelled and the validation"):
+            stseg.fit(Counted(3, 2, 1), data, CONFIG, val=WithIds(pairs(1), ["a"]), progress=False)
+
+
+def test_a_cutout_that_writes_another_value_than_the_ignore_index():
+    with pytest.raises(ValueError, match=r"cutout of strong writes 255 .* ignore_index is 254; expected strong="):
+        trainer(ignore_index=254)
+
+
+def test_a_work_directory_that_is_a_file(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=r"the work directory .* is a file; expected a folder"):
+        trainer(workdir=tmp_path / "run").fit(pairs(), IMAGES)
+
+
+def test_ids_of_a_wrapper_count_even_if_what_it_wraps_has_none():
+    class Wrapper(WithIds):
+        def __init__(self, items, ids) -> None:
+            super().__init__(items, ids)
+            self.dataset = items
+
+    with pytest.raises(DataError, match="the id 'b' is in both the labelled and the unlabelled"):
+        trainer().fit(Wrapper(pairs(), ["a", "b", "c"]), Wrapper(IMAGES[:2], ["b", "d"]))

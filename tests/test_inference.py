@@ -127,12 +127,12 @@ class TestLoad:
                 return super().__getitem__(index)
 
         data = Broken(mixed_sizes(3))
-        with pytest.raises(UnreadableImageError, match=r"item 'img_01': .*there is none\.png"):
+        with pytest.raises(UnreadableImageError, match=r"item 'city/img_01': .*there is none\.png"):
             list(load(data, range(3), batch_size=1, num_workers=num_workers))
         skipped = []
         found = list(load(data, range(3), batch_size=1, num_workers=num_workers, skip=skipped.append))
         assert [index for index, _ in found] == [0, 2]
-        assert [(s.index, s.id) for s in skipped] == [(1, "img_01")]
+        assert [(s.index, s.id) for s in skipped] == [(1, "city/img_01")]
         assert "there is none.png" in skipped[0].reason
 
     def test_draws_no_random_numbers(self):

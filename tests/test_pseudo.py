@@ -286,10 +286,18 @@ class TestOnDisk:
             other.label(pictures(3), tmp_path)
         assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
+    def test_masks_of_other_images_under_the_same_ids_are_refused(self, tmp_path):
+        labeler().label(pictures(9), tmp_path)
+        labeler().label(Subset(pictures(9), [7, 2]), tmp_path)
+        other = pictures(9)
+        other[4] = other[4].flip(-1)
+        with pytest.raises(WorkdirMismatchError, match="masks of other images: the one called 'city/img_04' differs"):
+            labeler().label(other, tmp_path)
+
     def test_masks_of_other_images_are_refused_where_numbers_are_their_names(self, tmp_path):
         labeler().label(list(pictures(3)), tmp_path)
         labeler().label(list(pictures(3)), tmp_path)
-        with pytest.raises(WorkdirMismatchError, match="first image"):
+        with pytest.raises(WorkdirMismatchError, match="masks of other images: the one called '0' differs"):
             labeler().label(list(pictures(3, seed=1)), tmp_path)
 
     @pytest.mark.parametrize("ignore_index", [-1, 65536])

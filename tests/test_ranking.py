@@ -236,10 +236,10 @@ class TestResume:
     def test_does_only_what_is_not_done(self, tmp_path):
         data, file = pictures(), tmp_path / "logs" / "scores"
         with pytest.raises(KeyboardInterrupt):
-            ranker(batch_size=1).rank(Interrupted(data, at=8), resume=file)
+            ranker(batch_size=1).rank(Interrupted(data, at=7), resume=file)
         again = checkpoints()
         ranking = ranker(again).rank(data, resume=file)
-        assert [network.images_seen() for network in again] == [5, 5, 5]
+        assert [network.images_seen() for network in again] == [6, 6, 6]
         assert ranking == ranker().rank(data)
         once_more = checkpoints()
         assert ranker(once_more).rank(data, resume=str(file)) == ranking
@@ -310,6 +310,11 @@ class TestResume:
         ranking = ranker().rank(data, resume=tmp_path / "ranking")
         ranking.to_csv(tmp_path / "ranking.csv")
         assert ranker().rank(data, resume=tmp_path / "ranking") == ranking
+
+    def test_refuses_scores_of_other_images_under_the_same_ids(self, tmp_path):
+        ranker().rank(pictures(4), resume=tmp_path / "scores")
+        with pytest.raises(WorkdirMismatchError, match="scores of other images: the one called 'city/img_00' differs"):
+            ranker().rank(pictures(4, seed=1), resume=tmp_path / "scores")
 
     def test_goes_by_id_when_the_data_set_has_changed(self, tmp_path):
         data, again = pictures(), checkpoints()

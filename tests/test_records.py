@@ -89,5 +89,10 @@ class TestDescribed:
         assert described(stseg.StrongAugment()) != described(stseg.StrongAugment(blur_p=0.1))
         assert described(torch.sin) != described(torch.cos)
         assert described(None) == "None"
+
+        def scaled(factor):
+            return lambda images: images * factor
+
+        assert described(scaled(2)) == described(scaled(2)) != described(scaled(3))
         assert described(lambda m: m) == described(lambda m: m)
         assert described(lambda m: (m, 1)) != described(lambda m: (m, 2))

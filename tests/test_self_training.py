@@ -234,7 +234,7 @@ def test_a_ranker_that_names_images_that_are_not_there_is_refused(indices):
         def rank(self, dataset):
             return Ranking(indices, (0.5,) * len(indices), tuple(map(str, indices)))
 
-    with pytest.raises(stseg.DataError, match=r"ranker returned \d indices from .*; expected each of 0\.\.4"):
+    with pytest.raises(stseg.DataError, match=r"the ranker gives \d indices from .*; expected each of 0\.\.4"):
         trainer(ranker=Wrong()).fit(labelled(), unlabelled())
 
 
@@ -336,6 +336,31 @@ class TestWorkdir:
         with pytest.raises(WorkdirMismatchError, match=message):
             trainer(workdir=tmp_path, **options).fit(labelled(), unlabelled())
         assert content(tmp_path) == before
+
+    @pytest.mark.parametrize("cut", ["lines", "score", "everything", "index"])
+    def test_with_a_damaged_ranking_says_which_file(self, tmp_path, cut):
+        trainer(workdir=tmp_path).fit(labelled(), unlabelled())
+        path = tmp_path / "ranking" / "ranking.csv"
+        text = path.read_text()
+        path.write_text(
+            {
+                "lines": "\n".join(text.split("\n")[:4]) + "\n",
+                "score": text[: len(text) * 2 // 3],
+                "everything": text.split("\n")[0] + "\n",
+                "index": text.replace("\n0,", "\n99,"),
+            }[cut]
+        )
+        with pytest.raises(stseg.DataError, match=r"ranking\.csv"):
+            trainer(workdir=tmp_path).fit(labelled(), unlabelled())
+
+    def test_of_a_network_with_other_random_weights_from_elsewhere_can_be_resumed(self, tmp_path):
+        def from_numpy():
+            network = make_model()
+            network[0].weight.data = torch.from_numpy(np.random.randn(6, 3, 3, 3)).float()  # noqa: NPY002
+            return network
+
+        first = trainer(make_model=from_numpy, workdir=tmp_path).fit(labelled(), unlabelled())
+        assert same(trainer(make_model=from_numpy, workdir=tmp_path).fit(labelled(), unlabelled()).model, first.model)
 
     @pytest.mark.parametrize("changed", ["labelled", "unlabelled", "validation"])
     def test_of_other_data_is_refused_with_the_difference(self, tmp_path, changed):

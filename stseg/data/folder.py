@@ -94,7 +94,7 @@ class SegmentationFolder(Dataset[Any]):
             image = image if image.mode == self.mode else image.convert(self.mode)
         if self._mask_suffixes is None:
             return as_image(image, name=id)
-        return pair_of((image, _read(self._mask(index))), name=id)
+        return pair_of((image, _read(self._mask(index), indices=True)), name=id)
 
     def __repr__(self) -> str:
         masks = "" if self.masks is None else f", {str(self.masks)!r}"
@@ -186,10 +186,15 @@ def _listed(suffixes: frozenset[str]) -> str:
     return " ".join(sorted(suffixes))
 
 
-def _read(path: Path) -> Image.Image:
+def _read(path: Path, *, indices: bool = False) -> Image.Image:
+    """A file as an image, upright; of masks the values as they stand in the file."""
     try:
         with Image.open(path) as image:
+            raw = image.tile[0][3] if image.tile else None
             image.load()
-            return ImageOps.exif_transpose(image)
+            upright = ImageOps.exif_transpose(image)
+            # Of grey with 2 or 4 bits PIL spreads the values over 0..255.
+            spread = {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else "", 1)
+            return upright.point(lambda value: value // spread) if indices and spread > 1 else upright
     except Exception as error:  # PIL raises many kinds for a broken file
         raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error

@@ -174,9 +174,9 @@ def _sides_by_trial(network: nn.Module, x: Tensor) -> tuple[int, int]:
         return True
 
     with frozen(network), torch.no_grad():
-        # Two sides that, padded to any of the strides, are not both multiples of the next one.
+        # Two sides that, padded to any of the strides, differ and are not both multiples of the next one.
         larger = (s for s in (2, 4, 8, 14, 16, 28, 32, 64) if s > first and s % first == 0)  # 14: DINOv2
-        stride = next((s for s in (first, *larger) if takes(131, 145, s)), None)
+        stride = next((s for s in (first, *larger) if takes(131, 210, s)), None)
         if stride is None:
             return first, 1  # it takes one size only, or no images at all: let it speak for itself
         return stride, next((side for side in (1, 2, 4, 8, 16, 32, 64) if takes(side, side, stride)), 128)

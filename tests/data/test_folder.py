@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -421,6 +423,24 @@ class TestMasksOf:
         image.putpalette(list(range(3 * colours))[:768] if colours < 256 else [7, 8, 9] * 256)
         save(images / "a.png", values)
         save(masks / "a.png", image, bits=(colours - 1).bit_length())
+        assert SegmentationFolder(images, masks)[0][1].tolist() == values.tolist()
+
+    @pytest.mark.parametrize("bits", [2, 4])
+    def test_grey_of_few_bits_keeps_its_indices(self, images, masks, bits):
+        values = np.arange(2**bits, dtype=np.uint8).reshape(2, -1)
+        save(images / "a.png", np.zeros(values.shape, dtype=np.uint8))
+        packed = np.packbits(np.unpackbits(values[..., None], axis=-1)[..., 8 - bits :].reshape(2, -1), axis=1)
+        rows = b"".join(b"\0" + row.tobytes() for row in packed)
+        header = struct.pack(">IIBBBBB", values.shape[1], 2, bits, 0, 0, 0, 0)
+        chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+        masks.mkdir()
+        (masks / "a.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n"
+            + b"".join(
+                struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+                for kind, data in chunks
+            )
+        )
         assert SegmentationFolder(images, masks)[0][1].tolist() == values.tolist()
 
     def test_black_and_white_are_0_and_1(self, images, masks):
