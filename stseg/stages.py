@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -99,20 +100,17 @@ class Stages:
         """
         s = self.settings
         facts = {} if teacher is None else {"teacher": digest(teacher.model)}
-        image: Tensor | None = None
-        for name, dataset in {"labelled": labelled, "validation": self.val}.items():
-            if dataset is not None:
-                facts[name] = check_labelled(
-                    dataset,
-                    num_classes=s.num_classes,
-                    ignore_index=s.ignore_index,
-                    name=name,
-                    channels=None if image is None else len(image),
-                    num_workers=s.config.num_workers,
-                    progress=s.progress,
-                )
-                image = pair_of(labelled[0], name=ids_of(labelled)[0])[0] if image is None else image
-        assert image is not None
+        look = partial(
+            check_labelled,
+            num_classes=s.num_classes,
+            ignore_index=s.ignore_index,
+            num_workers=s.config.num_workers,
+            progress=s.progress,
+        )
+        facts["labelled"] = look(labelled, name="labelled")
+        image = pair_of(labelled[0], name=ids_of(labelled)[0])[0]
+        if self.val is not None:
+            facts["validation"] = look(self.val, name="validation", channels=len(image))
         facts["network"] = self._check_network(image)
         if teacher is not None:
             check_network(teacher.model, image, s.num_classes)
@@ -134,10 +132,10 @@ class Stages:
                 num_workers=s.config.num_workers,
                 progress=s.progress,
             )
-            done = {"skipped": [asdict(image) for image in skipped]}
+            done = {"skipped": [asdict(one) for one in skipped]}
             self.workdir.done("check", **done)
-        self.skipped = tuple(Skipped(**image) for image in done["skipped"])
-        left_out = {image.index for image in self.skipped}
+        self.skipped = tuple(Skipped(**one) for one in done["skipped"])
+        left_out = {one.index for one in self.skipped}
         kept = [index for index in range(len(ids)) if index not in left_out]
         return Images(unlabelled, kept, [ids[index] for index in kept])
 

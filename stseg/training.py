@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -221,19 +222,15 @@ def _looked_at(
     """Fingerprints of the labelled and the validation images, once they have been found to be as they have to be."""
     mixed = dataset if isinstance(dataset, MixedDataset) else MixedDataset(dataset)
     refuse_common_ids({"labelled": mixed.labelled, "pseudo-labelled": mixed.pseudo, "validation": val})
-    text = ""
-    for name, part in {"labelled": mixed.labelled, "validation": val}.items():
-        if part is not None:
-            found = check_labelled(
-                part,
-                num_classes=classes,
-                ignore_index=ignore_index,
-                name=name,
-                num_workers=config.num_workers,
-                progress=progress,
-            )
-            text += f"; {name}: {found}"
-    return text
+    look = partial(
+        check_labelled,
+        num_classes=classes,
+        ignore_index=ignore_index,
+        num_workers=config.num_workers,
+        progress=progress,
+    )
+    found = f"; labelled: {look(mixed.labelled)}"
+    return found if val is None else f"{found}; validation: {look(val, name='validation')}"
 
 
 def _on_device(
