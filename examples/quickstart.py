@@ -2,8 +2,8 @@
 
     python examples/quickstart.py
 
-Twenty scenes have masks, four hundred do not. All three methods start from the same converged supervised network,
-and every stage trains for as many steps.
+Twenty scenes have masks, four hundred do not. ST and ST++ start from the same supervised network, which has trained
+until more steps help little, and every stage trains for as many steps (``benchmarks/demo_seeds.py`` has the figures).
 """
 
 import argparse
