@@ -1,6 +1,6 @@
 """Draw docs/images/augmentation.png: one scene, weakly and strongly augmented.
 
-    python docs/make_images.py
+Run it as ``python docs/make_images.py``.
 """
 
 from pathlib import Path
