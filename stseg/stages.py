@@ -111,7 +111,7 @@ class Stages:
         image = pair_of(labelled[0], name=ids_of(labelled)[0])[0]
         if self.val is not None:
             facts["validation"] = look(self.val, name="validation", channels=len(image))
-        facts["network"] = self._check_network(image)
+        facts["network"] = self._check_network(image, will_label=unlabelled is not None)
         if teacher is not None:
             check_network(teacher.model, image, s.num_classes)
             self.trained["teacher"] = teacher
@@ -234,7 +234,7 @@ class Stages:
             torch.manual_seed(seed)
             return as_segmenter(self.settings.make_model()).to(self.device)
 
-    def _check_network(self, image: Tensor) -> str:
+    def _check_network(self, image: Tensor, *, will_label: bool) -> str:
         model, another = self.new_model("check"), self.new_model("check")
         known = {id(parameter) for parameter in model.parameters()}
         if any(id(parameter) in known for parameter in another.parameters()):
@@ -242,6 +242,8 @@ class Stages:
                 "make_model returned the same parameters twice; expected a fresh network each time it is called"
             )
         check_network(model, image, self.settings.num_classes)
+        if will_label and self.settings.tta is not None:  # which shows it other sizes
+            check_network(self.settings.tta(model), image, self.settings.num_classes)
         # The seed makes its first weights the same in every run, so pretrained ones count.
         return f"{digest(model)}, {sum(p.requires_grad for p in model.parameters())} trained tensors"
 

@@ -284,14 +284,18 @@ def test_settings_of_the_trainer(options, message):
         trainer(**options)
 
 
-def test_crops_that_the_network_cannot_take(tmp_path):
+@pytest.mark.parametrize("side", [32, 20])
+def test_a_network_of_one_input_size_is_found_out_before_it_is_trained(side):
+    """Of 20 pixels are the images themselves, but not what the ten views of the labelling show."""
+
     class Fixed(Counted):
         def forward(self, x):
-            if x.shape[-1] != 32:
-                raise AssertionError("expected 32 pixels")
+            if x.shape[-1] != side:
+                raise AssertionError(f"expected {side} pixels")
             return super().forward(x)
 
-    with pytest.raises((NetworkError, AssertionError), match="32 pixels"):
+    message = rf"the network cannot take an image of shape \(3, 20, 20\): expected {side} pixels"
+    with pytest.raises(NetworkError, match=message):
         trainer(make_model=lambda: Fixed(3, 2, 1)).fit(pairs(), IMAGES)
 
 
