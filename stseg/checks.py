@@ -35,7 +35,7 @@ def check_labelled(
 
     Raises:
         DataError: if there is no item, an image cannot be read, or a mask is missing, of another size than its image or
-            holds a value that is neither a class nor the ignore index; names the item. If no mask holds a class.
+            holds a value that is neither a class nor the ignore index; names the item. Also if no mask holds a class.
         TypeError: if a mask holds floats; names the item.
     """
     ids = ids_of(dataset)

@@ -295,7 +295,8 @@ class StabilityRanker:
         reference = masks[-1]
         earlier = torch.stack([mask.to(reference.device) for mask in masks[:-1]])
         finite = torch.stack([h.isfinite().flatten(1).all(1).to(reference.device) for h in highest]).all(0)
-        return stability(earlier, reference, self.num_classes).masked_fill(~finite, math.nan)
+        scores = stability(earlier, reference, self.num_classes)
+        return scores.masked_fill(~finite.to(scores.device), math.nan)
 
     def _description(self) -> dict[str, Any]:
         return {

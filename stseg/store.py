@@ -130,8 +130,8 @@ class MaskStore:
         found = self._owner if record is None else read_record(record)
         where = self.folder or "the store"
         if found is not None:
-            known, now = found.pop("images", {}), owner.pop("images", {})
-            refuse_other(found, owner, where)
+            known, now = found.get("images", {}), owner.pop("images", {})
+            refuse_other({key: value for key, value in found.items() if key != "images"}, owner, where)
             for id, crc in now.items():
                 if known.get(id, crc) != crc:
                     raise WorkdirMismatchError(f"{where} holds masks of other images: the one called {id!r} differs")

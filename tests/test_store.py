@@ -331,6 +331,18 @@ class TestClaim:
         with pytest.raises(WorkdirMismatchError, match="masks of unknown origin"):
             store.claim({"model": "m"})
 
+    def test_for_other_images_is_refused_each_time(self, store):
+        store.claim({"model": "m"}, images={"a": 1, "b": 2})
+        store["a"] = MASK
+        for images in ({"a": 9}, {"a": 9}, {"c": 3, "b": 8}):
+            with pytest.raises(WorkdirMismatchError, match="masks of other images"):
+                store.claim({"model": "m"}, images=images)
+        with pytest.raises(WorkdirMismatchError, match="model is 'm' there"):
+            store.claim({"model": "n"}, images={"a": 9})
+        with pytest.raises(WorkdirMismatchError, match="masks of other images"):
+            store.claim({"model": "m"}, images={"a": 9})
+        store.claim({"model": "m"}, images={"b": 2, "c": 3})
+
     def test_of_a_folder_with_other_files_is_granted(self, on_disk):
         on_disk.folder.mkdir()
         (on_disk.folder / "notes.txt").write_text("mine")
