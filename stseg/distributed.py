@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor, nn
+
+
+def own_device() -> torch.device:
+    """The device of this process, once it has met the others that ``torchrun`` or ``accelerate launch`` started.
+
+    In a single process the best one there is. A group of processes that is formed here is left again at the exit of
+    the interpreter: the threads of one that is still there then abort the process.
+    """
+    met_before = _on()
+    device: torch.device = PartialState().device
+    if _on() and not met_before:
+        atexit.register(_leave)
+    return device
+
+
+def _leave() -> None:
+    # After an exception the others may be waiting for this process, and leaving for them: the launcher ends them.
+    if _on() and not hasattr(sys, "last_value"):
+        gc.collect()  # what still refers to the group, such as a DistributedDataParallel in a cycle, keeps its threads
+        dist.destroy_process_group()
 
 
 def rank() -> int:

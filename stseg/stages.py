@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -17,7 +16,7 @@ from stseg.checkpoints import copy_on_cpu
 from stseg.checks import check_labelled, check_network, find_unreadable, fingerprint
 from stseg.config import TrainConfig
 from stseg.data import MixedDataset
-from stseg.distributed import barrier, gathered, rank
+from stseg.distributed import barrier, gathered, own_device, rank
 from stseg.errors import DataError
 from stseg.inference import Skipped
 from stseg.models.segmenter import as_segmenter
@@ -78,7 +77,7 @@ class Stages:
 
     def __init__(self, settings: StageSettings, workdir: Workdir, val: Dataset[Any] | None) -> None:
         self.settings, self.workdir, self.val = settings, workdir, val
-        self.device = PartialState().device
+        self.device = own_device()
         self.trained: dict[str, FitResult] = {}
         self.labelled: dict[str, PseudoLabelled] = {}
         self.ranking: Ranking | None = None

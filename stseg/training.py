@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -24,7 +23,7 @@ from stseg.checkpoints import Row, StageFolder
 from stseg.checks import check_labelled, check_network, check_strong, refuse_common_ids
 from stseg.config import TrainConfig
 from stseg.data import MixedDataset
-from stseg.distributed import rank, share_buffers, world_size
+from stseg.distributed import own_device, rank, share_buffers, world_size
 from stseg.errors import DataError, NetworkError, TrainingDivergedError
 from stseg.inference import evaluate
 from stseg.models.segmenter import as_segmenter
@@ -113,7 +112,7 @@ def fit(
         >>> len(result.history), len(result.snapshots)
         (2, 1)
     """
-    device = PartialState().device
+    device = own_device()
     names = names_of(dataset)
     if not names:
         raise DataError("the data set to train on is empty")
