@@ -35,24 +35,6 @@ def run_main(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: st
     module.main()
 
 
-@pytest.fixture
-def camvid_like(tmp_path: Path) -> Path:
-    """A folder laid out as CamVid, with drawn scenes."""
-    scenes = SyntheticScenes(12, size=(48, 64), seed=3)
-    for index, (image, mask) in enumerate(scenes):
-        if index == len(scenes):
-            break
-        part = tmp_path / "camvid" / ("train" if index < 8 else "val")
-        for kind, pixels in (("images", image.permute(1, 2, 0)), ("masks", mask)):
-            (part / kind).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.asarray(pixels)).save(part / kind / f"{index:03d}.png")
-    split = tmp_path / "camvid" / "splits" / "1_8" / "seed_0"
-    split.mkdir(parents=True)
-    (split / "labeled.txt").write_text("000\n001\n")
-    (split / "unlabeled.txt").write_text("".join(f"{i:03d}\n" for i in range(2, 8)))
-    return tmp_path / "camvid"
-
-
 def test_quickstart_prints_a_table_and_draws_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,385 @@
+"""Does it help? Methods x seeds x fractions on a data set: a table, the numbers as CSV, and plots.
+
+    python benchmarks/evidence.py --data camvid --out runs/evidence --fractions 1/8 --seeds 0 1 2
+
+The data folder holds ``train/images``, ``train/masks``, ``val/images`` and ``val/masks``, paired by name. Which images
+count as labelled stands in ``splits/1_8/seed_0/labeled.txt`` and ``unlabeled.txt``; where there is no such file, it is
+drawn with the seed. The seed is that of the training, too. For other data, fill a ``Source`` and call ``run``.
+
+All methods begin with the network of "supervised" of the same fraction and seed, and every stage takes as many steps.
+Each run has a work directory; what was killed goes on when the same command is given again, and what is done is not
+done again. True masks of images that do not count as labelled serve to measure pseudo-labels, never to train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import torch
+from evidence_tables import Result, write_results
+from timing import conditions
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+from torchvision.transforms.v2 import functional as vision
+from tqdm.auto import tqdm
+
+import stseg
+from stseg.data import MixedDataset, SegmentationFolder, read_ids, split_ids
+from stseg.files import write_atomically
+from stseg.records import check_record, read_record
+
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
+NOTHING: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0, "cutout": None}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set to gather evidence on.
+
+    Args:
+        train: all training images with their masks, ``(image, mask)``, with ``ids``.
+        val: what every network is evaluated on.
+        classes: the name of each class.
+        split: ``(fraction, seed) -> (labelled, unlabelled)`` ids of ``train``.
+    """
+
+    train: Dataset[Any]
+    val: Dataset[Any]
+    classes: tuple[str, ...]
+    split: Callable[[str, int], tuple[list[str], list[str]]]
+
+
+class Resized(Dataset[tuple[Tensor, Tensor]]):
+    """Images and masks at one size, held in memory once they have been read."""
+
+    def __init__(self, dataset: SegmentationFolder, size: tuple[int, int]) -> None:
+        self.dataset, self.size, self.ids = dataset, list(size), dataset.ids
+        self._read: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index not in self._read:
+            image, mask = self.dataset[index]
+            nearest = vision.InterpolationMode.NEAREST
+            self._read[index] = (
+                vision.resize(image, self.size, antialias=True),
+                vision.resize(mask[None], self.size, interpolation=nearest)[0],
+            )
+        return self._read[index]
+
+
+class AlsoStrong(Dataset[tuple[Tensor, Tensor]]):
+    """The labelled images under other names, so that they may stand where the pseudo-labelled ones do."""
+
+    def __init__(self, dataset: Dataset[Any], ids: Sequence[str]) -> None:
+        self.dataset, self.ids = dataset, [f"{id} again" for id in ids]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, mask = self.dataset[index]
+        return image, mask
+
+
+def folder_source(root: Path, *, size: tuple[int, int] | None, classes: Sequence[str]) -> Source:
+    """A folder laid out as this file's first lines say."""
+    train, val = (SegmentationFolder(root / part / "images", root / part / "masks") for part in ("train", "val"))
+
+    def split(fraction: str, seed: int) -> tuple[list[str], list[str]]:
+        lists = root / "splits" / fraction.replace("/", "_") / f"seed_{seed}"
+        if lists.is_dir():
+            return read_ids(lists / "labeled.txt"), read_ids(lists / "unlabeled.txt")
+        return split_ids(train.ids, labelled=share_of(fraction), seed=seed)
+
+    if size is None:
+        return Source(train, val, tuple(classes), split)
+    return Source(Resized(train, size), Resized(val, size), tuple(classes), split)
+
+
+def share_of(fraction: str) -> float | int:
+    """The share that a text such as "1/8" names, or the number of images that "20" does."""
+    above, slash, below = fraction.partition("/")
+    return int(above) / int(below) if slash else int(above)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one run works with: the data of a fraction and a seed, and how every network is made and trained."""
+
+    labelled: Dataset[Any]
+    unlabelled: Dataset[Any]
+    everything: Dataset[Any]
+    val: Dataset[Any]
+    num_classes: int
+    make_model: Callable[[], nn.Module]
+    config: stseg.TrainConfig
+    folder: Path
+
+    def trainer(self, name: str, method: str, **options: Any) -> stseg.SelfTrainer:
+        """For a run in a folder of its own."""
+        config = options.pop("config", self.config)
+        return stseg.SelfTrainer(
+            self.make_model,
+            num_classes=self.num_classes,
+            config=config,
+            method=method,  # type: ignore[arg-type]
+            workdir=self.folder / name,
+            **options,
+        )
+
+
+Run = stseg.SelfTrainingResult
+Method = Callable[[Case, str], Run]
+"""``(case, name of the folder) -> result``."""
+
+
+def supervised(case: Case, name: str, *, times: int = 1) -> Run:
+    """On the labelled images, perhaps for longer."""
+    config = replace(case.config, steps=times * (case.config.steps or 0))
+    return case.trainer(name, "supervised", config=config).fit(case.labelled, val=case.val)
+
+
+def ceiling(case: Case, name: str) -> Run:
+    """On the masks of all images."""
+    return case.trainer(name, "supervised").fit(case.everything, val=case.val)
+
+
+def self_trained(case: Case, name: str, *, method: str, **options: Any) -> Run:
+    """ST or ST++ from the supervised network, which is trained now if that has not been done."""
+    teacher = supervised(case, "supervised").stages["teacher"]
+    return case.trainer(name, method, **options).fit(case.labelled, case.unlabelled, case.val, teacher=teacher)
+
+
+def strongly_augmented(case: Case, name: str) -> Run:
+    """A student's training without other images: half the draws are labelled images under the strong augmentation."""
+    began = time.monotonic()
+    torch.manual_seed(case.config.seed)
+    stage = stseg.fit(
+        case.make_model(),
+        MixedDataset(case.labelled, AlsoStrong(case.labelled, case.labelled.ids)),  # type: ignore[attr-defined]
+        case.config,
+        strong=stseg.StrongAugment(),
+        val=case.val,
+        workdir=case.folder / name / "teacher",
+        title=name,
+    )
+    seconds = {"teacher": time.monotonic() - began}
+    return Run(model=stage.model, stages={"teacher": stage}, labels={}, ranking=None, skipped=(), seconds=seconds)
+
+
+def only(**chosen: Any) -> stseg.StrongAugment:
+    """A strong augmentation with nothing but what is chosen."""
+    return stseg.StrongAugment(**{**NOTHING, **chosen})
+
+
+METHODS: dict[str, tuple[str, Method]] = {
+    "supervised": ("supervised", supervised),
+    "supervised-2x": ("supervised, twice the steps", partial(supervised, times=2)),
+    "supervised-strong": ("supervised, strong augmentation too", strongly_augmented),
+    "st": ("ST", partial(self_trained, method="st")),
+    "st++": ("ST++", partial(self_trained, method="st++")),
+    "st-plain": ("ST without strong augmentation", partial(self_trained, method="st", strong=None)),
+    "st-jitter": ("ST, colour jitter alone", partial(self_trained, method="st", strong=only(jitter_p=0.8))),
+    "st-gray": ("ST, grey alone", partial(self_trained, method="st", strong=only(gray_p=0.2))),
+    "st-blur": ("ST, blur alone", partial(self_trained, method="st", strong=only(blur_p=0.5))),
+    "st-cutout": ("ST, cutout alone", partial(self_trained, method="st", strong=only(cutout=stseg.Cutout()))),
+    "ceiling": ("supervised, all masks", ceiling),
+}
+"""What can be asked for: by name, how tables call it and how it is run."""
+
+
+def run(
+    source: Source,
+    *,
+    fractions: Sequence[str],
+    seeds: Sequence[int],
+    methods: Sequence[str],
+    make_model: Callable[[], nn.Module],
+    config: stseg.TrainConfig,
+    out: Path,
+) -> list[Result]:
+    """Everything that is asked for, each run once; tables and plots are written anew after each."""
+    jobs = [(method, fraction, seed) for fraction in fractions for seed in seeds for method in methods]
+    results = [run_one(source, job, make_model=make_model, config=config, out=out) for job in jobs if done(out, *job)]
+    for job in tqdm([job for job in jobs if not done(out, *job)], desc="runs", dynamic_ncols=True):
+        results.append(run_one(source, job, make_model=make_model, config=config, out=out))
+        write_all(results, source.classes, out)
+    results.sort(key=lambda r: jobs.index((r.method, r.fraction, r.seed)))
+    write_all(results, source.classes, out)
+    return results
+
+
+def write_all(results: Sequence[Result], classes: Sequence[str], out: Path) -> None:
+    """``results.csv``, ``results.md`` and the plots."""
+    write_results(results, classes, {name: title for name, (title, _) in METHODS.items()}, out)
+
+
+def done(out: Path, method: str, fraction: str, seed: int) -> bool:
+    """Whether a run's result stands in its folder."""
+    return (place(out, fraction, seed) / method / "result.json").exists()
+
+
+def place(out: Path, fraction: str, seed: int) -> Path:
+    """Where the runs of a fraction and a seed are."""
+    return out / fraction.replace("/", "_") / f"seed_{seed}"
+
+
+def run_one(
+    source: Source,
+    job: tuple[str, str, int],
+    *,
+    make_model: Callable[[], nn.Module],
+    config: stseg.TrainConfig,
+    out: Path,
+) -> Result:
+    """One method with one fraction and one seed; read from its folder if it is done."""
+    method, fraction, seed = job
+    folder = place(out, fraction, seed) / method
+    if (found := read_record(folder / "result.json")) is not None:
+        return Result(**found)
+    case = case_of(source, fraction, seed, make_model=make_model, config=config, out=out)
+    outcome = METHODS[method][1](case, method)
+    metric = stseg.evaluate(outcome.model, case.val, num_classes=case.num_classes, progress=False)
+    result = Result(
+        method=method,
+        fraction=fraction,
+        seed=seed,
+        miou=metric.compute(),
+        iou=metric.iou().tolist(),
+        labelled=len(case.labelled),  # type: ignore[arg-type]
+        unlabelled=len(case.unlabelled),  # type: ignore[arg-type]
+        pseudo=pseudo_quality(outcome, source, case),
+        seconds=sum(outcome.seconds.values()),
+        conditions=conditions(),
+    )
+    content = json.dumps(vars(result), indent=1).encode()
+    write_atomically(folder / "result.json", lambda file: file.write(content))
+    return result
+
+
+def case_of(
+    source: Source,
+    fraction: str,
+    seed: int,
+    *,
+    make_model: Callable[[], nn.Module],
+    config: stseg.TrainConfig,
+    out: Path,
+) -> Case:
+    """The data and settings of a fraction and a seed."""
+    labelled, unlabelled = source.split(fraction, seed)
+    where = {id: index for index, id in enumerate(source.train.ids)}  # type: ignore[attr-defined]
+    few, many = (Subset(source.train, [where[id] for id in ids]) for ids in (labelled, unlabelled))
+    few.ids = labelled  # type: ignore[attr-defined]
+    return Case(
+        labelled=few,
+        unlabelled=many,
+        everything=source.train,
+        val=source.val,
+        num_classes=len(source.classes),
+        make_model=make_model,
+        config=config.with_seed(seed),
+        folder=place(out, fraction, seed),
+    )
+
+
+def pseudo_quality(outcome: Run, source: Source, case: Case) -> dict[str, float]:
+    """MIoU of the pseudo-labels of each step with the true masks, which nothing but this looks at."""
+    where = {id: index for index, id in enumerate(source.train.ids)}  # type: ignore[attr-defined]
+    found = {}
+    for step, labels in outcome.labels.items():
+        metric = stseg.MeanIoU(case.num_classes)
+        for id in labels.ids:
+            metric.update(labels.store.get(id), source.train[where[id]][1])
+        found[step] = metric.compute()
+    return found
+
+
+def network_of(arguments: argparse.Namespace) -> nn.Module:
+    """A network of segmentation_models_pytorch, or one of the paper's, with fresh weights."""
+    options = json.loads(arguments.network_options)
+    classes = len(arguments.classes)
+    if hasattr(stseg.models, arguments.arch):
+        pretrained = arguments.weights is not None
+        network = getattr(stseg.models, arguments.arch)(
+            arguments.encoder, num_classes=classes, pretrained=pretrained, **options
+        )
+    else:
+        architecture = getattr(smp, arguments.arch)
+        network = architecture(arguments.encoder, encoder_weights=arguments.weights, classes=classes, **options)
+    made: nn.Module = network.to(memory_format=torch.channels_last)
+    return made
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Data, what to run, and how every stage is trained."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--fractions", nargs="+", default=["1/8"], help="such as 1/8 1/4")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["supervised", "st", "st++"])
+    parser.add_argument("--classes", nargs="+", default=list(CAMVID), help="their names; CamVid's by default")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize everything to this first")
+    parser.add_argument("--arch", default="Unet", help="of segmentation_models_pytorch or stseg.models")
+    parser.add_argument("--encoder", default="resnet18", help="its encoder or backbone")
+    parser.add_argument("--weights", default=None, help="'imagenet' for a pretrained encoder")
+    parser.add_argument("--network-options", default="{}", help="further arguments of the network, as JSON")
+    parser.add_argument("--steps", type=int, default=6000, help="of every stage")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--crop", type=int, nargs=2, default=(96, 128), metavar=("H", "W"))
+    parser.add_argument("--scale", type=float, nargs=2, default=(0.75, 2.0), help="of the weak augmentation")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW; pretrained encoders learn at a tenth")
+    parser.add_argument("--fp32", action="store_true", help="no bfloat16 autocast")
+    parser.add_argument("--workers", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is asked for; print the table."""
+    args = parse(arguments)
+    source = folder_source(args.data, size=None if args.size is None else tuple(args.size), classes=args.classes)
+    pretrained = args.weights is not None
+    config = stseg.TrainConfig(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        crop_size=tuple(args.crop),
+        base_size=max(source.val[0][0].shape[-2:]),
+        scale=tuple(args.scale),
+        optimizer="adamw",
+        lr=args.lr / 10 if pretrained else args.lr,
+        head_lr_factor=10 if pretrained else 1,
+        weight_decay=0.01,
+        precision="fp32" if args.fp32 else "bf16",
+        num_workers=args.workers,
+    )
+    not_settings = ("data", "out", "fractions", "seeds", "methods", "workers")
+    settings = {name: value for name, value in vars(args).items() if name not in not_settings}
+    check_record(args.out / "evidence.json", settings)
+    results = run(
+        source,
+        fractions=args.fractions,
+        seeds=args.seeds,
+        methods=args.methods,
+        make_model=partial(network_of, args),
+        config=config,
+        out=args.out,
+    )
+    print((args.out / "results.md").read_text())
+    print(f"{len(results)} runs, median {statistics.median(r.seconds for r in results):.0f} s: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What ``evidence.py`` found, as CSV, as Markdown tables and as plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from matplotlib.figure import Figure
+
+from stseg.files import write_atomically
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method with one fraction and one seed."""
+
+    method: str
+    fraction: str
+    seed: int
+    miou: float
+    """On the validation set, one confusion matrix, in [0, 1]."""
+    iou: list[float]
+    """Of each class; NaN where it is neither true nor predicted."""
+    labelled: int
+    unlabelled: int
+    pseudo: dict[str, float]
+    """MIoU of the pseudo-labels of each step with the true masks."""
+    seconds: float
+    """Of all steps, without those of the supervised network it began with."""
+    conditions: str
+
+
+def write_results(results: Sequence[Result], classes: Sequence[str], titles: dict[str, str], out: Path) -> None:
+    """``results.csv``, ``results.md``, ``methods.png`` and ``classes.png``."""
+    numbers, page = as_csv(results, classes).encode(), tables(results, classes, titles).encode()
+    write_atomically(out / "results.csv", lambda file: file.write(numbers))
+    write_atomically(out / "results.md", lambda file: file.write(page))
+    methods, gains = Figure(layout="constrained"), Figure(layout="constrained")
+    _draw_methods(methods, results, titles)
+    _draw_gains(gains, results, classes, titles)
+    write_atomically(out / "methods.png", partial(methods.savefig, format="png", dpi=110))
+    write_atomically(out / "classes.png", partial(gains.savefig, format="png", dpi=110))
+
+
+def as_csv(results: Sequence[Result], classes: Sequence[str]) -> str:
+    """A line a run; shares are in [0, 1], as exact as they were measured."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ["fraction", "seed", "method", "miou", *(f"iou {name}" for name in classes)]
+    writer.writerow([*names, "labelled", "unlabelled", "pseudo-labels", "seconds", "conditions"])
+    for r in results:
+        pseudo = " ".join(f"{step}={value:.4f}" for step, value in r.pseudo.items())
+        about = r.labelled, r.unlabelled, pseudo, round(r.seconds, 1), r.conditions
+        writer.writerow([r.fraction, r.seed, r.method, r.miou, *r.iou, *about])
+    return text.getvalue()
+
+
+def tables(results: Sequence[Result], classes: Sequence[str], titles: dict[str, str]) -> str:
+    """Per fraction: mIoU of each method and seed with mean and deviation, and the IoU of each class."""
+    parts = []
+    for fraction in _in_order(r.fraction for r in results):
+        chosen = [r for r in results if r.fraction == fraction]
+        parts += [_miou_table(chosen, titles), _class_table(chosen, classes, titles)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _miou_table(results: Sequence[Result], titles: dict[str, str]) -> str:
+    first = results[0]
+    seeds = _in_order(sorted(r.seed for r in results))
+    base = {r.seed: r.miou for r in results if r.method == "supervised"}
+    head = f"mIoU, %, with {first.fraction} of the masks ({first.labelled} of {first.labelled + first.unlabelled})"
+    lines = [f"| {head} | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | gain | pseudo-labels |"]
+    lines.append("|---|" + "---:|" * (len(seeds) + 3))
+    for method in _in_order(r.method for r in results):
+        found = {r.seed: r for r in results if r.method == method}
+        cells = [f"{100 * found[seed].miou:.1f}" if seed in found else "" for seed in seeds]
+        gains = [100 * (r.miou - base[seed]) for seed, r in found.items() if seed in base]
+        gain = "" if method == "supervised" or not gains else mean_and_deviation(gains, sign=True)
+        labels = " / ".join(
+            f"{100 * statistics.mean(r.pseudo[step] for r in found.values()):.1f}"
+            for step in next(iter(found.values())).pseudo
+        )
+        mean = mean_and_deviation([100 * r.miou for r in found.values()])
+        lines.append(f"| {titles[method]} | " + " | ".join(cells) + f" | {mean} | {gain} | {labels} |")
+    return "\n".join(lines)
+
+
+def _class_table(results: Sequence[Result], classes: Sequence[str], titles: dict[str, str]) -> str:
+    lines = ["| IoU, %, mean over seeds | " + " | ".join(classes) + " |", "|---|" + "---:|" * len(classes)]
+    for method in _in_order(r.method for r in results):
+        found = [r for r in results if r.method == method]
+        means = [100 * statistics.mean(r.iou[k] for r in found) for k in range(len(classes))]
+        lines.append(f"| {titles[method]} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
+    return "\n".join(lines)
+
+
+def mean_and_deviation(values: Sequence[float], *, sign: bool = False) -> str:
+    """Mean and, of several values, their standard deviation."""
+    mean = f"{statistics.mean(values):+.1f}" if sign else f"**{statistics.mean(values):.1f}**"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def _draw_methods(figure: Figure, results: Sequence[Result], titles: dict[str, str]) -> None:
+    """Every seed as a point, the mean as a line across."""
+    fractions = _in_order(r.fraction for r in results)
+    methods = _in_order(r.method for r in results)
+    figure.set_size_inches(9, 0.5 + (0.9 + 0.34 * len(methods)) * len(fractions))
+    for axes, fraction in zip(figure.subplots(len(fractions), 1, squeeze=False)[:, 0], fractions, strict=True):
+        for row, method in enumerate(methods):
+            found = [r for r in results if (r.method, r.fraction) == (method, fraction)]
+            if not found:
+                continue
+            mean = 100 * statistics.mean(r.miou for r in found)
+            axes.plot([mean, mean], [row - 0.3, row + 0.3], color="0.4", linewidth=1)
+            for r in found:
+                axes.plot(100 * r.miou, row, "o", color=f"C{r.seed % 10}", alpha=0.8)
+        axes.set(title=f"{fraction} of the masks", xlabel="mIoU, %", yticks=range(len(methods)))
+        axes.set_yticklabels([titles[method] for method in methods])
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        axes.grid(axis="x", alpha=0.3)
+    seeds = sorted({r.seed for r in results})
+    for seed in seeds:
+        axes.plot([], [], "o", color=f"C{seed % 10}", label=f"seed {seed}")
+    figure.legend(loc="outside lower center", ncols=len(seeds), frameon=False)
+
+
+def _draw_gains(figure: Figure, results: Sequence[Result], classes: Sequence[str], titles: dict[str, str]) -> None:
+    """For each class, how much ST and ST++ gain on the supervised network, mean over seeds and each seed."""
+    fractions = _in_order(r.fraction for r in results)
+    figure.set_size_inches(9, 3.2 * len(fractions))
+    base = {(r.fraction, r.seed): r for r in results if r.method == "supervised"}
+    shown = [method for method in ("st", "st++") if any(r.method == method for r in results)]
+    for axes, fraction in zip(figure.subplots(len(fractions), 1, squeeze=False)[:, 0], fractions, strict=True):
+        for place, method in enumerate(shown):
+            gains = [
+                [100 * (a - b) for a, b in zip(r.iou, base[fraction, r.seed].iou, strict=True)]
+                for r in results
+                if (r.method, r.fraction) == (method, fraction) and (fraction, r.seed) in base
+            ]
+            if not gains:
+                continue  # not run yet
+            at = [k + 0.38 * (place - (len(shown) - 1) / 2) for k in range(len(classes))]
+            axes.bar(at, [statistics.mean(column) for column in zip(*gains, strict=True)], 0.34, label=titles[method])
+            for seed in gains:
+                axes.plot(at, seed, ".", color="0.2", markersize=4)
+        axes.axhline(0, color="0.3", linewidth=0.8)
+        axes.set(title=f"{fraction} of the masks", ylabel="gain of IoU, points", xticks=range(len(classes)))
+        axes.set_xticklabels(classes, rotation=30, ha="right")
+        axes.grid(axis="y", alpha=0.3)
+        if axes.containers:
+            axes.legend(frameon=False)
+
+
+def _in_order(values: Iterable[T]) -> list[T]:
+    """Each value once, in the order in which they first come."""
+    return list(dict.fromkeys(values))
