@@ -30,6 +30,12 @@ class TrainConfig:
         momentum: of SGD.
         weight_decay: of either.
         power: exponent of the schedule.
+        pseudo_weight: lambda, the weight of the pixels of pseudo-labelled images in the loss
+            ``(sum over labelled pixels + lambda * sum over pseudo-labelled pixels) / number of pixels``, in which all
+            pixels of the batch are counted that are not ignored, over all devices. At 1, the paper's, it is the one
+            mean over the mixed batch; at 0 only true masks are learnt from.
+        sync_batchnorm: whether batch normalisation takes its statistics from the images of all processes; the paper
+            leaves it open. Changes nothing in a single process.
         precision: ``"fp32"``, or ``"bf16"`` for bfloat16 autocast with float32 weights.
         double_below: a supervised stage with fewer labelled images than this takes each twice an epoch.
         num_workers: processes that read and augment, per device. They do not change the result.
@@ -57,6 +63,8 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     power: float = 0.9
+    pseudo_weight: float = 1.0
+    sync_batchnorm: bool = False
     precision: Precision = "fp32"
     double_below: int = 200
     num_workers: int = 0
@@ -76,9 +84,11 @@ class TrainConfig:
         for name in ("lr", "head_lr_factor"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
-        for name in ("momentum", "weight_decay", "power", "double_below"):
+        for name in ("momentum", "weight_decay", "power", "pseudo_weight", "double_below"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if not isinstance(self.sync_batchnorm, bool):
+            raise ValueError(f"sync_batchnorm is {self.sync_batchnorm!r}; expected True or False")
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f"optimizer is {self.optimizer!r}; expected 'sgd' or 'adamw'")
         if self.precision not in ("fp32", "bf16"):
@@ -129,8 +139,18 @@ class TrainConfig:
         return cls(**settings)
 
     def record(self) -> dict[str, Any]:
-        """What the result depends on, which is all but the workers."""
-        return {name: value for name, value in asdict(self).items() if name != "num_workers"}
+        """What the result depends on, which is all but the workers.
+
+        What goes beyond the paper is there only where it is asked for: records that were made before there was such a
+        choice stay valid.
+
+        Example:
+            >>> [TrainConfig(steps=1, pseudo_weight=weight).record().get("pseudo_weight") for weight in (1.0, 0.5)]
+            [None, 0.5]
+        """
+        beyond = {"pseudo_weight": 1.0, "sync_batchnorm": False}
+        settings = asdict(self)
+        return {k: v for k, v in settings.items() if k != "num_workers" and not (k in beyond and v == beyond[k])}
 
     def with_seed(self, seed: int) -> TrainConfig:
         """The same settings with another seed."""

@@ -72,12 +72,13 @@ def fit(
     """Train a network on a labelled or a mixed data set.
 
     The loss is the mean cross-entropy over the pixels of the batch that are not ignored, true and pseudo-masks alike
-    (Yang et al., CVPR 2022, section 3.1 with lambda = 1). The result depends on the seed, the initial weights and the
-    number of processes alone: an interrupted stage that has a ``workdir`` goes on to the same weights.
+    (Yang et al., CVPR 2022, section 3.1 with lambda = 1), unless ``config.pseudo_weight`` weighs the latter. The result
+    depends on the seed, the initial weights and the number of processes alone: an interrupted stage that has a
+    ``workdir`` goes on to the same weights.
 
     It runs on the devices that ``torchrun`` or ``accelerate launch`` set up; in a single process, on the best one
-    there is. Batch normalisation sees the images of each process apart; the model has the running statistics of the
-    first one.
+    there is. Batch normalisation sees the images of each process apart, and the model has the running statistics of
+    the first one, unless ``config.sync_batchnorm`` has it see those of all processes together.
 
     Args:
         model: a network or a wrapped one. It is itself trained, not a copy.
@@ -171,9 +172,9 @@ def fit(
             factor = poly(step, total, config.power)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            images, masks = _on_device(batch, device, strong)
+            images, masks, is_pseudo = _on_device(batch, device, strong)
             try:
-                loss = train_step(network, optimizer, images, masks, config, ignore_index)
+                loss = train_step(network, optimizer, images, masks, config, ignore_index, is_pseudo)
             except FloatingPointError as error:
                 save()
                 raise TrainingDivergedError(
@@ -234,14 +235,14 @@ def _looked_at(
 
 def _on_device(
     batch: tuple[Tensor, Tensor, Tensor], device: torch.device, strong: BatchAugmentation | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """A batch as the network takes it: float images, strongly augmented where pseudo-labelled, and int64 masks."""
     images, masks, is_pseudo = (x.to(device, non_blocking=True) for x in batch)
     images = images.float() / 255 if images.dtype == torch.uint8 else images
     if strong is not None:
         with torch.no_grad():
             images, masks = strong(images, masks, is_pseudo)
-    return images, masks.long()
+    return images, masks.long(), is_pseudo
 
 
 def _distributed(model: nn.Module, device: torch.device) -> nn.Module:

@@ -43,6 +43,10 @@ class TestPresets:
         ({"head_lr_factor": float("inf")}, "head_lr_factor is inf; expected a positive number"),
         ({"momentum": -0.1}, "momentum is -0.1; expected 0 or more"),
         ({"weight_decay": float("nan")}, "weight_decay is nan; expected 0 or more"),
+        ({"pseudo_weight": -0.5}, "pseudo_weight is -0.5; expected 0 or more"),
+        ({"pseudo_weight": float("nan")}, "pseudo_weight is nan; expected 0 or more"),
+        ({"pseudo_weight": float("inf")}, "pseudo_weight is inf; expected 0 or more"),
+        ({"sync_batchnorm": 1}, "sync_batchnorm is 1; expected True or False"),
         ({"optimizer": "adam"}, "optimizer is 'adam'; expected 'sgd' or 'adamw'"),
         ({"precision": "fp16"}, "precision is 'fp16'; expected 'fp32' or 'bf16'"),
         ({"seed": "1"}, "seed is '1'"),
@@ -63,3 +67,15 @@ def test_is_frozen_and_takes_another_seed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.lr = 3
     assert config.with_seed(7) == TrainConfig(epochs=1, seed=7)
+
+
+class TestRecord:
+    def test_is_all_but_the_workers(self):
+        assert TrainConfig(epochs=1, num_workers=3).record() == TrainConfig(epochs=1).record()
+        assert TrainConfig(epochs=1, lr=2.0).record()["lr"] == 2.0
+
+    def test_names_what_goes_beyond_the_paper_only_where_it_is_asked_for(self):
+        plain, weighed = TrainConfig(epochs=1).record(), TrainConfig(epochs=1, pseudo_weight=0.5).record()
+        assert {"pseudo_weight", "sync_batchnorm"}.isdisjoint(plain)
+        assert weighed == {**plain, "pseudo_weight": 0.5}
+        assert TrainConfig(epochs=1, sync_batchnorm=True).record() == {**plain, "sync_batchnorm": True}

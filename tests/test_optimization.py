@@ -99,6 +99,19 @@ def test_optimizers_are_those_of_torch_with_the_settings():
     assert [(g["lr"], g["weight_decay"]) for g in adamw.param_groups] == [(0.02, 0.3)]
 
 
+def naive_weighted_cross_entropy(logits, masks, is_pseudo, weight: float, ignore_index: int) -> float:
+    """(sum over labelled pixels + lambda * sum over pseudo-labelled ones) / pixels of both, pixel by pixel."""
+    sums, pixels = {True: 0.0, False: 0.0}, 0
+    for image, mask, guessed in zip(logits, masks, is_pseudo, strict=True):
+        for row, column in np.ndindex(*mask.shape):
+            if mask[row, column] != ignore_index:
+                scores = image[:, row, column].astype(np.float64)
+                loss = np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[mask[row, column]]
+                sums[bool(guessed)] += float(loss)
+                pixels += 1
+    return (sums[False] + weight * sums[True]) / pixels
+
+
 def naive_cross_entropy(logits: np.ndarray, masks: np.ndarray, ignore_index: int) -> float:
     """The mean of -log softmax over the pixels that count, pixel by pixel."""
     losses = []
@@ -159,3 +172,72 @@ class TestTrainStep:
         assert all(torch.equal(value, before[0][name]) for name, value in after[0].items())
         for name, value in after[1]["state"].items():
             assert torch.equal(value["momentum_buffer"], before[1]["state"][name]["momentum_buffer"])
+
+
+class TestPseudoWeight:
+    def batch(self, flags: tuple[bool, ...] = (True, False, True), seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.rand(len(flags), 3, 5, 7, generator=generator)
+        masks = torch.randint(0, 4, (len(flags), 5, 7), generator=generator)
+        masks[0, :3] = 255
+        masks[-1, :, 2:] = 255
+        return images, masks, torch.tensor(flags)
+
+    def step(self, weight: float, batch, network: nn.Module | None = None) -> tuple[float, nn.Module]:
+        network = nn.Conv2d(3, 4, 1) if network is None else network
+        config = TrainConfig(epochs=1, lr=0.01, pseudo_weight=weight)
+        images, masks, is_pseudo = batch
+        return train_step(network, optimizer_of(network, config), images, masks, config, 255, is_pseudo), network
+
+    @given(st.floats(0, 10), st.lists(st.booleans(), min_size=1, max_size=4), st.integers(0, 2**31))
+    @settings(max_examples=25, deadline=None)
+    def test_loss_is_the_formula(self, weight, flags, seed):
+        batch, network = self.batch(tuple(flags), seed), nn.Conv2d(3, 4, 1)
+        logits = network(batch[0]).detach().numpy()
+        expected = naive_weighted_cross_entropy(logits, batch[1].numpy(), flags, weight, 255)
+        assert self.step(weight, batch, network)[0] == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+    @pytest.mark.parametrize("weight", [0.0, 0.3, 4.0])
+    def test_gradient_is_that_of_the_formula(self, weight):
+        images, masks, is_pseudo = self.batch()
+        network = nn.Conv2d(3, 4, 1)
+        by_hand = copy.deepcopy(network)
+        true, guessed = (
+            F.cross_entropy(by_hand(images[rows]), masks[rows], ignore_index=255, reduction="sum")
+            for rows in (~is_pseudo, is_pseudo)
+        )
+        ((true + weight * guessed) / (masks != 255).sum()).backward()
+        self.step(weight, (images, masks, is_pseudo), network)
+        torch.testing.assert_close(network.weight.grad, by_hand.weight.grad)
+        torch.testing.assert_close(network.bias.grad, by_hand.bias.grad)
+
+    def test_of_one_is_bit_for_bit_the_mean_over_the_mixed_batch(self):
+        images, masks, is_pseudo = self.batch()
+        one, other = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        other.load_state_dict(one.state_dict())
+        loss = train_step(one, optimizer_of(one, CONFIG), images, masks, CONFIG, 255)
+        assert self.step(1.0, (images, masks, is_pseudo), other)[0] == loss
+        assert all(torch.equal(value, one.state_dict()[name]) for name, value in other.state_dict().items())
+
+    def test_of_zero_learns_nothing_from_pseudo_masks(self):
+        images, masks, is_pseudo = self.batch()
+        others = torch.where(is_pseudo[:, None, None] & (masks != 255), 3 - masks, masks)
+        network = nn.Conv2d(3, 4, 1)
+        one, with_others = (self.step(0.0, (images, m, is_pseudo), copy.deepcopy(network)) for m in (masks, others))
+        assert one[0] == with_others[0]
+        assert torch.equal(one[1].weight, with_others[1].weight)
+
+    def test_of_zero_and_a_batch_of_guesses_alone_is_no_loss(self):
+        network = nn.Conv2d(3, 4, 1)
+        before = copy.deepcopy(network.state_dict())
+        config = TrainConfig(epochs=1, weight_decay=0.0, pseudo_weight=0.0)
+        images, masks, is_pseudo = self.batch((True, True))
+        assert train_step(network, optimizer_of(network, config), images, masks, config, 255, is_pseudo) == 0
+        assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+    @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+    def test_of_a_batch_without_a_pixel_that_counts_is_no_nan(self, weight):
+        images, masks, is_pseudo = self.batch()
+        loss, network = self.step(weight, (images, masks.fill_(255), is_pseudo))
+        assert loss == 0
+        assert all(p.isfinite().all() for p in network.parameters())

@@ -218,6 +218,48 @@ class TestStrong:
             run(strong=stseg.StrongAugment(), ignore_index=7)
 
 
+class TestPseudoWeight:
+    """Batches are the whole mixture, so its order does not matter."""
+
+    def mixture(self):
+        return MixedDataset(pairs(2), pairs(2, seed=1), transform=lambda image, mask: (image, mask))
+
+    def test_reaches_the_loss_of_the_pseudo_labelled_images(self):
+        items = list(self.mixture())
+        images, masks = (torch.stack(column) for column in zip(*[item[:2] for item in items], strict=True))
+        mean, std = (torch.tensor(v)[:, None, None] for v in (stseg.IMAGENET_MEAN, stseg.IMAGENET_STD))
+        logits = network().train()((images - mean) / std)
+        losses = F.cross_entropy(logits, masks.long(), reduction="none").sum((1, 2)).tolist()
+        true, guessed = (
+            sum(v for v, item in zip(losses, items, strict=True) if item[2] is flag) for flag in (False, True)
+        )
+        for weight in (0.0, 0.25, 1.0, 3.0):
+            result = run(self.mixture(), config=config(steps=1, batch_size=4, pseudo_weight=weight))
+            expected = (true + weight * guessed) / masks.numel()
+            assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+    def test_of_zero_learns_from_the_labelled_alone(self):
+        wrong = MixedDataset(pairs(2), [(image, 1 - mask) for image, mask in pairs(2, seed=1)])
+        one, other = (
+            run(d, config=config(pseudo_weight=0.0)) for d in (MixedDataset(pairs(2), pairs(2, seed=1)), wrong)
+        )
+        assert same(one.model, other.model)
+        assert not same(run(wrong).model, other.model)
+
+    def test_is_nothing_to_labelled_images(self):
+        assert same(run(config=config(pseudo_weight=0.3)).model, run().model)
+
+
+def test_pseudo_masks_of_which_nothing_is_left_do_no_harm():
+    nothing = [(image, torch.full_like(mask, 255)) for image, mask in pairs(6, seed=1)]
+    result = run(
+        MixedDataset(pairs(1), nothing, repeat=1), config=config(steps=12), check=False
+    )  # batches of nothing, too
+    assert all(value.isfinite().all() for value in result.model.state_dict().values())
+    assert all(math.isfinite(row["loss"]) for row in result.history)
+    assert 0.0 in [row["loss"] for row in result.history]
+
+
 class Spoilt(nn.Module):
     """Goes wrong in the training step after so many good ones."""
 
