@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from stseg.distributed import barrier, gathered
+from stseg.distributed import barrier, gathered, summed
 from stseg.errors import DataError
 from stseg.functional import PseudoLabels, pseudo_label
 from stseg.inference import (
@@ -27,7 +29,7 @@ from stseg.inference import (
 )
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, digest, frozen
-from stseg.samples import check_classes, ids_of, image_of
+from stseg.samples import check_classes, check_threshold, ids_of, image_of
 from stseg.store import MaskStore, check_store_id
 from stseg.types import Precision
 
@@ -87,7 +89,8 @@ class PseudoLabeler:
         model: a network or a wrapped one. For the paper's 10 views hand in ``stseg.MultiScaleFlip(model)``.
             Runs where the model is; its mode is what it was afterwards.
         num_classes: number of classes; at least 2.
-        threshold: pixels whose confidence is below it get ``ignore_index``. The paper keeps all (0).
+        threshold: pixels whose confidence is below it get ``ignore_index``; one value, or one for each class, such as
+            those of :meth:`class_thresholds`. The paper keeps all (0).
         ignore_index: value of pixels that are left out.
         batch_size: how many images of equal size at once; does not change the labels.
         num_workers: processes that read images.
@@ -113,7 +116,7 @@ class PseudoLabeler:
         model: nn.Module,
         *,
         num_classes: int,
-        threshold: float = 0.0,
+        threshold: float | Sequence[float] | Tensor = 0.0,
         ignore_index: int = 255,
         batch_size: int = 8,
         num_workers: int = 0,
@@ -121,8 +124,7 @@ class PseudoLabeler:
         progress: bool = True,
     ) -> None:
         check_classes(num_classes, ignore_index)
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold is {threshold}; expected a probability in [0, 1]")
+        threshold = check_threshold(threshold, num_classes)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
         self.model = as_segmenter(model)
@@ -185,8 +187,8 @@ class PseudoLabeler:
         for id in ids:
             check_store_id(id)
         store = store if isinstance(store, MaskStore) else MaskStore(store)
-        if store.folder is not None and self.threshold > 0 and not 0 <= self.ignore_index <= 65535:
-            raise ValueError(f"ignore_index is {self.ignore_index}; a store on disk takes values in 0..65535")
+        if store.folder is not None and leaves_out(self.threshold):
+            check_stored(self.ignore_index)
         store.claim(self._description(), images=image_prints(dataset))
         barrier()
         mine = share_of(len(ids))
@@ -226,6 +228,66 @@ class PseudoLabeler:
             raise DataError(f"none of the {len(ids)} images could be read; the first: {skipped[0].reason}")
         return PseudoLabelled(dataset, store, indices=kept_indices, ids=[ids[i] for i in kept_indices], skipped=skipped)
 
+    def class_thresholds(
+        self, dataset: Dataset[Any], keep: float = 0.8, *, skip_unreadable: bool = False
+    ) -> tuple[float, ...]:
+        """Thresholds that keep the same share of the pixels of each class, for the images of a data set.
+
+        One threshold for all classes leaves most pixels of the hard ones out; these are balanced (the idea of CBST, Zou
+        et al., ECCV 2018). The network sees every image once more. Nothing of the images is kept but a histogram of the
+        confidence for each class, in steps that are finer the nearer it is to 1: within 0.1 % of ``1 - confidence``. So
+        of a class ``keep`` is kept, and beyond it at most what lies in the same step as the threshold. Under
+        ``torch.distributed`` the processes share the images, and each gets the same thresholds.
+
+        Args:
+            dataset: items are images, or tuples that begin with one.
+            keep: share of the pixels predicted as a class that shall keep it, in (0, 1].
+            skip_unreadable: whether to go on where an image cannot be read.
+
+        Returns:
+            A threshold for each class, for the ``threshold`` of a labeller of the same model; 0 for a class of which
+            all pixels are kept, or which is never predicted. The ``threshold`` of this one has no part in it.
+
+        Raises:
+            DataError: if there is no image.
+            NetworkError: if the logits of an image are not finite; names it.
+            UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false.
+            ValueError: if ``keep`` is no share.
+
+        Example:
+            >>> torch.manual_seed(0)
+            <...>
+            >>> labeler = PseudoLabeler(nn.Conv2d(3, 4, 1), num_classes=4, progress=False)
+            >>> images = [torch.rand(3, 8, 8) for _ in range(3)]
+            >>> thresholds = labeler.class_thresholds(images, keep=0.5)
+            >>> labels = PseudoLabeler(labeler.model, num_classes=4, threshold=thresholds, progress=False).label(images)
+            >>> kept = sum(int((mask != 255).sum()) for _, mask in labels)
+            >>> 0.5 <= kept / (3 * 8 * 8) < 0.55
+            True
+        """
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep is {keep}; expected a share in (0, 1]")
+        ids = ids_of(dataset)
+        if not ids:
+            raise DataError("the data set to find thresholds for is empty")
+        mine, device = share_of(len(ids)), device_of(self.model)
+        skip = (lambda _: None) if skip_unreadable else None
+        images = load(dataset, mine, batch_size=self.batch_size, num_workers=self.num_workers, skip=skip)
+        counts = torch.zeros(self.num_classes, _STEPS, dtype=torch.int64, device=device)
+
+        def count_each(batch: Tensor) -> list[bool]:
+            mask, confidence = pseudo_label(self._predict(batch), ignore_index=self.ignore_index)
+            cells = (mask.long() * _STEPS + _step_of(confidence)).flatten()
+            counts.add_(torch.bincount(cells, minlength=counts.numel()).reshape(counts.shape))
+            finite: list[bool] = confidence.isfinite().flatten(1).all(1).tolist()
+            return finite
+
+        with frozen(self.model), torch.no_grad():
+            results = in_equal_batches(count_each, images, batch_size=self.batch_size, device=device)
+            for index, finite in bar(results, total=len(mine), title="thresholds", show=self.progress):
+                check_finite(finite, name=f"image {ids[index]!r}")
+        return tuple(_least_confidence(of_class.tolist(), keep) for of_class in summed(counts).cpu())
+
     def _label(self, images: Tensor) -> PseudoLabels:
         return pseudo_label(self._predict(images), threshold=self.threshold, ignore_index=self.ignore_index)
 
@@ -237,6 +299,54 @@ class PseudoLabeler:
             "ignore_index": self.ignore_index,
             "precision": self.precision,
         }
+
+
+_UNIT = 2.0**-24  # all float32 from 0.5 to 1 are multiples of it
+_BITS = 13
+_ONE = 0x3F800000 >> _BITS  # of the bits of 1.0
+_STEPS = 24 * 2 ** (23 - _BITS) + 2
+
+
+def _step_of(confidence: Tensor) -> Tensor:
+    """In which of 24,578 steps each confidence lies, counted from 1 down: int64. NaN counts as 0.
+
+    Its distance from 1, in whole units, is a float32 whose bits, read as an integer, are in the order of the values.
+    What is left of them is the exponent and 10 bits of the fraction.
+    """
+    distance = 1 / _UNIT - (confidence.nan_to_num(0.0).clamp(0, 1) / _UNIT).floor()
+    return ((distance.view(torch.int32) >> _BITS).long() - _ONE + 1).clamp(min=0)
+
+
+def _lower_end(step: int) -> float:
+    """The lowest confidence of a step.
+
+    Example:
+        >>> [_lower_end(step) for step in (0, 1, _STEPS - 1)] == [1.0, 1.0 - _UNIT, 0.0]
+        True
+    """
+    bits = torch.tensor([((step + _ONE) << _BITS) - 1], dtype=torch.int32)
+    distance = math.floor(bits.view(torch.float32)) if step else 0
+    return max(1 - distance * _UNIT, 0.0)
+
+
+def _least_confidence(counts: Sequence[int], keep: float) -> float:
+    """The lowest confidence of the highest steps that hold the share ``keep`` of all pixels; 0 if they hold all."""
+    total = sum(counts)
+    for step, kept in enumerate(accumulate(counts)):
+        if kept >= keep * total:
+            return 0.0 if kept == total else _lower_end(step)
+    return 0.0
+
+
+def leaves_out(threshold: float | tuple[float, ...]) -> bool:
+    """Whether pixels may fall below a threshold, or below one of several."""
+    return (max(threshold) if isinstance(threshold, tuple) else threshold) > 0
+
+
+def check_stored(ignore_index: int) -> None:
+    """Raise a ``ValueError`` if a store on disk cannot hold the value of pixels that are left out."""
+    if not 0 <= ignore_index <= 65535:
+        raise ValueError(f"ignore_index is {ignore_index}; a store on disk takes values in 0..65535")
 
 
 def _share_memory(store: MaskStore, mine: list[str]) -> None:

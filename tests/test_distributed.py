@@ -93,6 +93,10 @@ def everything(folder):
         seen[name] = used[0].images_seen()
 
     network = Pooled(seed=2)
+    result["thresholds"] = torch.tensor(PseudoLabeler(network, **options).class_thresholds(data, 0.6))
+    seen["thresholds"] = network.images_seen()
+
+    network = Pooled(seed=2)
     result["evaluation"] = evaluate(network, data, **options).matrix
     seen["evaluation"] = network.images_seen()
     return result, seen
@@ -136,7 +140,7 @@ def both(folder):
 
 CASES = [
     "in memory", "in the caller's memory", "on disk", "on disk again", "broken", "fewer than processes",
-    "ranking", "ranking again", "broken ranking", "evaluation",
+    "ranking", "ranking again", "broken ranking", "thresholds", "evaluation",
 ]  # fmt: skip
 
 
@@ -158,6 +162,7 @@ def test_results_are_worth_comparing(single):
     result, seen = single
     assert seen["in memory"] == seen["ranking"] == seen["evaluation"] == 11
     assert seen["on disk again"] == seen["ranking again"] == 0
+    assert len(set(result["thresholds"].tolist())) == 4
     assert result["broken"][2] == [(BROKEN, "city/4", "item 'city/4': disk on fire")]
     assert len({round(score, 6) for score in result["ranking"][1]}) == 11
     assert {255} < set(torch.cat([mask.flatten() for mask, _ in result["in memory"][3]]).tolist())

@@ -280,6 +280,48 @@ class TestPseudoLabel:
         np.testing.assert_allclose(found.confidence.numpy(), confidence, rtol=1e-5, atol=0)
 
     @few
+    @given(
+        st.integers(0, 2**32 - 1),
+        st.tuples(st.integers(1, 3), st.integers(2, 6), st.integers(1, 4), st.integers(1, 4)),
+        st.sampled_from([list, tuple, np.array, torch.tensor]),
+    )
+    def test_with_a_threshold_for_each_class_equals_the_formula(self, seed, shape, made):
+        generator = np.random.default_rng(seed)
+        logits = torch.from_numpy(generator.normal(size=shape).astype(np.float32) * 3)
+        thresholds = generator.choice([0.0, 0.3, 0.6, 0.9, 1.0], shape[1])
+        expected = [labels_by_loops(logits, threshold, 200)[0] for threshold in thresholds]
+        best, confidence = labels_by_loops(logits, 0.0, 200)
+        mask = np.zeros_like(best)
+        for place in np.ndindex(*best.shape):
+            mask[place] = expected[best[place]][place]
+        found = pseudo_label(logits, threshold=made([float(value) for value in thresholds]), ignore_index=200)
+        assert found.mask.dtype == torch.uint8
+        assert np.array_equal(found.mask.numpy(), mask)
+        np.testing.assert_allclose(found.confidence.numpy(), confidence, rtol=1e-5, atol=0)
+
+    @few
+    @given(st.integers(0, 2**32 - 1), st.floats(0, 1))
+    def test_with_equal_thresholds_is_as_with_one(self, seed, threshold):
+        logits = torch.from_numpy(np.random.default_rng(seed).normal(size=(2, 4, 3, 5)))
+        for value in (threshold, float(pseudo_label(logits).confidence[1, 2, 0])):  # the latter meets a pixel exactly
+            one = pseudo_label(logits, threshold=value)
+            assert torch.equal(pseudo_label(logits, threshold=[value] * 4).mask, one.mask)
+
+    @few
+    @given(st.integers(0, 2**32 - 1), st.integers(0, 3), st.floats(0, 1), st.floats(0, 1))
+    def test_with_a_higher_threshold_of_a_class_leaves_out_more_of_that_class_alone(self, seed, of_class, one, other):
+        logits = torch.from_numpy(np.random.default_rng(seed).normal(size=(2, 4, 3, 5)))
+        thresholds = [0.4] * 4
+        masks = []
+        for value in (min(one, other), max(one, other)):
+            thresholds[of_class] = value
+            masks.append(pseudo_label(logits, threshold=thresholds).mask)
+        low, high = masks
+        changed = low != high
+        assert (low[changed] == of_class).all()
+        assert (high[changed] == 255).all()
+
+    @few
     @given(st.integers(0, 2**32 - 1), st.floats(-50, 50))
     def test_does_not_change_when_all_logits_grow_alike(self, seed, offset):
         logits = torch.from_numpy(np.random.default_rng(seed).normal(size=(1, 4, 3, 3)))
@@ -319,6 +361,29 @@ class TestPseudoLabel:
     @pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])
     def test_refuses_thresholds_that_are_no_probability(self, threshold):
         with pytest.raises(ValueError, match="threshold is"):
+            pseudo_label(torch.zeros(1, 3, 2, 2), threshold=threshold)
+
+    @pytest.mark.parametrize(
+        ("threshold", "message"),
+        [
+            (
+                [0.1, 0.2],
+                r"threshold is \[0.1, 0.2\]; expected a probability .*, or one for each of 3 classes",
+            ),
+            ([], r"threshold is \[\]; expected"),
+            ([[0.1, 0.2, 0.3]], r"threshold is \[\[0.1, 0.2, 0.3\]\]; expected"),
+            (torch.zeros(4), r"threshold is of shape \(4,\); expected a probability"),
+            (torch.zeros(3, 1), r"threshold is of shape \(3, 1\); expected a probability"),
+            ([0.1, math.nan, 0.3], r"threshold of class 1 is nan; expected a probability in \[0, 1\]"),
+            ([0.1, 0.2, 1.5], r"threshold of class 2 is 1.5; expected"),
+            ([-0.1, 0.2, 0.3], r"threshold of class 0 is -0.1; expected"),
+            ("high", "threshold is 'high'; expected"),
+            (None, "threshold is None; expected"),
+            ({"road": 0.5}, "threshold is {'road': 0.5}; expected"),
+        ],
+    )
+    def test_refuses_thresholds_that_are_not_one_for_each_class(self, threshold, message):
+        with pytest.raises(ValueError, match=message):
             pseudo_label(torch.zeros(1, 3, 2, 2), threshold=threshold)
 
     @pytest.mark.parametrize("logits", [torch.zeros(3, 2, 2), torch.zeros(1, 3, 2, 2).long()])

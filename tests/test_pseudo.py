@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from small import SIZES, Named, Pooled
 from torch import nn
@@ -173,6 +176,198 @@ class TestLabels:
             found[1]
 
 
+def confidences_by_class(data, network=None):
+    values = [[] for _ in range(4)]
+    for mask, confidence in one_at_a_time(data, network):
+        for value, of_class in zip(confidence.flatten().tolist(), mask.flatten().tolist(), strict=True):
+            values[of_class].append(value)
+    return values
+
+
+class Given(nn.Module):
+    """Its logits are the channels of the image."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def given_logits(scale=1.0):
+    return Segmenter(Given(scale), mean=None, std=None)
+
+
+class TestClassThresholds:
+    @pytest.mark.parametrize("keep", [0.01, 0.5, 0.8, 0.97])
+    def test_are_those_of_all_confidences_sorted(self, keep):
+        data = pictures()
+        found = labeler(batch_size=3).class_thresholds(data, keep)
+        for threshold, values in zip(found, confidences_by_class(data), strict=True):
+            exact = sorted(values, reverse=True)[math.ceil(keep * len(values)) - 1]
+            assert threshold <= exact + 1e-6
+            assert 1 - threshold <= (1 - exact) * (1 + 2**-9) + 1e-6 or threshold == 0
+
+    @given(
+        st.integers(0, 2**32 - 1), st.floats(0.01, 1), st.sampled_from([0.1, 1.0, 8.0, 40.0, 200.0]), st.integers(2, 6)
+    )
+    @settings(max_examples=40, deadline=None)
+    def test_keep_the_share_and_at_most_one_step_more(self, seed, keep, scale, classes):
+        generator = torch.Generator().manual_seed(seed)
+        data = [torch.rand(classes, 6, 7, generator=generator) for _ in range(3)]
+        options = {"num_classes": classes, "batch_size": 2}
+        network = given_logits(scale)
+        thresholds = labeler(network, **options).class_thresholds(data, keep)
+        everything = labeler(network, **options).label(data, confidence=True)
+        kept = labeler(network, threshold=thresholds, **options).label(data)
+        masks = torch.stack([mask for _, mask in everything])
+        confidence = torch.stack([everything.confidence(i) for i in range(3)])
+        left = torch.stack([mask for _, mask in kept])
+        assert torch.equal(left != 255, confidence >= torch.tensor(thresholds)[masks.long()])
+        for of_class, threshold in enumerate(thresholds):
+            own = confidence[masks == of_class].double()
+            if len(own) == 0:
+                assert threshold == 0
+                continue
+            count = int((left == of_class).sum())
+            assert count >= keep * len(own) - 1e-9
+            # What lies above the step of the threshold would not be enough.
+            distance = 1 - own[own >= threshold].min() if count else 1.0
+            above = int((1 - own < distance / (1 + 2**-9) - 2**-22).sum())
+            assert above < keep * len(own) + 1e-9
+            assert threshold > 0 or count == len(own)
+
+    def test_of_one_keep_every_pixel(self):
+        data = pictures()
+        assert labeler().class_thresholds(data, 1.0) == labeler().class_thresholds(data, keep=1) == (0.0,) * 4
+        assert same_masks(labeler(threshold=[0.0] * 4).label(data), one_at_a_time(data))
+
+    def test_tell_confidences_apart_that_are_all_but_certain(self):
+        logits = torch.zeros(2, 2, 100)
+        logits[0] = torch.linspace(11, 16, 200).reshape(2, 100)  # 0.99998 to 0.9999999
+        network = given_logits(16.0)
+        thresholds = labeler(network, num_classes=2).class_thresholds([logits / 16], 0.5)
+        ((_, mask),) = labeler(network, num_classes=2, threshold=thresholds).label([logits / 16])
+        assert 100 <= int((mask == 0).sum()) <= 104
+
+    def test_of_a_class_that_is_never_predicted_are_nothing(self):
+        network = nn.Conv2d(3, 4, 1)
+        with torch.no_grad():
+            network.bias[2] = -100.0
+        assert labeler(network).class_thresholds(pictures(4), 0.5)[2] == 0.0
+
+    def test_of_certain_pixels_keep_them(self):
+        network = given_logits(200.0)
+        image = torch.zeros(2, 4, 5)
+        image[0] = 1.0
+        thresholds = labeler(network, num_classes=2).class_thresholds([image], 0.3)
+        assert thresholds == (0.0, 0.0)
+        image[:, 0, 0] = 0.5  # one that is not
+        thresholds = labeler(network, num_classes=2).class_thresholds([image], 0.3)
+        assert thresholds == (1.0, 0.0)
+        assert int((labeler(network, num_classes=2, threshold=thresholds)(image[None]).mask == 255).sum()) == 1
+
+    @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (2, 0), (64, 0), (3, 1)])
+    def test_do_not_depend_on_batches_or_workers(self, batch_size, num_workers):
+        data = pictures()
+        expected = labeler(batch_size=5).class_thresholds(data, 0.6)
+        found = labeler(batch_size=batch_size, num_workers=num_workers).class_thresholds(data, 0.6)
+        assert found == pytest.approx(expected, abs=1e-4)
+
+    def test_have_nothing_to_do_with_the_threshold_of_the_labeller(self):
+        data = pictures(5)
+        expected = labeler().class_thresholds(data, 0.6)
+        assert labeler(threshold=0.9).class_thresholds(data, 0.6) == expected
+        assert labeler(threshold=expected).class_thresholds(data, 0.6) == expected
+
+    def test_leave_the_network_and_the_random_numbers_alone(self):
+        network = Pooled().train()
+        network.norm.eval()
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        labeler(network).class_thresholds(pictures(4))
+        assert torch.equal(torch.rand(3), expected)
+        assert [m.training for m in (network, network.norm, network.drop)] == [True, False, True]
+        assert torch.is_grad_enabled()
+
+    @pytest.mark.parametrize("keep", [0, -0.1, 1.1, math.nan])
+    def test_refuse_what_is_no_share(self, keep):
+        network = Pooled()
+        with pytest.raises(ValueError, match=rf"keep is {keep}; expected a share in \(0, 1\]"):
+            labeler(network).class_thresholds(pictures(3), keep)
+        assert network.seen == []
+
+    def test_refuse_an_empty_data_set(self):
+        with pytest.raises(DataError, match="the data set to find thresholds for is empty"):
+            labeler().class_thresholds([])
+
+    def test_of_images_that_cannot_be_read(self):
+        class Failing(Named):
+            def __getitem__(self, index):
+                if index == 2:
+                    raise OSError("disk on fire")
+                return super().__getitem__(index)
+
+        with pytest.raises(UnreadableImageError, match="item 'city/img_02': disk on fire"):
+            labeler().class_thresholds(Failing(pictures(5)))
+        rest = [image for index, image in enumerate(pictures(5)) if index != 2]
+        found = labeler(batch_size=1).class_thresholds(Failing(pictures(5)), 0.5, skip_unreadable=True)
+        assert found == labeler(batch_size=1).class_thresholds(rest, 0.5)
+
+    def test_need_no_more_memory_for_more_images(self):
+        alive, most = 0, 0
+
+        def gone():
+            nonlocal alive
+            alive -= 1
+
+        class Many(Named):
+            def __getitem__(self, index):
+                nonlocal alive, most
+                alive += 1
+                most = max(most, alive)
+                image = torch.zeros(3, 2, 2 + index % 50)
+                weakref.finalize(image, gone)
+                return image
+
+        labeler(nn.Conv2d(3, 4, 1), batch_size=4).class_thresholds(Many([None] * 400), 0.5)
+        assert alive == 0
+        assert most <= 8 * 4 + 1 + 4 + 1  # waiting, just loaded, and the one that was yielded last
+
+
+class TestThresholdsOfClasses:
+    THRESHOLDS = (0.4, 0.9, 0.0, 0.6)
+
+    def test_hold_for_the_pixels_of_their_class(self):
+        data = pictures(5)
+        found = labeler(threshold=self.THRESHOLDS, ignore_index=9).label(data)
+        for (_, mask), (expected, confidence) in zip(found, one_at_a_time(data), strict=True):
+            for of_class, threshold in enumerate(self.THRESHOLDS):
+                low = (expected == of_class) & (confidence < threshold)
+                expected = expected.masked_fill(low, 9)
+            assert torch.equal(mask, expected)
+
+    def test_go_on_where_a_labelling_was_stopped_and_are_refused_where_they_differ(self, tmp_path):
+        data, again = pictures(5), Pooled()
+        first = labeler(threshold=self.THRESHOLDS).label(data, tmp_path)
+        (tmp_path / f"{data.ids[3]}.png").unlink()
+        second = labeler(again, threshold=torch.tensor(self.THRESHOLDS, dtype=torch.float64)).label(data, tmp_path)
+        assert again.images_seen() == 1
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, second, strict=True))
+        other = (0.4, 0.9, 0.1, 0.6)
+        for threshold in (other, 0.4, 0.0):
+            with pytest.raises(WorkdirMismatchError, match=r"threshold is \[0.4, 0.9, 0.0, 0.6\] there and"):
+                labeler(threshold=threshold).label(data, tmp_path)
+
+    @pytest.mark.parametrize("ignore_index", [-1, 65536])
+    def test_need_an_ignore_index_that_a_png_can_hold(self, tmp_path, ignore_index):
+        with pytest.raises(ValueError, match=rf"ignore_index is {ignore_index}; .* 0\.\.65535"):
+            labeler(threshold=self.THRESHOLDS, ignore_index=ignore_index).label(pictures(3), tmp_path / "masks")
+        labeler(threshold=[0.0] * 4, ignore_index=ignore_index).label(pictures(3), tmp_path / "masks")
+
+
 class TestLeavesAlone:
     @pytest.mark.parametrize("wrapped", [False, True])
     def test_modes_gradients_statistics_and_random_numbers(self, wrapped):
@@ -336,6 +531,8 @@ class TestRefuses:
             ({"ignore_index": 3}, "ignore_index 3 is one of the 4 classes"),
             ({"threshold": 1.5}, "threshold is 1.5"),
             ({"threshold": math.nan}, "threshold is nan"),
+            ({"threshold": [0.5, 0.5, 0.5]}, r"threshold is \[0.5, 0.5, 0.5\]; expected .* one for each of 4 classes"),
+            ({"threshold": [0.5, 0.5, 2.0, 0.5]}, r"threshold of class 2 is 2.0; expected a probability"),
             ({"batch_size": 0}, "batch_size is 0"),
             ({"precision": "fp16"}, "precision is 'fp16'"),
         ],
