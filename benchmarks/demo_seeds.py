@@ -11,12 +11,12 @@ killed goes on when started again. With ``--page`` the table also replaces what 
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from pages import put
 from timing import conditions
 from torch.utils.data import Subset
 
@@ -93,9 +93,7 @@ def main() -> None:
     text = table(found, arguments.steps)
     print(text)
     if arguments.page is not None:
-        marks = r"(<!-- demo-table -->).*?(<!-- /demo-table -->)"
-        page = re.sub(marks, lambda m: f"{m[1]}\n{text}\n{m[2]}", arguments.page.read_text(), flags=re.DOTALL)
-        arguments.page.write_text(page)
+        put(arguments.page, "demo-table", text)
 
 
 if __name__ == "__main__":

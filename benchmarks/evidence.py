@@ -26,6 +26,7 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import torch
 from evidence_tables import Result, write_results
+from pages import put
 from timing import conditions
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
@@ -344,6 +345,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW; pretrained encoders learn at a tenth")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--page", type=Path, help="Markdown page to put the tables into, between its evidence marks")
     return parser.parse_args(arguments)
 
 
@@ -365,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         precision="fp32" if args.fp32 else "bf16",
         num_workers=args.workers,
     )
-    not_settings = ("data", "out", "fractions", "seeds", "methods", "workers")
+    not_settings = ("data", "out", "fractions", "seeds", "methods", "workers", "page")
     settings = {name: value for name, value in vars(args).items() if name not in not_settings}
     check_record(args.out / "evidence.json", settings)
     results = run(
@@ -378,6 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out=args.out,
     )
     print((args.out / "results.md").read_text())
+    if args.page is not None:
+        put(args.page, "evidence", (args.out / "results.md").read_text())
     print(f"{len(results)} runs, median {statistics.median(r.seconds for r in results):.0f} s: {args.out}")
 
 
