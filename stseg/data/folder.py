@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from stseg.errors import DataError, UnreadableImageError
-from stseg.samples import as_image, duplicate, eight_bits, pair_of
+from stseg.data.reading import MASK_SUFFIXES, ItemReader, Mode, check_folder, listed_suffixes
+from stseg.errors import DataError
+from stseg.samples import duplicate
 
 _IMAGES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
-_MASKS = frozenset((".png", ".bmp", ".tif", ".tiff"))
 _UNFIT_MASKS = (".jpg", ".jpeg", ".webp", ".gif")  # lossy, or with a palette that programs sort anew
 
 
@@ -34,6 +33,10 @@ class SegmentationFolder(Dataset[Any]):
         ids: which of the images, in which order; by default all, sorted.
         mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (grey), into which images are converted, or None for the
             channels that each file has.
+        class_map: the class of each value of the masks, such as ``{0: 0, 255: 1}``; by default the values are
+            the classes.
+        unmapped: what all values become that ``class_map`` does not have: by default the ignore index, 255;
+            None refuses them.
 
     Attributes:
         ids: name of each item.
@@ -44,12 +47,13 @@ class SegmentationFolder(Dataset[Any]):
 
     Raises:
         DataError: if a folder is missing or holds nothing of use, an image has no mask or a mask no image, or
-            two files have one id; names the files. When an item is read, if its mask holds colours or is not
-            of the image's size.
+            two files have one id; names the files. When an item is read, if its mask holds colours or a value
+            that is refused, or is not of the image's size.
         UnreadableImageError: when an item is read, if its file is broken; names the file.
 
     Example:
         >>> import tempfile
+        >>> from PIL import Image
         >>> root = Path(tempfile.mkdtemp())
         >>> for folder in ("images", "masks"):
         ...     (root / folder).mkdir()
@@ -66,16 +70,16 @@ class SegmentationFolder(Dataset[Any]):
         masks: str | Path | None = None,
         *,
         ids: Sequence[str] | None = None,
-        mode: Literal["RGB", "RGBA", "L"] | None = "RGB",
+        mode: Mode | None = "RGB",
+        class_map: Mapping[int, int] | None = None,
+        unmapped: int | None = 255,
     ) -> None:
-        if mode not in ("RGB", "RGBA", "L", None):
-            raise ValueError(f"mode is {mode!r}; expected 'RGB', 'RGBA', 'L' or None")
+        self._read = ItemReader(mode, class_map, unmapped)
         self.images = Path(images)
         self.masks = None if masks is None else Path(masks)
-        self.mode = mode
         found = _files(self.images, _IMAGES)
         if not found:
-            raise DataError(f"{self.images} holds no images; expected files in {_listed(_IMAGES)}")
+            raise DataError(f"{self.images} holds no images; expected files in {listed_suffixes(_IMAGES)}")
         self.ids = sorted(found) if ids is None else _chosen(ids, found, self.images)
         # Only suffixes, in step with the ids: whole paths of a million files would fill the workers' memory.
         self._image_suffixes = [found[id] for id in self.ids]
@@ -87,14 +91,8 @@ class SegmentationFolder(Dataset[Any]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Any:
-        id = self.ids[index]
-        image = _read(self._image(index))
-        if self.mode is not None:
-            image = eight_bits(image, name=id)
-            image = image if image.mode == self.mode else image.convert(self.mode)
-        if self._mask_suffixes is None:
-            return as_image(image, name=id)
-        return pair_of((image, _read(self._mask(index), indices=True)), name=id)
+        mask = None if self._mask_suffixes is None else self._mask(index)
+        return self._read(self._image(index), mask, name=self.ids[index])
 
     def __repr__(self) -> str:
         masks = "" if self.masks is None else f", {str(self.masks)!r}"
@@ -114,7 +112,7 @@ class SegmentationFolder(Dataset[Any]):
             raise DataError(
                 f"images and masks must be in folders of their own, neither inside the other: {one}, {other}"
             )
-        found = _files(masks, _MASKS)
+        found = _files(masks, MASK_SUFFIXES)
         without = [id for id in self.ids if id not in found]
         if without:
             raise DataError(
@@ -132,8 +130,7 @@ class SegmentationFolder(Dataset[Any]):
 
 def _files(root: Path, kinds: frozenset[str]) -> dict[str, str]:
     """Suffix by id of the files in a folder."""
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder" if root.exists() else f"there is no folder {root}")
+    check_folder(root)
     found: dict[str, str] = {}
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_reraise):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -179,22 +176,4 @@ def _why_no_mask(masks: Path, id: str) -> str:
         for path in (masks / (id + suffix), masks / (id + suffix.upper())):
             if path.exists():
                 return f"{path} is of a format that need not keep class indices; expected PNG, BMP or TIFF"
-    return f"expected {masks / id} with one of the suffixes {_listed(_MASKS)}"
-
-
-def _listed(suffixes: frozenset[str]) -> str:
-    return " ".join(sorted(suffixes))
-
-
-def _read(path: Path, *, indices: bool = False) -> Image.Image:
-    """A file as an image, upright; of masks the values as they stand in the file."""
-    try:
-        with Image.open(path) as image:
-            raw = image.tile[0][3] if image.tile else None
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            # Of grey with 2 or 4 bits PIL spreads the values over 0..255.
-            spread = {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else "", 1)
-            return upright.point(lambda value: value // spread) if indices and spread > 1 else upright
-    except Exception as error:  # PIL raises many kinds for a broken file
-        raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
+    return f"expected {masks / id} with one of the suffixes {listed_suffixes(MASK_SUFFIXES)}"

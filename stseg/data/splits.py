@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from stseg.data.lines import numbered_lines
 from stseg.errors import DataError
 from stseg.samples import duplicate
 
@@ -29,17 +30,12 @@ def read_ids(path: str | Path) -> list[str]:
         >>> read_ids(path)
         ['scene/0001', 'scene/0002']
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a text file in UTF-8: {error}") from None
     lines: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in numbered_lines(path):
         id = line.strip()
         if id in lines:
             raise DataError(f"{path}, line {number}: the id {id!r} stands in line {lines[id]} already")
-        if id:
-            lines[id] = number
+        lines[id] = number
     if not lines:
         raise DataError(f"{path} holds no id; expected one a line")
     return list(lines)

@@ -448,6 +448,15 @@ class TestMasksOf:
         save(masks / "a.png", np.array([[False, True]]))
         assert SegmentationFolder(images, masks)[0][1].tolist() == [[0, 1]]
 
+    def test_get_the_classes_of_a_map(self, images, masks):
+        save(images / "a.png", np.zeros((1, 3), dtype=np.uint8))
+        save(masks / "a.png", np.array([[0, 255, 7]], dtype=np.uint8))
+        assert SegmentationFolder(images, masks, class_map={0: 0, 255: 1})[0][1].tolist() == [[0, 1, 255]]
+        assert SegmentationFolder(images, masks, class_map={7: 1}, unmapped=0)[0][1].tolist() == [[0, 0, 1]]
+        strict = SegmentationFolder(images, masks, class_map={0: 0, 255: 1}, unmapped=None)
+        with pytest.raises(DataError, match="mask of 'a' holds the value 7, which class_map does not have"):
+            strict[0]
+
 
 def test_repr_tells_folders_and_size(images, masks):
     fill(images, masks, "a", "b")

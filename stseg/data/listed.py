@@ -1,0 +1,205 @@
+"""Images and masks that a list names, file by file."""
+
+from __future__ import annotations
+
+import ntpath
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
+
+from stseg.data.lines import numbered_lines
+from stseg.data.reading import MASK_SUFFIXES, ItemReader, Mode, check_folder, listed_suffixes
+from stseg.errors import DataError
+
+
+class FilePair(NamedTuple):
+    """An image and perhaps its mask, as a list names them.
+
+    Attributes:
+        image: path of the image, relative to a root.
+        mask: path of its mask, or None.
+        line: where the two stand, such as ``"labelled.txt, line 3"``; messages begin with it.
+    """
+
+    image: str
+    mask: str | None = None
+    line: str = ""
+
+
+def read_pairs(path: str | Path) -> list[FilePair]:
+    r"""Read a list of files: on each line an image, or an image and its mask.
+
+    The two are separated at tabs where a line has one, else at white space; so names that hold spaces need a tab
+    behind them. Empty lines do not count. Whether there are such files is not looked at here.
+
+    Args:
+        path: a text file in UTF-8.
+
+    Raises:
+        DataError: if there is no line, one has more than two columns or not as many as the first one, an image occurs
+            twice, or the file is not UTF-8; names the line.
+        OSError: if there is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "labelled.txt"
+        >>> _ = path.write_text("images/1.jpg masks/1.png\nimages/2.jpg masks/2.png\n")
+        >>> [(pair.image, pair.mask) for pair in read_pairs(path)]
+        [('images/1.jpg', 'masks/1.png'), ('images/2.jpg', 'masks/2.png')]
+    """
+    pairs: list[FilePair] = []
+    lines: dict[str, int] = {}
+    columns = 0
+    for number, line in numbered_lines(path):
+        names = [name.strip() for name in line.split("\t") if name.strip()] if "\t" in line else line.split()
+        if len(names) > 2:
+            raise DataError(
+                f"{path}, line {number} has {len(names)} columns; expected an image, or an image and its mask "
+                "(names that hold spaces need a tab behind them)"
+            )
+        columns = columns or len(names)
+        if len(names) != columns:
+            raise DataError(
+                f"{path}, line {number}: the columns are {len(names)}, in the lines before it {columns}; "
+                "expected an image on each, or an image and its mask on each"
+            )
+        if names[0] in lines:
+            raise DataError(f"{path}, line {number}: the image {names[0]!r} stands in line {lines[names[0]]} already")
+        lines[names[0]] = number
+        pairs.append(FilePair(names[0], names[1] if columns == 2 else None, f"{path}, line {number}"))
+    if not pairs:
+        raise DataError(f"{path} names no file; expected an image, or an image and its mask, on each line")
+    return pairs
+
+
+class ListedFiles(Dataset[Any]):
+    """Images, with or without masks, that a list names file by file.
+
+    For data whose masks lie where :class:`SegmentationFolder` does not look for them: beside their images, or under
+    other names. The id is the path of the image without suffix: ``train/a/0001_rgb`` for ``train/a/0001_rgb.jpg``.
+
+    Args:
+        root: folder that the paths are relative to.
+        pairs: the files, as of :func:`read_pairs`, or ``(image, mask)`` paths, or images alone. Images may be of any
+            format that PIL reads, in the kinds that :class:`SegmentationFolder` takes; masks PNG, BMP or TIFF.
+        masks: whether items have masks. Without, those that the list names are not looked at and need not exist.
+        mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (grey), into which images are converted, or None for the
+            channels that each file has.
+        class_map: the class of each value of the masks, such as ``{7: 0, 8: 1}``; by default the values are the
+            classes.
+        unmapped: what all values become that ``class_map`` does not have: by default the ignore index, 255;
+            None refuses them.
+
+    Attributes:
+        ids: name of each item.
+
+    Shape:
+        Items are the image, uint8 ``(C, H, W)``; with masks, the image and the mask, ``(H, W)`` uint8 or
+        int32.
+
+    Raises:
+        DataError: if the root or a file is missing, a path is absolute or leaves the root, a mask is not named, or is
+            of a format that need not keep its values, two images have one id, or there is no pair; names the line.
+            When an item is read, if its mask holds colours or a value that is refused, or is not of the image's size.
+        UnreadableImageError: when an item is read, if its file is broken; names the file.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for name in ("0001_rgb.png", "0001_mask.png"):
+        ...     Image.new("L", (6, 4), color=7).save(root / name)
+        >>> dataset = ListedFiles(root, [("0001_rgb.png", "0001_mask.png")], class_map={7: 0, 8: 1})
+        >>> image, mask = dataset[0]
+        >>> dataset.ids, image.shape, mask.unique()
+        (['0001_rgb'], torch.Size([3, 4, 6]), tensor([0], dtype=torch.uint8))
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        pairs: Sequence[FilePair | tuple[str, str] | tuple[str] | str],
+        *,
+        masks: bool = True,
+        mode: Mode | None = "RGB",
+        class_map: Mapping[int, int] | None = None,
+        unmapped: int | None = 255,
+    ) -> None:
+        if isinstance(pairs, (str, os.PathLike)):
+            raise TypeError(f"pairs is {pairs!r}; expected a sequence (stseg.data.read_pairs reads a file of them)")
+        self._read = ItemReader(mode, class_map, unmapped)
+        self.root = Path(root)
+        check_folder(self.root)
+        self.ids: list[str] = []
+        # Of a million files no more than their names is kept, and of images the suffix alone beside the id.
+        self._suffixes: list[str] = []
+        self._masks: list[str] | None = [] if masks else None
+        lines: dict[str, str] = {}
+        for index, pair in enumerate(pairs):
+            files = FilePair(pair) if isinstance(pair, (str, PurePath)) else FilePair(*pair)
+            line = files.line or f"pair {index}"
+            image = _relative(files.image, line)
+            id, suffix = os.path.splitext(image)
+            if not os.path.isfile(os.path.join(root, image)):
+                raise DataError(f"{line}: there is no image {self.root / image}{_with_spaces(self.root, files)}")
+            if id in lines:
+                raise DataError(f"{line}: the id {id!r} is that of {lines[id]} already; ids must be unique")
+            lines[id] = line
+            self.ids.append(id)
+            self._suffixes.append(sys.intern(suffix))
+            if self._masks is not None:
+                self._masks.append(_mask(self.root, files, image, line))
+        if not self.ids:
+            raise DataError("pairs is empty; expected one or more")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Any:
+        mask = None if self._masks is None else self.root / self._masks[index]
+        return self._read(self.root / (self.ids[index] + self._suffixes[index]), mask, name=self.ids[index])
+
+    def __repr__(self) -> str:
+        return f"ListedFiles({str(self.root)!r}: {len(self)} {'images' if self._masks is None else 'pairs'})"
+
+
+def _mask(root: Path, files: FilePair, image: str, line: str) -> str:
+    if files.mask is None:
+        raise DataError(
+            f"{line} names no mask for {str(files.image)!r}; expected one (masks=False makes a data set of images)"
+        )
+    mask = _relative(files.mask, line)
+    if not os.path.isfile(os.path.join(root, mask)):
+        raise DataError(f"{line}: there is no mask {root / mask}")
+    if os.path.splitext(mask)[1].lower() not in MASK_SUFFIXES:
+        raise DataError(
+            f"{line}: the mask {mask!r} is of a format that need not keep class indices; "
+            f"expected one of the suffixes {listed_suffixes(MASK_SUFFIXES)}"
+        )
+    if mask == image:
+        raise DataError(f"{line}: image and mask are the same file {mask!r}")
+    return mask
+
+
+def _relative(path: str | PurePath, line: str) -> str:
+    """A path without detours, checked to stay below the root."""
+    path = path.as_posix() if isinstance(path, PurePath) else path
+    if not isinstance(path, str):
+        raise TypeError(f"{line}: the path is {path!r}; expected a string")
+    parts = path.split("/")
+    names = [part for part in parts if part not in ("", ".")]
+    if not names or not parts[0] or ".." in parts or "\\" in path or ntpath.splitdrive(path)[0]:
+        raise DataError(
+            f"{line}: the path {path!r} is not one below the root; "
+            "expected a relative one, with '/' between folders and without '..'"
+        )
+    return "/".join(names)
+
+
+def _with_spaces(root: Path, files: FilePair) -> str:
+    whole = f"{files.image} {files.mask}"
+    return f" (a tab behind {whole!r} would keep it in one piece)" if (root / whole).is_file() else ""
