@@ -196,6 +196,11 @@ METHODS: dict[str, tuple[str, Method]] = {
     "st-gray": ("ST, grey alone", partial(self_trained, method="st", strong=only(gray_p=0.2))),
     "st-blur": ("ST, blur alone", partial(self_trained, method="st", strong=only(blur_p=0.5))),
     "st-cutout": ("ST, cutout alone", partial(self_trained, method="st", strong=only(cutout=stseg.Cutout()))),
+    "st-warm": ("ST, student begins as its teacher", partial(self_trained, method="st", student_init="teacher")),
+    "st++-warm": (
+        "ST++, students begin as their teacher",
+        partial(self_trained, method="st++", student_init="teacher"),
+    ),
     "ceiling": ("supervised, all masks", ceiling),
 }
 """What can be asked for: by name, how tables call it and how it is run."""
@@ -211,25 +216,31 @@ def run(
     config: stseg.TrainConfig,
     out: Path,
 ) -> list[Result]:
-    """Everything that is asked for, each run once; tables and plots are written anew after each."""
+    """Everything that is asked for and has not been done; tables and plots are written anew after each.
+
+    Returns:
+        The results of all runs in ``out``.
+    """
     jobs = [(method, fraction, seed) for fraction in fractions for seed in seeds for method in methods]
-    results = [run_one(source, job, make_model=make_model, config=config, out=out) for job in jobs if done(out, *job)]
-    for job in tqdm([job for job in jobs if not done(out, *job)], desc="runs", dynamic_ncols=True):
-        results.append(run_one(source, job, make_model=make_model, config=config, out=out))
-        write_all(results, source.classes, out)
-    results.sort(key=lambda r: jobs.index((r.method, r.fraction, r.seed)))
-    write_all(results, source.classes, out)
-    return results
+    jobs = [job for job in jobs if not result_file(out, *job).exists()]
+    for job in tqdm(jobs, desc="runs", dynamic_ncols=True):
+        run_one(source, job, make_model=make_model, config=config, out=out)
+        write_all(out, source.classes)
+    return write_all(out, source.classes)
 
 
-def write_all(results: Sequence[Result], classes: Sequence[str], out: Path) -> None:
-    """``results.csv``, ``results.md`` and the plots."""
-    write_results(results, classes, {name: title for name, (title, _) in METHODS.items()}, out)
+def write_all(out: Path, classes: Sequence[str]) -> list[Result]:
+    """``results.csv``, ``results.md`` and the plots, of all runs that are done, now or earlier."""
+    found = [Result(**(read_record(path) or {})) for path in out.glob("*/seed_*/*/result.json")]
+    order = list(METHODS)
+    found.sort(key=lambda r: (-share_of(r.fraction), order.index(r.method), r.seed))
+    write_results(found, classes, {name: title for name, (title, _) in METHODS.items()}, out)
+    return found
 
 
-def done(out: Path, method: str, fraction: str, seed: int) -> bool:
-    """Whether a run's result stands in its folder."""
-    return (place(out, fraction, seed) / method / "result.json").exists()
+def result_file(out: Path, method: str, fraction: str, seed: int) -> Path:
+    """Where a run leaves its result when it is done."""
+    return place(out, fraction, seed) / method / "result.json"
 
 
 def place(out: Path, fraction: str, seed: int) -> Path:
@@ -244,12 +255,9 @@ def run_one(
     make_model: Callable[[], nn.Module],
     config: stseg.TrainConfig,
     out: Path,
-) -> Result:
-    """One method with one fraction and one seed; read from its folder if it is done."""
+) -> None:
+    """One method with one fraction and one seed."""
     method, fraction, seed = job
-    folder = place(out, fraction, seed) / method
-    if (found := read_record(folder / "result.json")) is not None:
-        return Result(**found)
     case = case_of(source, fraction, seed, make_model=make_model, config=config, out=out)
     outcome = METHODS[method][1](case, method)
     metric = stseg.evaluate(outcome.model, case.val, num_classes=case.num_classes, progress=False)
@@ -266,8 +274,7 @@ def run_one(
         conditions=conditions(),
     )
     content = json.dumps(vars(result), indent=1).encode()
-    write_atomically(folder / "result.json", lambda file: file.write(content))
-    return result
+    write_atomically(result_file(out, *job), lambda file: file.write(content))
 
 
 def case_of(

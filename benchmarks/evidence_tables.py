@@ -77,8 +77,10 @@ def _miou_table(results: Sequence[Result], titles: dict[str, str]) -> str:
     seeds = _in_order(sorted(r.seed for r in results))
     base = {r.seed: r.miou for r in results if r.method == "supervised"}
     head = f"mIoU, %, with {first.fraction} of the masks ({first.labelled} of {first.labelled + first.unlabelled})"
-    lines = [f"| {head} | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | gain | pseudo-labels |"]
-    lines.append("|---|" + "---:|" * (len(seeds) + 3))
+    lines = [
+        f"| {head} | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | gain | pseudo-labels | minutes |"
+    ]
+    lines.append("|---|" + "---:|" * (len(seeds) + 4))
     for method in _in_order(r.method for r in results):
         found = {r.seed: r for r in results if r.method == method}
         cells = [f"{100 * found[seed].miou:.1f}" if seed in found else "" for seed in seeds]
@@ -89,7 +91,9 @@ def _miou_table(results: Sequence[Result], titles: dict[str, str]) -> str:
             for step in next(iter(found.values())).pseudo
         )
         mean = mean_and_deviation([100 * r.miou for r in found.values()])
-        lines.append(f"| {titles[method]} | " + " | ".join(cells) + f" | {mean} | {gain} | {labels} |")
+        minutes = statistics.mean(r.seconds for r in found.values()) / 60
+        row = [titles[method], *cells, mean, gain, labels, f"{minutes:.0f}"]
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
