@@ -39,10 +39,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backbone", help="a timm model; default: resnet50, and resnet101 for DeepLabV2")
     parser.add_argument("--pretrained", action="store_true", help="fetch its ImageNet weights, as in the paper")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster where the hardware has it")
-    for setting in SETTINGS:
-        parser.add_argument(
-            f"--{setting.replace('_', '-')}", type=int, default=argparse.SUPPRESS, help="of stseg.TrainConfig"
-        )
+    for name in SETTINGS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS, help="of TrainConfig")
     return parser.parse_args()
 
 
