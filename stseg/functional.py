@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stseg.samples import check_classes, check_threshold, index_dtype
+from stseg.samples import check_classes, index_dtype
+from stseg.thresholds import check_threshold
 
 
 class PseudoLabels(NamedTuple):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,9 @@ from stseg.inference import (
 )
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, digest, frozen
-from stseg.samples import check_classes, check_threshold, ids_of, image_of
+from stseg.samples import check_classes, ids_of, image_of
 from stseg.store import MaskStore, check_store_id
+from stseg.thresholds import STEPS, check_threshold, least_confidence, leaves_out, step_of
 from stseg.types import Precision
 
 
@@ -273,11 +272,11 @@ class PseudoLabeler:
         mine, device = share_of(len(ids)), device_of(self.model)
         skip = (lambda _: None) if skip_unreadable else None
         images = load(dataset, mine, batch_size=self.batch_size, num_workers=self.num_workers, skip=skip)
-        counts = torch.zeros(self.num_classes, _STEPS, dtype=torch.int64, device=device)
+        counts = torch.zeros(self.num_classes, STEPS, dtype=torch.int64, device=device)
 
         def count_each(batch: Tensor) -> list[bool]:
             mask, confidence = pseudo_label(self._predict(batch), ignore_index=self.ignore_index)
-            cells = (mask.long() * _STEPS + _step_of(confidence)).flatten()
+            cells = (mask.long() * STEPS + step_of(confidence)).flatten()
             counts.add_(torch.bincount(cells, minlength=counts.numel()).reshape(counts.shape))
             finite: list[bool] = confidence.isfinite().flatten(1).all(1).tolist()
             return finite
@@ -286,7 +285,7 @@ class PseudoLabeler:
             results = in_equal_batches(count_each, images, batch_size=self.batch_size, device=device)
             for index, finite in bar(results, total=len(mine), title="thresholds", show=self.progress):
                 check_finite(finite, name=f"image {ids[index]!r}")
-        return tuple(_least_confidence(of_class.tolist(), keep) for of_class in summed(counts).cpu())
+        return tuple(least_confidence(of_class.tolist(), keep) for of_class in summed(counts).cpu())
 
     def _label(self, images: Tensor) -> PseudoLabels:
         return pseudo_label(self._predict(images), threshold=self.threshold, ignore_index=self.ignore_index)
@@ -299,48 +298,6 @@ class PseudoLabeler:
             "ignore_index": self.ignore_index,
             "precision": self.precision,
         }
-
-
-_UNIT = 2.0**-24  # all float32 from 0.5 to 1 are multiples of it
-_BITS = 13
-_ONE = 0x3F800000 >> _BITS  # of the bits of 1.0
-_STEPS = 24 * 2 ** (23 - _BITS) + 2
-
-
-def _step_of(confidence: Tensor) -> Tensor:
-    """In which of 24,578 steps each confidence lies, counted from 1 down: int64. NaN counts as 0.
-
-    Its distance from 1, in whole units, is a float32 whose bits, read as an integer, are in the order of the values.
-    What is left of them is the exponent and 10 bits of the fraction.
-    """
-    distance = 1 / _UNIT - (confidence.nan_to_num(0.0).clamp(0, 1) / _UNIT).floor()
-    return ((distance.view(torch.int32) >> _BITS).long() - _ONE + 1).clamp(min=0)
-
-
-def _lower_end(step: int) -> float:
-    """The lowest confidence of a step.
-
-    Example:
-        >>> [_lower_end(step) for step in (0, 1, _STEPS - 1)] == [1.0, 1.0 - _UNIT, 0.0]
-        True
-    """
-    bits = torch.tensor([((step + _ONE) << _BITS) - 1], dtype=torch.int32)
-    distance = math.floor(bits.view(torch.float32)) if step else 0
-    return max(1 - distance * _UNIT, 0.0)
-
-
-def _least_confidence(counts: Sequence[int], keep: float) -> float:
-    """The lowest confidence of the highest steps that hold the share ``keep`` of all pixels; 0 if they hold all."""
-    total = sum(counts)
-    for step, kept in enumerate(accumulate(counts)):
-        if kept >= keep * total:
-            return 0.0 if kept == total else _lower_end(step)
-    return 0.0
-
-
-def leaves_out(threshold: float | tuple[float, ...]) -> bool:
-    """Whether pixels may fall below a threshold, or below one of several."""
-    return (max(threshold) if isinstance(threshold, tuple) else threshold) > 0
 
 
 def check_stored(ignore_index: int) -> None:

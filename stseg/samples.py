@@ -280,31 +280,6 @@ def check_classes(num_classes: int, ignore_index: int) -> None:
         raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes; expected another value")
 
 
-def check_threshold(threshold: Any, num_classes: int) -> float | tuple[float, ...]:
-    """A threshold of confidence as a float, or one for each class as a tuple.
-
-    Raises:
-        ValueError: if it is neither a probability nor one for each class.
-
-    Example:
-        >>> check_threshold(torch.tensor([0.5, 0.25]), 2), check_threshold(1, 2)
-        ((0.5, 0.25), 1.0)
-    """
-    try:
-        values = torch.as_tensor(threshold, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError):
-        values = torch.zeros(0, 0)  # of no shape that is accepted
-    if values.shape not in ((), (num_classes,)):
-        came = f"of shape {tuple(threshold.shape)}" if isinstance(threshold, Tensor) else repr(threshold)
-        expected = f"a probability in [0, 1], or one for each of {num_classes} classes"
-        raise ValueError(f"threshold is {came}; expected {expected}")
-    for index, value in enumerate(values.flatten().tolist()):
-        if not 0 <= value <= 1:
-            where = "" if values.ndim == 0 else f" of class {index}"
-            raise ValueError(f"threshold{where} is {value}; expected a probability in [0, 1]")
-    return float(values) if values.ndim == 0 else tuple(values.tolist())
-
-
 def index_dtype(num_classes: int, ignore_index: int) -> torch.dtype:
     """The dtype of predicted masks: uint8 where classes and ignore index fit in it, else int32."""
     return torch.uint8 if num_classes <= 256 and 0 <= ignore_index <= 255 else torch.int32

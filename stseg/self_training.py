@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from stseg.augment import StrongAugment
@@ -15,10 +15,12 @@ from stseg.checks import check_strong, refuse_common_ids
 from stseg.config import TrainConfig
 from stseg.data import MixedDataset
 from stseg.errors import DataError
+from stseg.pseudo import check_stored
 from stseg.records import described
 from stseg.result import SelfTrainingResult
 from stseg.samples import check_classes, len_of
 from stseg.stages import Images, Ranker, Stages, StageSettings
+from stseg.thresholds import check_threshold, leaves_out
 from stseg.training import FitResult
 from stseg.tta import MultiScaleFlip
 from stseg.types import BatchAugmentation
@@ -34,7 +36,7 @@ class SelfTrainer:
     - ``"st++"``: the images on whose masks the teacher settled early in its training are labelled first; a student
       that learnt from those labels the rest (section 3.3).
 
-    Every stage begins with a network of its own. With a ``workdir`` each step is written there as soon as it is done,
+    Every stage trains a network of its own. With a ``workdir`` each step is written there as soon as it is done,
     training, ranking and labelling also while under way, and the same call again goes on from where it was killed.
     Under ``torchrun`` or ``accelerate launch`` the processes share all the work.
 
@@ -49,6 +51,12 @@ class SelfTrainer:
         reliable_fraction: share of the images that count as reliable; of n, the first ``floor(n * fraction)``.
         strong: augmentation of pseudo-labelled images; None for none.
         tta: wraps a network for labelling; None labels at one scale, in a fifteenth of the time.
+        threshold: pixels whose confidence is below it are ignored in pseudo-masks; one value, or one for each class.
+            The paper keeps all (0).
+        keep_per_class: share of the pixels predicted as a class that is kept, in place of ``threshold``. At each
+            labelling thresholds are found for its images, which are seen once more for that.
+        student_init: ``"fresh"``, the paper's, or ``"teacher"``: a student begins with the weights of the network that
+            labelled last. The second one of ST++ so begins with those of the first.
         ranker: ranks the images in place of their stability: any object with ``.rank(dataset) -> Ranking``.
         ignore_index: mask value of pixels that do not count.
         inference_batch_size: how many images of equal size are labelled or ranked at once.
@@ -86,6 +94,9 @@ class SelfTrainer:
         reliable_fraction: float = 0.5,
         strong: BatchAugmentation | None = StrongAugment(),  # noqa: B008  it holds settings alone
         tta: Callable[[nn.Module], nn.Module] | None = MultiScaleFlip,
+        threshold: float | Sequence[float] | Tensor = 0.0,
+        keep_per_class: float | None = None,
+        student_init: Literal["fresh", "teacher"] = "fresh",
         ranker: Ranker | None = None,
         ignore_index: int = 255,
         inference_batch_size: int = 8,
@@ -105,7 +116,16 @@ class SelfTrainer:
             raise ValueError(f"teacher is {teacher!r}; expected 'final' or 'best'")
         if not 0 < reliable_fraction < 1:
             raise ValueError(f"reliable_fraction is {reliable_fraction}; expected a share between 0 and 1")
+        if student_init not in ("fresh", "teacher"):
+            raise ValueError(f"student_init is {student_init!r}; expected 'fresh' or 'teacher'")
         check_classes(num_classes, ignore_index)
+        threshold = check_threshold(threshold, num_classes)
+        if keep_per_class is not None and not 0 < keep_per_class <= 1:
+            raise ValueError(f"keep_per_class is {keep_per_class}; expected a share in (0, 1], or None")
+        if keep_per_class is not None and leaves_out(threshold):
+            raise ValueError(f"threshold is {threshold} and keep_per_class {keep_per_class}; expected one of the two")
+        if workdir is not None and (keep_per_class is not None or leaves_out(threshold)):
+            check_stored(ignore_index)
         if method == "st++" and (config.epochs or config.steps or 0) < 3:
             raise ValueError(
                 "method 'st++' keeps three checkpoints of the teacher; expected 3 epochs (or steps) or more"
@@ -120,6 +140,9 @@ class SelfTrainer:
             config=config,
             strong=strong,
             tta=tta,
+            threshold=threshold,
+            keep_per_class=keep_per_class,
+            student_init=student_init,
             keep=teacher,
             ranker=ranker,
             ignore_index=ignore_index,
@@ -163,12 +186,12 @@ class SelfTrainer:
             return run.result(teacher)
         if self.method == "st":
             labels = run.label("labels", teacher, images)
-            return run.result(run.train("student", MixedDataset(labelled, labels)))
+            return run.result(run.train("student", MixedDataset(labelled, labels), teacher=teacher))
         reliable, rest = run.rank("ranking", teacher, images).split(self.reliable_fraction)
         easy = run.label("reliable", teacher, Subset(images, reliable))
-        student = run.train("student-1", MixedDataset(labelled, easy))
+        student = run.train("student-1", MixedDataset(labelled, easy), teacher=teacher)
         hard = run.label("unreliable", student, Subset(images, rest))
-        return run.result(run.train("student-2", MixedDataset(labelled, ConcatDataset([easy, hard]))))
+        return run.result(run.train("student-2", MixedDataset(labelled, ConcatDataset([easy, hard])), teacher=student))
 
     def _prepared(
         self,
@@ -204,6 +227,8 @@ class SelfTrainer:
 
     def _described(self) -> dict[str, Any]:
         s = self.settings
+        # What goes beyond the paper only where it is asked for: folders made before there was such a choice stay valid.
+        beyond: dict[str, Any] = {"threshold": 0.0, "keep_per_class": None, "student_init": "fresh"}
         return {
             "method": self.method,
             "teacher": s.keep,
@@ -215,6 +240,7 @@ class SelfTrainer:
             "tta": described(s.tta),
             "ranker": described(s.ranker),
             "skip_unreadable": s.skip_unreadable,
+            **{name: getattr(s, name) for name, usual in beyond.items() if getattr(s, name) != usual},
         }
 
 

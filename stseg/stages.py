@@ -23,11 +23,13 @@ from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, digest
 from stseg.pseudo import PseudoLabeler, PseudoLabelled
 from stseg.ranking import Ranking, StabilityRanker
+from stseg.records import read_record, refuse_other, write_record
 from stseg.report import write_report
 from stseg.result import SelfTrainingResult
 from stseg.samples import ids_of, image_of, pair_of
 from stseg.seeds import seed_of, seeded
 from stseg.store import check_store_id
+from stseg.thresholds import check_threshold
 from stseg.training import FitResult, fit
 from stseg.types import BatchAugmentation
 from stseg.workdir import Workdir
@@ -63,6 +65,9 @@ class StageSettings:
     config: TrainConfig
     strong: BatchAugmentation | None
     tta: Callable[[nn.Module], nn.Module] | None
+    threshold: float | tuple[float, ...]
+    keep_per_class: float | None
+    student_init: Literal["fresh", "teacher"]
     keep: Literal["final", "best"]
     ranker: Ranker | None
     ignore_index: int
@@ -113,6 +118,8 @@ class Stages:
         facts["network"] = self._check_network(image, will_label=unlabelled is not None)
         if teacher is not None:
             check_network(teacher.model, image, s.num_classes)
+            if s.student_init == "teacher":
+                self.new_model("check", teacher)
             self.trained["teacher"] = teacher
         if unlabelled is None:
             self.workdir.claim(facts)
@@ -138,13 +145,15 @@ class Stages:
         kept = [index for index in range(len(ids)) if index not in left_out]
         return Images(unlabelled, kept, [ids[index] for index in kept])
 
-    def train(self, step: str, dataset: MixedDataset, snapshots: Sequence[int] = ()) -> FitResult:
-        """Train a network of its own, from its initial weights; of those before, none stays on the device."""
+    def train(
+        self, step: str, dataset: MixedDataset, snapshots: Sequence[int] = (), *, teacher: FitResult | None = None
+    ) -> FitResult:
+        """Train a network of its own, from fresh weights or its teacher's. None of those before stays on the device."""
         for earlier in self.trained.values():
             earlier.model.to("cpu")
         s = self.settings
         result = fit(
-            self.new_model(step),
+            self.new_model(step, teacher if s.student_init == "teacher" else None),
             dataset,
             s.config.with_seed(seed_of(s.config.seed, step)),
             strong=s.strong if dataset.pseudo is not None else None,
@@ -168,7 +177,8 @@ class Stages:
         s, began = self.settings, time.monotonic()
         before = device_of(teacher.model)
         model = teacher.model.to(self.device)
-        labeler = PseudoLabeler(
+        labeler = partial(
+            PseudoLabeler,
             model if s.tta is None else s.tta(model),
             num_classes=s.num_classes,
             ignore_index=s.ignore_index,
@@ -177,7 +187,8 @@ class Stages:
             precision=s.config.precision,
             progress=s.progress,
         )
-        self.labelled[step] = labeler.label(images, self.workdir.path(step, "masks"))
+        threshold = self._thresholds(step, labeler(), images) if s.keep_per_class is not None else s.threshold
+        self.labelled[step] = labeler(threshold=threshold).label(images, self.workdir.path(step, "masks"))
         model.to(before)
         self._done(step, time.monotonic() - began)
         return self.labelled[step]
@@ -226,12 +237,43 @@ class Stages:
         barrier()
         return result
 
-    def new_model(self, step: str) -> nn.Module:
-        """A network with the initial weights of a step."""
+    def new_model(self, step: str, teacher: FitResult | None = None) -> nn.Module:
+        """A network with the initial weights of a step: its own, or those of its teacher.
+
+        Raises:
+            ValueError: if the teacher is another kind of network.
+        """
         seed = seed_of(self.settings.config.seed, "init", step)
         with seeded(seed), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            return as_segmenter(self.settings.make_model()).to(self.device)
+            model = as_segmenter(self.settings.make_model()).to(self.device)
+        if teacher is not None:
+            try:
+                model.load_state_dict(as_segmenter(teacher.model).state_dict())
+            except RuntimeError as error:
+                raise ValueError(
+                    f"student_init is 'teacher', but its weights do not fit the network of make_model: {error}"
+                ) from None
+        return model
+
+    def _thresholds(self, step: str, labeler: PseudoLabeler, images: Dataset[Any]) -> float | tuple[float, ...]:
+        """One for each class, found once and kept beside the masks."""
+        keep = self.settings.keep_per_class
+        assert keep is not None
+        path = self.workdir.path(step, "thresholds.json")
+        source = {"model": digest(labeler.model), "keep_per_class": keep}
+        found = None if path is None else read_record(path)
+        if path is not None and found is not None:
+            values = found.pop("thresholds", None)
+            refuse_other(found, source, path)
+            try:
+                return check_threshold([float(value) for value in values], self.settings.num_classes)
+            except (TypeError, ValueError):
+                raise DataError(f"{path} is damaged; remove it to find the thresholds anew") from None
+        thresholds = labeler.class_thresholds(images, keep)
+        if path is not None and rank() == 0:
+            write_record(path, {**source, "thresholds": thresholds})
+        return thresholds
 
     def _check_network(self, image: Tensor, *, will_label: bool) -> str:
         model, another = self.new_model("check"), self.new_model("check")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -8,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import stseg
@@ -73,13 +77,15 @@ class Mixture(list):
         super().__init__([(*item, False) for item in true] * rounds + [(*item, True) for item in guessed])
 
 
-def train_by_hand(step: str, true, guessed=()) -> tuple[nn.Module, list[nn.Module]]:
-    """A stage on its own: fresh weights, and the seed of that step."""
+def train_by_hand(
+    step: str, true, guessed=(), *, start: nn.Module | None = None, config: TrainConfig = CONFIG
+) -> tuple[nn.Module, list[nn.Module]]:
+    """A stage on its own: fresh weights (or those of another network), and the seed of that step."""
     torch.manual_seed(seed_of(SEED, "init", step))
     result = fit(
-        make_model(),
+        make_model() if start is None else copy.deepcopy(start),
         Mixture(true, guessed),
-        CONFIG.with_seed(seed_of(SEED, step)),
+        config.with_seed(seed_of(SEED, step)),
         strong=stseg.StrongAugment() if guessed else None,
         snapshots=[4 // 3, 2 * 4 // 3, 4],
         check=False,
@@ -88,9 +94,13 @@ def train_by_hand(step: str, true, guessed=()) -> tuple[nn.Module, list[nn.Modul
     return result.model.network, [snapshot.network for snapshot in result.snapshots]
 
 
-@torch.no_grad()
 def mask_by_hand(network: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    """One image: five scales, each with its mirror image."""
+    return labels_by_hand(network, image)[0]
+
+
+@torch.no_grad()
+def labels_by_hand(network: nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask and confidence of one image: five scales, each with its mirror image."""
     height, width = image.shape[-2:]
     total = torch.zeros(3, height, width)
     for scale in (0.5, 0.75, 1.0, 1.5, 2.0):
@@ -101,7 +111,7 @@ def mask_by_hand(network: nn.Module, image: torch.Tensor) -> torch.Tensor:
             p = network((x - NORMAL[0]) / NORMAL[1]).softmax(1)
             p = p.flip(-1) if mirrored else p
             total += F.interpolate(p, (height, width), mode="bilinear", align_corners=True)[0]
-    return total.argmax(0).to(torch.uint8)
+    return total.argmax(0).to(torch.uint8), total.amax(0) / total.sum(0)
 
 
 @torch.no_grad()
@@ -149,6 +159,133 @@ class TestAgainstTheSameByHand:
             assert all(torch.equal(mask, own) for (_, mask), (_, own) in zip(result.labels[name], pairs, strict=True))
         assert same(result.model.network, final)
         assert same(result.stages["student-1"].model.network, student)
+
+
+class TestBeyondThePaper:
+    def test_pseudo_weight(self):
+        config = dataclasses.replace(CONFIG, pseudo_weight=0.25)
+        result = trainer(method="st", config=config).fit(labelled(), unlabelled())
+        teacher, _ = train_by_hand("teacher", labelled())
+        guessed = [(image, mask_by_hand(teacher, image)) for image in unlabelled()]
+        student, _ = train_by_hand("student", labelled(), guessed, config=config)
+        assert same(result.stages["teacher"].model.network, teacher)
+        assert same(result.model.network, student)
+        assert not same(student, train_by_hand("student", labelled(), guessed)[0])
+
+    @pytest.mark.parametrize("threshold", [0.4, (0.38, 0.42, 0.4)])
+    def test_threshold(self, threshold):
+        result = trainer(method="st", threshold=threshold).fit(labelled(), unlabelled())
+        teacher, _ = train_by_hand("teacher", labelled())
+        guessed = []
+        for image in unlabelled():
+            mask, confidence = labels_by_hand(teacher, image)
+            least = torch.tensor(threshold)[mask.long()] if isinstance(threshold, tuple) else threshold
+            guessed.append((image, torch.where(confidence < least, 255, mask).to(torch.uint8)))
+        pixels = torch.cat([mask.flatten() for _, mask in guessed])
+        assert 0.05 < (pixels == 255).float().mean() < 0.95
+        for (_, mask), (_, own) in zip(result.labels["labels"], guessed, strict=True):
+            assert torch.equal(mask, own)
+        assert same(result.model.network, train_by_hand("student", labelled(), guessed)[0])
+
+    def test_keep_per_class_at_each_labelling(self):
+        keep, data = 0.7, unlabelled()
+        result = trainer(keep_per_class=keep).fit(labelled(), data)
+        teacher, _ = train_by_hand("teacher", labelled())
+        reliable, rest = result.ranking.split(0.5)
+
+        def label(network: nn.Module, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            chosen = [data[index] for index in indices]
+            views = stseg.MultiScaleFlip(network)
+            thresholds = stseg.PseudoLabeler(views, num_classes=3, progress=False).class_thresholds(chosen, keep)
+            return list(stseg.PseudoLabeler(views, num_classes=3, threshold=thresholds, progress=False).label(chosen))
+
+        easy = label(teacher, reliable)
+        student, _ = train_by_hand("student-1", labelled(), easy)
+        hard = label(student, rest)
+        for name, own in (("reliable", easy), ("unreliable", hard)):
+            assert all(torch.equal(a, b) for (_, a), (_, b) in zip(result.labels[name], own, strict=True))
+        assert same(result.model.network, train_by_hand("student-2", labelled(), easy + hard)[0])
+        # And the share itself, counted: the least certain pixels of each class are those that are left out.
+        for network, pairs in ((teacher, easy), (student, hard)):
+            found = [labels_by_hand(network, image) for image, _ in pairs]
+            classes, confidence = (torch.cat([part[i].flatten() for part in found]) for i in range(2))
+            kept = torch.cat([mask.flatten() for _, mask in pairs]) != 255
+            for of_class in classes.unique():
+                own = classes == of_class
+                assert keep <= kept[own].float().mean() <= keep + 0.02 + 1 / own.sum()
+                low, high = confidence[own & ~kept], confidence[own & kept]
+                assert not len(low) or low.max() <= high.min() + 1e-5
+
+    def test_keep_per_class_of_one_is_the_paper(self):
+        kept = trainer(keep_per_class=1).fit(labelled(), unlabelled())
+        assert same(kept.model, trainer().fit(labelled(), unlabelled()).model)
+
+    def test_student_init_teacher_in_st(self):
+        result = trainer(method="st", student_init="teacher").fit(labelled(), unlabelled())
+        teacher, _ = train_by_hand("teacher", labelled())
+        guessed = [(image, mask_by_hand(teacher, image)) for image in unlabelled()]
+        assert same(result.model.network, train_by_hand("student", labelled(), guessed, start=teacher)[0])
+        assert same(result.stages["teacher"].model.network, teacher), "the teacher itself was trained further"
+
+    def test_student_init_teacher_in_st_plus_plus_is_the_network_that_labelled_last(self):
+        data = unlabelled()
+        result = trainer(student_init="teacher").fit(labelled(), data)
+        teacher, _ = train_by_hand("teacher", labelled())
+        reliable, rest = result.ranking.split(0.5)
+        easy = [(data[i], mask_by_hand(teacher, data[i])) for i in reliable]
+        student, _ = train_by_hand("student-1", labelled(), easy, start=teacher)
+        hard = [(data[i], mask_by_hand(student, data[i])) for i in rest]
+        final, _ = train_by_hand("student-2", labelled(), easy + hard, start=student)
+        assert same(result.stages["student-1"].model.network, student)
+        assert same(result.model.network, final)
+
+    @pytest.mark.parametrize("method", ["st", "st++"])
+    def test_student_init_teacher_with_a_teacher_that_is_handed_in(self, method, tmp_path):
+        teacher = trainer(method="supervised").fit(labelled()).stages["teacher"]
+        before = copy.deepcopy(teacher.model)
+        options = {"method": method, "student_init": "teacher"}
+        handed = trainer(**options, workdir=tmp_path).fit(labelled(), unlabelled(), teacher=teacher)
+        assert same(teacher.model, before)
+        assert same(handed.model, trainer(**options).fit(labelled(), unlabelled()).model)
+        again = trainer(**options, workdir=tmp_path).fit(labelled(), unlabelled(), teacher=teacher)
+        assert same(again.model, handed.model)
+
+    def test_student_init_teacher_needs_a_teacher_of_the_same_kind(self):
+        other = fit(nn.Conv2d(3, 3, 1), labelled(), CONFIG, snapshots=[1, 4], progress=False)
+        for method in ("st", "st++"):
+            with pytest.raises(
+                ValueError, match="student_init is 'teacher', but its weights do not fit the network of"
+            ):
+                trainer(method=method, student_init="teacher").fit(labelled(), unlabelled(), teacher=other)
+
+    def test_pseudo_masks_of_which_nothing_is_left_are_no_nan(self):
+        result = trainer(threshold=1.0).fit(labelled(), unlabelled())
+        masks = [mask for name in ("reliable", "unreliable") for _, mask in result.labels[name]]
+        assert all((mask == 255).all() for mask in masks)
+        assert all(value.isfinite().all() for value in result.model.state_dict().values())
+        assert all(math.isfinite(row["loss"]) for row in result.stages["student-2"].history)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"threshold": 1.5}, r"threshold is 1.5; expected a probability in \[0, 1\]"),
+            ({"threshold": [0.5, 0.5]}, r"threshold is \[0.5, 0.5\]; expected .* one for each of 3 classes"),
+            ({"threshold": [0.5, math.nan, 0.5]}, "threshold of class 1 is nan"),
+            ({"keep_per_class": 0}, r"keep_per_class is 0; expected a share in \(0, 1\], or None"),
+            ({"keep_per_class": 1.5}, "keep_per_class is 1.5; expected a share"),
+            ({"keep_per_class": math.nan}, "keep_per_class is nan; expected a share"),
+            (
+                {"keep_per_class": 0.5, "threshold": 0.3},
+                "threshold is 0.3 and keep_per_class 0.5; expected one of the two",
+            ),
+            ({"keep_per_class": 0.5, "ignore_index": -1, "workdir": "w"}, r"ignore_index is -1; .* 0\.\.65535"),
+            ({"threshold": 0.5, "ignore_index": -1, "workdir": "w"}, r"ignore_index is -1; .* 0\.\.65535"),
+            ({"student_init": "student"}, "student_init is 'student'; expected 'fresh' or 'teacher'"),
+        ],
+    )
+    def test_arguments_that_make_no_sense_are_named_at_once(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            trainer(strong=None, **options)
 
 
 class TestThirds:
@@ -327,6 +464,10 @@ class TestWorkdir:
             ({"reliable_fraction": 0.4}, "reliable_fraction is 0.5 there and 0.4 now"),
             ({"strong": None}, "strong is 'StrongAugment.*' there and 'None' now"),
             ({"tta": None}, "tta is '.*MultiScaleFlip' there and 'None' now"),
+            ({"threshold": 0.5}, "threshold is None there and 0.5 now"),
+            ({"keep_per_class": 0.5}, "keep_per_class is None there and 0.5 now"),
+            ({"student_init": "teacher"}, "student_init is None there and 'teacher' now"),
+            ({"config": dataclasses.replace(CONFIG, pseudo_weight=2)}, "config.pseudo_weight is None there and 2 now"),
             ({"make_model": lambda: nn.Conv2d(3, 3, 1)}, "network is '.*' there and '.*' now"),
         ],
     )
@@ -336,6 +477,75 @@ class TestWorkdir:
         with pytest.raises(WorkdirMismatchError, match=message):
             trainer(workdir=tmp_path, **options).fit(labelled(), unlabelled())
         assert content(tmp_path) == before
+
+    def test_is_described_as_before_where_nothing_goes_beyond_the_paper(self, tmp_path):
+        trainer(workdir=tmp_path).fit(labelled(), unlabelled())
+        settings = json.loads((tmp_path / "run.json").read_text())["settings"]
+        beyond = {"threshold", "keep_per_class", "student_init", "pseudo_weight", "sync_batchnorm"}
+        assert beyond.isdisjoint({*settings, *settings["config"]})
+
+    def test_of_a_run_beyond_the_paper_goes_on_to_the_same(self, tmp_path, monkeypatch):
+        options = {"keep_per_class": 0.6, "student_init": "teacher"}
+        trainer(workdir=tmp_path / "whole", **options).fit(labelled(), unlabelled())
+        times, left = 0, 0
+
+        def interrupted(function):
+            def counted(*args, **kwargs):
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+                return function(*args, **kwargs)
+
+            return counted
+
+        # Once for each training step, and for each image that is labelled or looked at for its confidence.
+        monkeypatch.setattr(stseg.training, "train_step", interrupted(stseg.training.train_step))
+        monkeypatch.setattr(stseg.pseudo, "check_finite", interrupted(stseg.pseudo.check_finite))
+        folder = tmp_path / "killed"
+        while not (folder / "student-2" / "model.safetensors").exists():
+            times, left = times + 1, 5
+            with suppress(KeyboardInterrupt):
+                trainer(workdir=folder, save_every=0.0, **options).fit(labelled(), unlabelled())
+        assert times > 5
+        assert content(folder) == content(tmp_path / "whole")
+        assert {path.parent.name for path in folder.rglob("thresholds.json")} == {"reliable", "unreliable"}
+
+    def test_of_thresholds_that_were_found_does_not_find_them_again(self, tmp_path, monkeypatch):
+        first = trainer(method="st", workdir=tmp_path, keep_per_class=0.6).fit(labelled(), unlabelled())
+        monkeypatch.delattr(stseg.PseudoLabeler, "class_thresholds")
+        again = trainer(method="st", workdir=tmp_path, keep_per_class=0.6).fit(labelled(), unlabelled())
+        assert same(first.model, again.model)
+        record = json.loads((tmp_path / "labels" / "thresholds.json").read_text())
+        of_masks = json.loads((tmp_path / "labels" / "masks" / "labels.json").read_text())
+        assert (record["keep_per_class"], record["thresholds"]) == (0.6, of_masks["threshold"])
+
+    def test_with_damaged_or_foreign_thresholds_says_which_file(self, tmp_path):
+        trainer(method="st", workdir=tmp_path, keep_per_class=0.6).fit(labelled(), unlabelled())
+        path = tmp_path / "labels" / "thresholds.json"
+        record = json.loads(path.read_text())
+        for change, message in (
+            ({"thresholds": [0.1, 0.2]}, r"thresholds\.json is damaged"),
+            ({"thresholds": [0.1, 0.2, 7]}, r"thresholds\.json is damaged"),
+            ({"thresholds": None}, r"thresholds\.json is damaged"),
+            ({"thresholds": ["a", 0.2, 0.3]}, r"thresholds\.json is damaged"),
+            ({"thresholds": [0.1, 0.2, 0.3]}, "threshold is .* there and"),
+            ({"model": "another"}, r"thresholds\.json was made .*: model is 'another' there and"),
+            ({"keep_per_class": 0.9}, r"thresholds\.json was made .*: keep_per_class is 0.9 there and 0.6 now"),
+        ):
+            path.write_text(json.dumps({**record, **change}))
+            with pytest.raises((stseg.DataError, WorkdirMismatchError), match=message):
+                trainer(method="st", workdir=tmp_path, keep_per_class=0.6).fit(labelled(), unlabelled())
+
+    @pytest.mark.parametrize("student_init", ["fresh", "teacher"])
+    def test_of_another_teacher_under_a_finished_student_is_refused(self, tmp_path, student_init):
+        options = {"method": "st", "workdir": tmp_path, "student_init": student_init}
+        trainer(**options).fit(labelled(), unlabelled())
+        path = tmp_path / "teacher" / "model.safetensors"
+        weights = load_file(path)
+        save_file({**weights, "3.bias": weights["3.bias"] + 1}, path)
+        with pytest.raises(WorkdirMismatchError, match=r"labels.masks was made .*: model is '.*' there and '.*' now"):
+            trainer(**options).fit(labelled(), unlabelled())
 
     @pytest.mark.parametrize("cut", ["lines", "score", "everything", "index"])
     def test_with_a_damaged_ranking_says_which_file(self, tmp_path, cut):
