@@ -40,6 +40,8 @@ from stseg.records import check_record, read_record
 
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
 NOTHING: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0, "cutout": None}
+WARM: dict[str, Any] = {"student_init": "teacher"}
+BALANCED: dict[str, Any] = {"keep_per_class": 0.8}
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,15 @@ Method = Callable[[Case, str], Run]
 """``(case, name of the folder) -> result``."""
 
 
+def longer(config: stseg.TrainConfig, times: int) -> stseg.TrainConfig:
+    """The same settings for so many times the steps."""
+    return replace(config, steps=times * (config.steps or 0))
+
+
 def supervised(case: Case, name: str, *, times: int = 1) -> Run:
     """On the labelled images, perhaps for longer."""
-    config = replace(case.config, steps=times * (case.config.steps or 0))
-    return case.trainer(name, "supervised", config=config).fit(case.labelled, val=case.val)
+    trainer = case.trainer(name, "supervised", config=longer(case.config, times))
+    return trainer.fit(case.labelled, val=case.val)
 
 
 def ceiling(case: Case, name: str) -> Run:
@@ -157,10 +164,11 @@ def ceiling(case: Case, name: str) -> Run:
     return case.trainer(name, "supervised").fit(case.everything, val=case.val)
 
 
-def self_trained(case: Case, name: str, *, method: str, **options: Any) -> Run:
+def self_trained(case: Case, name: str, *, method: str, times: int = 1, **options: Any) -> Run:
     """ST or ST++ from the supervised network, which is trained now if that has not been done."""
     teacher = supervised(case, "supervised").stages["teacher"]
-    return case.trainer(name, method, **options).fit(case.labelled, case.unlabelled, case.val, teacher=teacher)
+    trainer = case.trainer(name, method, config=longer(case.config, times), **options)
+    return trainer.fit(case.labelled, case.unlabelled, case.val, teacher=teacher)
 
 
 def strongly_augmented(case: Case, name: str) -> Run:
@@ -196,11 +204,11 @@ METHODS: dict[str, tuple[str, Method]] = {
     "st-gray": ("ST, grey alone", partial(self_trained, method="st", strong=only(gray_p=0.2))),
     "st-blur": ("ST, blur alone", partial(self_trained, method="st", strong=only(blur_p=0.5))),
     "st-cutout": ("ST, cutout alone", partial(self_trained, method="st", strong=only(cutout=stseg.Cutout()))),
-    "st-warm": ("ST, student begins as its teacher", partial(self_trained, method="st", student_init="teacher")),
-    "st++-warm": (
-        "ST++, students begin as their teacher",
-        partial(self_trained, method="st++", student_init="teacher"),
-    ),
+    "st-2x": ("ST, student twice the steps", partial(self_trained, method="st", times=2)),
+    "st-warm": ("ST, student begins as its teacher", partial(self_trained, method="st", **WARM)),
+    "st-balanced": ("ST, surest 80 % of each class", partial(self_trained, method="st", **BALANCED)),
+    "st-both": ("ST, both", partial(self_trained, method="st", **WARM, **BALANCED)),
+    "st++-both": ("ST++, both", partial(self_trained, method="st++", **WARM, **BALANCED)),
     "ceiling": ("supervised, all masks", ceiling),
 }
 """What can be asked for: by name, how tables call it and how it is run."""
