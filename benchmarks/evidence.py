@@ -37,6 +37,7 @@ import stseg
 from stseg.data import MixedDataset, SegmentationFolder, read_ids, split_ids
 from stseg.files import write_atomically
 from stseg.records import check_record, read_record
+from stseg.samples import ids_of
 
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
 NOTHING: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0, "cutout": None}
@@ -82,6 +83,20 @@ class Resized(Dataset[tuple[Tensor, Tensor]]):
         return self._read[index]
 
 
+class Images(Dataset[Tensor]):
+    """The images of a labelled data set without their masks."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset, self.ids = dataset, ids_of(dataset)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image: Tensor = self.dataset[index][0]
+        return image
+
+
 class AlsoStrong(Dataset[tuple[Tensor, Tensor]]):
     """The labelled images under other names, so that they may stand where the pseudo-labelled ones do."""
 
@@ -123,6 +138,8 @@ class Case:
 
     labelled: Dataset[Any]
     unlabelled: Dataset[Any]
+    true: Dataset[Any]
+    """The unlabelled images with their true masks, for what measures the methods and is none."""
     everything: Dataset[Any]
     val: Dataset[Any]
     num_classes: int
@@ -171,13 +188,13 @@ def self_trained(case: Case, name: str, *, method: str, times: int = 1, **option
     return trainer.fit(case.labelled, case.unlabelled, case.val, teacher=teacher)
 
 
-def strongly_augmented(case: Case, name: str) -> Run:
-    """A student's training without other images: half the draws are labelled images under the strong augmentation."""
+def on_true_masks(case: Case, name: str, *, strong: Dataset[Any]) -> Run:
+    """A student's training on true masks; about half the draws are of ``strong``, under the strong augmentation."""
     began = time.monotonic()
     torch.manual_seed(case.config.seed)
     stage = stseg.fit(
         case.make_model(),
-        MixedDataset(case.labelled, AlsoStrong(case.labelled, case.labelled.ids)),  # type: ignore[attr-defined]
+        MixedDataset(case.labelled, strong),
         case.config,
         strong=stseg.StrongAugment(),
         val=case.val,
@@ -186,6 +203,16 @@ def strongly_augmented(case: Case, name: str) -> Run:
     )
     seconds = {"teacher": time.monotonic() - began}
     return Run(model=stage.model, stages={"teacher": stage}, labels={}, ranking=None, skipped=(), seconds=seconds)
+
+
+def strongly_augmented(case: Case, name: str) -> Run:
+    """What does the strong augmentation do alone? The labelled images take the place of the pseudo-labelled ones."""
+    return on_true_masks(case, name, strong=AlsoStrong(case.labelled, case.labelled.ids))  # type: ignore[attr-defined]
+
+
+def rightly_labelled(case: Case, name: str) -> Run:
+    """What do the errors of the pseudo-labels do? ST as if there were none."""
+    return on_true_masks(case, name, strong=case.true)
 
 
 def only(**chosen: Any) -> stseg.StrongAugment:
@@ -199,6 +226,7 @@ METHODS: dict[str, tuple[str, Method]] = {
     "supervised-strong": ("supervised, strong augmentation too", strongly_augmented),
     "st": ("ST", partial(self_trained, method="st")),
     "st++": ("ST++", partial(self_trained, method="st++")),
+    "st-true": ("ST, were all pseudo-labels right", rightly_labelled),
     "st-plain": ("ST without strong augmentation", partial(self_trained, method="st", strong=None)),
     "st-jitter": ("ST, colour jitter alone", partial(self_trained, method="st", strong=only(jitter_p=0.8))),
     "st-gray": ("ST, grey alone", partial(self_trained, method="st", strong=only(gray_p=0.2))),
@@ -301,7 +329,8 @@ def case_of(
     few.ids = labelled  # type: ignore[attr-defined]
     return Case(
         labelled=few,
-        unlabelled=many,
+        unlabelled=Images(many),
+        true=many,
         everything=source.train,
         val=source.val,
         num_classes=len(source.classes),

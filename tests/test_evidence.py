@@ -87,7 +87,7 @@ def test_runs_methods_and_measures_their_networks(
 
 @pytest.mark.slow
 def test_every_method_runs_and_no_mask_of_an_unlabelled_image_is_learnt(camvid_like: Path, tmp_path: Path) -> None:
-    methods = [name for name in evidence.METHODS if name != "ceiling"]
+    methods = [name for name in evidence.METHODS if name not in ("ceiling", "st-true")]
     weights = []
     for out, chosen in ((tmp_path / "true", methods), (tmp_path / "other", ["supervised", "st", "st++"])):
         evidence.main(arguments(camvid_like, out, "--methods", *chosen))
@@ -96,7 +96,7 @@ def test_every_method_runs_and_no_mask_of_an_unlabelled_image_is_learnt(camvid_l
         for id in (camvid_like / "splits" / "1_8" / "seed_0" / "unlabeled.txt").read_text().split():
             path = camvid_like / "train" / "masks" / f"{id}.png"
             Image.fromarray((np.asarray(Image.open(path)) + 1) % len(CLASSES)).save(path)
-    assert [len(found) for found in weights] == [len(methods) + 1, 4]  # ST++ has two students
+    assert [len(found) for found in weights] == [len(methods) + 2, 4]  # ST++ has two students
     for path, tensors in weights[1].items():
         for name, tensor in tensors.items():
             torch.testing.assert_close(weights[0][path][name], tensor, rtol=0, atol=0)
