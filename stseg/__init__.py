@@ -16,7 +16,7 @@ from stseg.inference import Skipped, evaluate
 from stseg.metrics import MeanIoU
 from stseg.models import IMAGENET_MEAN, IMAGENET_STD, Segmenter
 from stseg.pseudo import PseudoLabeler, PseudoLabelled
-from stseg.ranking import Ranking, StabilityRanker
+from stseg.ranking import ConfidenceRanker, Ranking, StabilityRanker
 from stseg.report import write_report
 from stseg.result import SelfTrainingResult
 from stseg.self_training import SelfTrainer
@@ -28,6 +28,7 @@ from stseg.version import __version__
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "ConfidenceRanker",
     "Cutout",
     "DataError",
     "FitResult",

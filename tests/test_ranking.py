@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,13 +14,27 @@ from torch import nn
 from torch.utils.data import Subset
 
 from stseg import (
+    ConfidenceRanker,
     DataError,
+    MultiScaleFlip,
     NetworkError,
+    PseudoLabeler,
     Ranking,
     Segmenter,
+    SelfTrainer,
     StabilityRanker,
+    TrainConfig,
     UnreadableImageError,
     WorkdirMismatchError,
+    fit,
+)
+from stseg.functional import (
+    expected_iou,
+    mean_certainty,
+    mean_confidence,
+    pixel_agreement,
+    stability,
+    weighted_stability,
 )
 
 
@@ -322,6 +337,234 @@ class TestResume:
         ranking = ranker(again).rank(data, resume=tmp_path / "scores")
         assert again[0].images_seen() == 10
         assert ranking == ranker().rank(data)
+
+
+def of_red(masks, reference, num_classes):
+    """A score of one's own, from the masks."""
+    return (reference == 1).double().mean((1, 2))
+
+
+class TestScores:
+    def test_of_checkpoints_may_be_others(self):
+        data = pictures()
+        found = by_image(ranker(score=pixel_agreement, batch_size=3).rank(data))
+        for image, score in zip(data, found, strict=True):
+            with torch.no_grad():
+                masks = [Segmenter(network).eval()(image[None])[0].argmax(0).numpy() for network in checkpoints()]
+            *earlier, reference = masks
+            assert score == pytest.approx(np.mean([np.mean(mask == reference) for mask in earlier]), abs=1e-12)
+        assert found != by_image(ranker().rank(data))
+
+    def test_of_ones_own_rank(self):
+        ranking = ranker(score=of_red).rank(pictures())
+        with torch.no_grad():
+            masks = [Segmenter(checkpoints()[-1]).eval()(image[None]).argmax(1) for image in pictures()]
+        expected = [float((mask == 1).double().mean()) for mask in masks]
+        assert by_image(ranking) == pytest.approx(expected, abs=1e-12)
+
+    def test_that_are_named_give_what_the_default_gives(self):
+        data = pictures(4)
+        assert ranker(score=stability).rank(data) == ranker().rank(data)
+        assert ranker(score=partial(weighted_stability, power=0)).rank(data) == ranker().rank(data)
+
+    def test_in_a_file_are_refused_where_they_are_others(self, tmp_path):
+        data, plain, weighted = pictures(4), tmp_path / "plain", tmp_path / "weighted"
+        ranker().rank(data, resume=plain)
+        assert set(json.loads(plain.read_bytes().splitlines()[0])["of"]) == {"checkpoints", "num_classes", "precision"}
+        ranker(score=stability).rank(data, resume=plain)
+        ranking = ranker(score=partial(weighted_stability, power=0.5)).rank(data, resume=weighted)
+        assert ranker(score=partial(weighted_stability, power=0.5)).rank(data, resume=weighted) == ranking
+        for file, score in [
+            (plain, partial(weighted_stability, power=0.5)),
+            (plain, pixel_agreement),
+            (weighted, stability),
+            (weighted, weighted_stability),
+            (weighted, partial(weighted_stability, power=0.25)),
+            (weighted, of_red),
+        ]:
+            with pytest.raises(WorkdirMismatchError, match="other checkpoints or settings"):
+                ranker(score=score).rank(data, resume=file)
+
+    @pytest.mark.parametrize(
+        ("score", "message"),
+        [
+            (lambda *_: torch.tensor([0.5, 1.5]), "score gave 1.5 for {}; expected a number in"),
+            (lambda *_: torch.tensor([0.5, -0.1], dtype=torch.float64), "score gave -0.1 for {}; expected a number in"),
+            (lambda *_: torch.tensor([0.5, math.nan]), "score gave nan for {}; expected a number in"),
+            (lambda *_: torch.tensor([0.5]), "score gave shape .1,. for a batch of 2 images; expected"),
+            (lambda *_: torch.zeros(2, 7, 7), "score gave shape .2, 7, 7. for a batch of 2 images"),
+            (lambda *_: [0.5, 0.5], "score gave list for a batch of 2 images"),
+        ],
+    )
+    def test_that_are_none_are_refused(self, score, message):
+        images = Named([torch.rand(3, 7, 7), torch.rand(3, 7, 7)])
+        for made in (ranker(score=score), confident(score=score)):
+            with pytest.raises(ValueError, match=message.format("image 'city/img_01'")):
+                made.rank(images)
+            with pytest.raises(ValueError, match=message.format("a batch of shape .2, 3, 7, 7.")):
+                made(torch.stack(list(images)))
+
+    def test_must_be_functions(self):
+        for make in (ranker, confident):
+            with pytest.raises(TypeError, match="score is 'entropy'; expected a function"):
+                make(score="entropy")
+
+
+def confident(network=None, **options):
+    options = {"num_classes": 4, "progress": False} | options
+    return ConfidenceRanker(Pooled() if network is None else network, **options)
+
+
+class TestConfidenceRanker:
+    @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 0), (2, 2)])
+    def test_scores_and_orders_as_the_formula_says(self, batch_size, num_workers):
+        data, network = pictures(), Segmenter(Pooled()).eval()
+        ranking = confident(batch_size=batch_size, num_workers=num_workers).rank(data)
+        expected = []
+        for image in data:
+            with torch.no_grad():
+                logits = network(image[None])[0].double().numpy()
+            p = np.exp(logits - logits.max(0))
+            expected.append(float((p / p.sum(0)).max(0).mean()))
+        assert len({round(score, 6) for score in expected}) > 10, "the scores tell nothing apart"
+        np.testing.assert_allclose(by_image(ranking), expected, rtol=0, atol=1e-6)
+        assert list(ranking.indices) == sorted(range(13), key=lambda i: (-expected[i], i))
+        assert ranking.ids == tuple(data.ids[i] for i in ranking.indices)
+
+    def test_of_views_is_that_of_the_mean_probability(self):
+        images = torch.rand(3, 3, 9, 12, generator=torch.Generator().manual_seed(0))
+        views = MultiScaleFlip(Pooled(), scales=(0.5, 1.0))
+        found = confident(views)(images)
+        assert found.dtype == torch.float64
+        with torch.no_grad():
+            probability = views.eval()(images).exp()
+        torch.testing.assert_close(found, probability.amax(1).double().mean((1, 2)), rtol=0, atol=1e-6)
+        _, confidence = PseudoLabeler(views, num_classes=4)(images)
+        torch.testing.assert_close(found, confidence.double().mean((1, 2)), rtol=0, atol=1e-6)
+
+    def test_ranks_by_another_score(self):
+        data = pictures(4)
+        for score in (mean_certainty, expected_iou, partial(expected_iou, power=0.5)):
+            with torch.no_grad():
+                expected = [float(score(Segmenter(Pooled()).eval()(image[None]))) for image in data]
+            assert by_image(confident(score=score).rank(data)) == pytest.approx(expected, abs=1e-6)
+
+    def test_leaves_modes_and_gradients_alone(self):
+        network = Pooled().train()
+        network.norm.eval()
+        assert not confident(network)(torch.rand(1, 3, 9, 12)).requires_grad
+        assert [m.training for m in (network, network.near, network.norm, network.drop)] == [True, True, False, True]
+
+    def test_goes_on_where_it_was_killed_and_refuses_scores_of_others(self, tmp_path):
+        data, file, again = pictures(), tmp_path / "scores", Pooled()
+        with pytest.raises(KeyboardInterrupt):
+            confident(batch_size=1).rank(Interrupted(data, at=7), resume=file)
+        ranking = confident(again).rank(data, resume=file)
+        assert again.images_seen() == 6
+        assert by_image(ranking) == pytest.approx(by_image(confident().rank(data)), abs=1e-6)
+        others = [
+            confident(Pooled(seed=1)),
+            confident(MultiScaleFlip(Pooled())),
+            confident(score=mean_certainty),
+            confident(precision="bf16"),
+            ranker(),
+        ]
+        for other in others:
+            with pytest.raises(WorkdirMismatchError, match="other checkpoints or settings"):
+                other.rank(data, resume=file)
+
+    def test_names_images_whose_logits_are_not_finite(self):
+        class Poisoned(nn.Module):
+            def __init__(self, value):
+                super().__init__()
+                self.conv, self.value = nn.Conv2d(3, 4, 1), value
+
+            def forward(self, x):
+                logits = self.conv(x).clone()
+                logits[x[:, 0, 0, 0] > 2, 1, -1, -1] = self.value
+                return logits
+
+        images = torch.zeros(4, 3, 7, 7)
+        images[2] = 1.0
+        for value in (math.nan, math.inf):
+            with pytest.raises(NetworkError, match="NaN or infinite logits for image 'city/img_02'"):
+                confident(Poisoned(value)).rank(Named(images))
+            with pytest.raises(NetworkError, match="NaN or infinite logits for a batch"):
+                confident(Poisoned(value))(images)
+        assert len(confident(Poisoned(-math.inf)).rank(Named(images))) == 4  # a class that is ruled out
+
+    def test_lists_what_cannot_be_read_by_choice(self):
+        class Failing(Named):
+            def __getitem__(self, index):
+                if index == 1:
+                    raise OSError("disk on fire")
+                return super().__getitem__(index)
+
+        data = Failing(pictures(4))
+        with pytest.raises(UnreadableImageError, match="item 'city/img_01': disk on fire"):
+            confident().rank(data)
+        assert [s.id for s in confident().rank(data, skip_unreadable=True).skipped] == ["city/img_01"]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_classes": 1}, "num_classes is 1"),
+            ({"batch_size": 0}, "batch_size is 0"),
+            ({"precision": "fp16"}, "precision is 'fp16'"),
+        ],
+    )
+    def test_refuses_arguments_that_make_no_sense(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            confident(**options)
+
+    def test_refuses_what_is_no_network_and_networks_of_other_classes(self):
+        with pytest.raises(TypeError, match="expected a network"):
+            confident([Pooled()])
+        with pytest.raises(NetworkError, match="gives 5 classes; num_classes is 4"):
+            confident(Pooled(classes=5)).rank(pictures(2))
+        with pytest.raises(DataError, match="the data set to rank is empty"):
+            confident().rank([])
+
+
+class TestInARun:
+    """A ranker that needs the teacher: train that first, then hand both in."""
+
+    config = TrainConfig(steps=3, batch_size=2, crop_size=8)
+
+    def trainer(self, **options):
+        return SelfTrainer(
+            lambda: nn.Conv2d(3, 4, 1), num_classes=4, config=self.config, tta=None, progress=False, **options
+        )
+
+    def test_takes_the_place_of_stability_and_is_part_of_the_record(self, tmp_path):
+        images = [torch.rand(3, 9, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+        labelled = Named([(image, (image[0] > 0.5).byte()) for image in images[:2]], ["a", "b"])
+        unlabelled = Named(images[2:])
+        teacher = fit(nn.Conv2d(3, 4, 1), labelled, self.config, snapshots=[1, 2, 3], progress=False)
+
+        def run(ranker):
+            return self.trainer(ranker=ranker, workdir=tmp_path).fit(labelled, unlabelled, teacher=teacher)
+
+        chosen = confident(teacher.model, score=expected_iou)
+        result = run(chosen)
+        assert result.ranking == chosen.rank(unlabelled)
+        assert result.labels["reliable"].ids == list(result.ranking.ids[:3])
+        assert run(confident(teacher.model, score=expected_iou)).ranking == result.ranking
+        for other in (
+            confident(teacher.model),
+            confident(nn.Conv2d(3, 4, 1), score=expected_iou),
+            ranker(teacher.snapshots),
+            ranker(teacher.snapshots, score=pixel_agreement),
+        ):
+            with pytest.raises(WorkdirMismatchError, match=r"ranker is .ConfidenceRanker.* there and .* now"):
+                run(other)
+
+    def test_rankers_are_told_apart_by_their_repr(self):
+        assert repr(ranker()) == repr(ranker())
+        assert repr(confident()) == repr(confident())
+        assert "score='stseg.functional.mean_confidence'" in repr(confident(score=mean_confidence))
+        made = [ranker(), ranker(score=pixel_agreement), ranker(checkpoints(2)), confident(), confident(score=of_red)]
+        assert len({repr(one) for one in made}) == len(made)
 
 
 class TestRanking:
