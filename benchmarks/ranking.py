@@ -1,0 +1,275 @@
+"""How well do rankings find bad pseudo-labels? Stability, and what one would try in its place.
+
+    python benchmarks/ranking.py --data camvid --runs runs/evidence
+
+The teachers are the supervised networks that ``evidence.py`` left in ``--runs``. Each labels and ranks the images that
+were unlabelled for it, and their true masks serve to measure, for nothing else. All scores are computed from the same
+masks and probabilities: an image goes once through each checkpoint, and once through the ten views that label it.
+``ranking.csv`` and ``ranking.md`` are written beside the runs. For other networks and data, call ``measure``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from evidence import folder_source, network_of, share_of
+from pages import put
+from scipy.stats import spearmanr
+from timing import conditions, device
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+import stseg
+from stseg import functional
+from stseg.checkpoints import load_weights
+from stseg.inference import bar, in_equal_batches, load, predictor
+from stseg.models.segmenter import as_segmenter
+from stseg.models.state import device_of, frozen
+from stseg.records import read_record
+from stseg.samples import check_mask_values, ids_of
+from stseg.types import Precision
+
+MaskScore = Callable[[Tensor, Tensor, int], Tensor]
+LogitScore = Callable[[Tensor], Tensor]
+
+PAPER = "stability (the paper)"
+OF_CHECKPOINTS: dict[str, MaskScore] = {
+    PAPER: functional.stability,
+    "stability without specks below 0.1 %": partial(functional.weighted_stability, power=0, min_share=0.001),
+    "stability without specks below 1 %": partial(functional.weighted_stability, power=0, min_share=0.01),
+    "stability weighted by area ** 0.25": functional.weighted_stability,
+    "stability weighted by area ** 0.5": partial(functional.weighted_stability, power=0.5),
+    "stability weighted by area": partial(functional.weighted_stability, power=1),
+    "pixel agreement": functional.pixel_agreement,
+}
+"""From the masks of the checkpoints at one scale."""
+OF_VIEWS: dict[str, MaskScore] = {
+    "stability, one scale against the views": functional.stability,
+    "the same, weighted by area ** 0.25": functional.weighted_stability,
+    "the same, weighted by area ** 0.5": partial(functional.weighted_stability, power=0.5),
+}
+"""From the mask of the last checkpoint at one scale and that of the views: needs no earlier checkpoints."""
+OF_LOGITS: dict[str, LogitScore] = {
+    "mean confidence": functional.mean_confidence,
+    "mean margin": functional.mean_margin,
+    "mean certainty (entropy)": functional.mean_certainty,
+    "expected IoU": functional.expected_iou,
+    "expected IoU weighted by area ** 0.25": partial(functional.expected_iou, power=0.25),
+    "expected IoU weighted by area ** 0.5": partial(functional.expected_iou, power=0.5),
+}
+"""Twice: of the last checkpoint at one scale, and of the views."""
+FIGURES = ("spearman", "reliable", "unreliable", "all")
+DRAWS = 200
+
+
+def measure(
+    teacher: nn.Module,
+    snapshots: Sequence[nn.Module],
+    dataset: Dataset[Any],
+    *,
+    num_classes: int,
+    ignore_index: int = 255,
+    tta: Callable[[nn.Module], nn.Module] | None = stseg.MultiScaleFlip,
+    fraction: float = 0.5,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    precision: Precision = "fp32",
+    progress: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Compare rankings with the truth.
+
+    Args:
+        teacher: labels the images.
+        snapshots: two or more checkpoints of its training, in order.
+        dataset: items ``(image, mask)``: what stands for the unlabelled images, with their true masks.
+        num_classes: number of classes.
+        ignore_index: value of mask pixels that do not count.
+        tta: wraps the teacher for labelling; None labels at one scale.
+        fraction: share of images that count as reliable.
+        batch_size: how many images of equal size at once.
+        num_workers: processes that read the data.
+        precision: ``"fp32"`` or ``"bf16"``.
+        progress: whether to show a bar.
+
+    Returns:
+        For each ranking ``spearman``, the rank correlation of its score with the mIoU of each image's pseudo-label
+        (over the classes that are in it or in the true mask), and ``reliable``, ``unreliable`` and ``all``, the mIoU of
+        the pseudo-labels of the parts and of all images, each from one confusion matrix. ``"oracle"`` ranks by the true
+        mIoU, ``"random"`` is the mean of many random orders. Images without a true pixel are left out.
+
+    Raises:
+        ValueError: if there are fewer than two snapshots.
+        DataError: if no image has a true pixel, or a mask holds a value that is no class.
+    """
+    labeler = as_segmenter(teacher if tta is None else tta(as_segmenter(teacher)))
+    if len(snapshots) < 2:
+        raise ValueError(f"got {len(snapshots)} snapshots; expected two or more")
+    networks = [*(as_segmenter(network) for network in snapshots), labeler]
+    predictors = [predictor(network, num_classes, precision) for network in networks]
+    where, ids = device_of(labeler), ids_of(dataset)
+    truth: dict[int, Tensor] = {}
+
+    def images() -> Any:
+        pairs = load(dataset, range(len(ids)), batch_size=batch_size, num_workers=num_workers, with_mask=True)
+        for index, (image, mask) in pairs:
+            check_mask_values(mask, num_classes, ignore_index, name=ids[index])
+            truth[index] = mask
+            yield index, image
+
+    def score(batch: Tensor) -> list[tuple[Tensor, dict[str, float]]]:
+        *before, logits, views = (predict(batch) for predict in predictors)
+        masks = torch.stack([values.argmax(1) for values in before])
+        mask, label = logits.argmax(1), views.argmax(1)
+        scores = {name: f(masks, mask, num_classes) for name, f in OF_CHECKPOINTS.items()}
+        if tta is not None:
+            scores |= {name: f(mask[None], label, num_classes) for name, f in OF_VIEWS.items()}
+        scores |= {f"{name}, one scale": f(logits) for name, f in OF_LOGITS.items()}
+        if tta is not None:
+            scores |= {f"{name}, views": f(views) for name, f in OF_LOGITS.items()}
+        listed = {name: values.tolist() for name, values in scores.items()}
+        return [(one, {name: values[i] for name, values in listed.items()}) for i, one in enumerate(label.cpu())]
+
+    found: dict[str, list[float]] = {}
+    matrices: list[Tensor] = []
+    with frozen(*networks), torch.no_grad():
+        results = in_equal_batches(score, images(), batch_size=batch_size, device=where)
+        for index, (label, scores) in bar(results, total=len(ids), title="rankings", show=progress):
+            matrix = functional.confusion_matrix(label, truth.pop(index), num_classes, ignore_index=ignore_index)
+            if matrix.sum():
+                matrices.append(matrix)
+                for name, value in scores.items():
+                    found.setdefault(name, []).append(value)
+    if not matrices:
+        raise stseg.DataError(f"none of the {len(ids)} images has a true pixel to measure with")
+    return compared(found, torch.stack(matrices), fraction=fraction)
+
+
+def compared(
+    scores: Mapping[str, Sequence[float]], matrices: Tensor, *, fraction: float = 0.5
+) -> dict[str, dict[str, float]]:
+    """What ``measure`` returns, from each image's scores and the confusion matrix of its pseudo-label ``(N, K, K)``."""
+    true = functional.iou(matrices).nanmean(1).tolist()
+    orders = np.random.default_rng(0).random((DRAWS, len(true))).tolist()
+    draws = [_compared(order, true, matrices, fraction) for order in orders]
+    rows = {name: _compared(values, true, matrices, fraction) for name, values in scores.items()}
+    rows["random"] = {key: statistics.fmean(draw[key] for draw in draws) for key in draws[0]}
+    rows["oracle"] = _compared(true, true, matrices, fraction)
+    return rows
+
+
+def _compared(scores: Sequence[float], true: Sequence[float], matrices: Tensor, fraction: float) -> dict[str, float]:
+    ranking = stseg.Ranking.from_scores(scores, [str(index) for index in range(len(scores))])
+    reliable, unreliable = ranking.split(fraction)
+    # Scores that are all equal tell nothing, and have no correlation.
+    correlation = float(spearmanr(scores, true).statistic) if len(set(scores)) > 1 < len(set(true)) else 0.0
+    parts = {"reliable": matrices[reliable], "unreliable": matrices[unreliable], "all": matrices}
+    return {"spearman": correlation} | {
+        name: float(functional.iou(part.sum(0)).nanmean()) for name, part in parts.items()
+    }
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Markdown of ``{seed: what measure returned}``: each seed's correlation, means and standard deviations."""
+    titles = ["ranking", *(f"Spearman, {seed}" for seed in found), "mean", "above the paper's"]
+    titles += ["mIoU of the reliable half", "of the rest", "difference"]
+    lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
+    seeds = list(found.values())
+    for name in seeds[0]:
+        rows = [seed[name] for seed in seeds]
+        each = [row["spearman"] for row in rows]
+        above = sum(row["spearman"] > seed[PAPER]["spearman"] for row, seed in zip(rows, seeds, strict=True))
+        gap = [row["reliable"] - row["unreliable"] for row in rows]
+        cells = [name, *(f"{value:.2f}" for value in each), _spread(each, 2), f"{above} of {len(seeds)}"]
+        cells += [_spread([100 * row[key] for row in rows], 1) for key in ("reliable", "unreliable")]
+        lines.append(f"| {' | '.join(cells)} | {_spread([100 * value for value in gap], 1)} |")
+    everything = _spread([100 * seed["oracle"]["all"] for seed in seeds], 1)
+    return "\n".join([*lines, "", f"mIoU of the pseudo-labels of all images: {everything} %."])
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def write_csv(path: Path, figures: Sequence[tuple[str, str, str, Mapping[str, float]]]) -> None:
+    """Every figure of every share, seed and ranking."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("fraction", "seed", "ranking", *FIGURES))
+        writer.writerows((*names, *(row[key] for key in FIGURES)) for *names, row in figures)
+
+
+def load_stage(folder: Path, make_network: Callable[[], nn.Module]) -> tuple[nn.Module, list[nn.Module]]:
+    """The network of a finished stage and its snapshots, in the order of training, on the device there is."""
+
+    def read(path: Path) -> nn.Module:
+        network = as_segmenter(make_network()).to(device()).eval()
+        load_weights(network, path)
+        return network
+
+    snapshots = sorted((folder / "snapshots").glob("*.safetensors"), key=lambda path: int(path.stem))
+    return read(folder / "model.safetensors"), [read(path) for path in snapshots]
+
+
+def teachers(runs: Path) -> dict[str, dict[int, Path]]:
+    """``{fraction: {seed: folder}}`` of the supervised stages that are done."""
+    found: dict[str, dict[int, Path]] = {}
+    for weights in runs.glob("*/seed_*/supervised/teacher/model.safetensors"):
+        seed, fraction = weights.parents[2].name.removeprefix("seed_"), weights.parents[3].name.replace("_", "/")
+        found.setdefault(fraction, {})[int(seed)] = weights.parent
+    return {fraction: dict(sorted(found[fraction].items())) for fraction in sorted(found, key=share_of)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Each teacher, then a table for each share of labelled images."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the data of the runs")
+    parser.add_argument("--runs", type=Path, required=True, help="what evidence.py had as --out")
+    parser.add_argument("--no-tta", action="store_true", help="the teacher labels at one scale, not with ten views")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--page", type=Path, help="Markdown page to put the tables into, between its ranking marks")
+    args = parser.parse_args(arguments)
+    settings, folders = read_record(args.runs / "evidence.json"), teachers(args.runs)
+    if settings is None or not folders:
+        parser.error(f"--runs {args.runs} holds no supervised run of evidence.py that is done")
+    made_with = argparse.Namespace(**settings | {"weights": None})  # they are read from the folders
+    source = folder_source(
+        args.data, size=None if made_with.size is None else tuple(made_with.size), classes=made_with.classes
+    )
+    where = {id: index for index, id in enumerate(source.train.ids)}  # type: ignore[attr-defined]
+    texts, figures = [], []
+    for fraction, by_seed in folders.items():
+        found = {}
+        for seed, folder in by_seed.items():
+            teacher, snapshots = load_stage(folder, partial(network_of, made_with))
+            found[f"seed {seed}"] = measure(
+                teacher,
+                snapshots,
+                Subset(source.train, [where[id] for id in source.split(fraction, seed)[1]]),
+                num_classes=len(source.classes),
+                tta=None if args.no_tta else stseg.MultiScaleFlip,
+                batch_size=args.batch_size,
+                num_workers=args.workers,
+                precision="fp32" if made_with.fp32 else "bf16",
+            )
+        texts.append(f"{fraction} labelled\n\n{table(found)}")
+        figures += [(fraction, seed, name, row) for seed, rows in found.items() for name, row in rows.items()]
+    write_csv(args.runs / "ranking.csv", figures)
+    text = "\n\n".join([*texts, f"`benchmarks/ranking.py`, {conditions()}."])
+    (args.runs / "ranking.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    if args.page is not None:
+        put(args.page, "ranking", text)
+
+
+if __name__ == "__main__":
+    main()
