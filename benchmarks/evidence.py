@@ -44,6 +44,7 @@ NOTHING: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0, "cutou
 IGNORED = 255
 WARM: dict[str, Any] = {"student_init": "teacher"}
 BALANCED: dict[str, Any] = {"keep_per_class": 0.8}
+GENTLE: dict[str, Any] = {**WARM, **BALANCED, "rate": 0.25}
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,14 @@ def ceiling(case: Case, name: str) -> Run:
     return case.trainer(name, "supervised").fit(case.everything, val=case.val)
 
 
-def self_trained(case: Case, name: str, *, method: str, times: int = 1, **options: Any) -> Run:
-    """ST or ST++ from the supervised network, which is trained now if that has not been done."""
+def self_trained(case: Case, name: str, *, method: str, times: int = 1, rate: float = 1.0, **options: Any) -> Run:
+    """ST or ST++ from the supervised network, which is trained now if that has not been done.
+
+    The students train for ``times`` as many steps at ``rate`` times the learning rate.
+    """
     teacher = supervised(case, "supervised").stages["teacher"]
-    trainer = case.trainer(name, method, config=longer(case.config, times), **options)
+    config = longer(replace(case.config, lr=rate * case.config.lr), times)
+    trainer = case.trainer(name, method, config=config, **options)
     return trainer.fit(case.labelled, case.unlabelled, case.val, teacher=teacher)
 
 
@@ -237,7 +242,8 @@ METHODS: dict[str, tuple[str, Method]] = {
     "st-warm": ("ST, student begins as its teacher", partial(self_trained, method="st", **WARM)),
     "st-balanced": ("ST, surest 80 % of each class", partial(self_trained, method="st", **BALANCED)),
     "st-both": ("ST, both", partial(self_trained, method="st", **WARM, **BALANCED)),
-    "st++-both": ("ST++, both", partial(self_trained, method="st++", **WARM, **BALANCED)),
+    "st-gentle": ("ST, both, at a quarter of the learning rate", partial(self_trained, method="st", **GENTLE)),
+    "st++-gentle": ("ST++, the same", partial(self_trained, method="st++", **GENTLE)),
     "ceiling": ("supervised, all masks", ceiling),
 }
 """What can be asked for: by name, how tables call it and how it is run."""
