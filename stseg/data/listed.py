@@ -23,6 +23,10 @@ class FilePair(NamedTuple):
         image: path of the image, relative to a root.
         mask: path of its mask, or None.
         line: where the two stand, such as ``"labelled.txt, line 3"``; messages begin with it.
+
+    Example:
+        >>> FilePair("images/1.jpg", "masks/1.png")
+        FilePair(image='images/1.jpg', mask='masks/1.png', line='')
     """
 
     image: str
