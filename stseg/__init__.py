@@ -9,6 +9,7 @@ from stseg.errors import (
     StsegError,
     TrainingDivergedError,
     UnreadableImageError,
+    WorkdirInUseError,
     WorkdirMismatchError,
 )
 from stseg.functional import PseudoLabels
@@ -51,6 +52,7 @@ __all__ = [
     "TrainingDivergedError",
     "UnreadableImageError",
     "WeakAugment",
+    "WorkdirInUseError",
     "WorkdirMismatchError",
     "__version__",
     "data",

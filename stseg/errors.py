@@ -33,3 +33,7 @@ class TrainingDivergedError(StsegError, RuntimeError):
 
 class WorkdirMismatchError(StsegError, ValueError):
     """A folder holds the results of other settings, another network or other data."""
+
+
+class WorkdirInUseError(StsegError, RuntimeError):
+    """Another process is at work in a folder."""

@@ -8,6 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks, and goes without
+    fcntl = None  # type: ignore[assignment]
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Have ``write`` fill a file that appears under ``path`` only when it is complete and on disk.
@@ -33,3 +38,27 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def lock(path: Path) -> int | None:
+    """Lock a file, made if there is none, for this process; the system frees it when the process ends or is killed.
+
+    Returns:
+        A file descriptor to close when the lock is no longer needed; None if another process holds it.
+
+    Example:
+        >>> import tempfile
+        >>> descriptor = lock(Path(tempfile.mkdtemp()) / "run" / ".lock")
+        >>> os.close(descriptor)
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor

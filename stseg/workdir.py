@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import weakref
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stseg.distributed import barrier, rank
-from stseg.errors import WorkdirMismatchError
+from stseg.distributed import barrier, gathered, rank
+from stseg.errors import WorkdirInUseError, WorkdirMismatchError
+from stseg.files import lock
 from stseg.records import read_record, refuse_other, write_record
 
 
@@ -38,13 +41,15 @@ class Workdir:
             self._run = found
 
     def claim(self, data: dict[str, Any]) -> None:
-        """Say what the run works on, once it has been looked at.
+        """Say what the run works on, once it has been looked at. From now on other processes are kept out.
 
         Raises:
             WorkdirMismatchError: if the folder was made with other data.
+            WorkdirInUseError: if another process is at work in it.
         """
         if self.folder is not None and self._run["data"]:
             refuse_other(self._run["data"], data, self.folder)
+        self._keep_others_out()
         self._run["data"] = data
         self._write()
 
@@ -62,6 +67,16 @@ class Workdir:
         if step not in self._run["steps"]:
             self._run["steps"][step] = facts
             self._write()
+
+    def _keep_others_out(self) -> None:
+        """Until the run is over, which is when nothing refers to this object any more."""
+        descriptor = None
+        if self.folder is not None and rank() == 0:
+            descriptor = lock(self.folder / ".lock")
+            if descriptor is not None:
+                weakref.finalize(self, os.close, descriptor)
+        if self.folder is not None and gathered(descriptor is not None)[0] is False:
+            raise WorkdirInUseError(f"{self.folder} is in use by another process; expected one run in it at a time")
 
     def _write(self) -> None:
         if self.folder is not None and rank() == 0:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 import stseg
-from stseg.errors import WorkdirMismatchError
+from stseg.errors import WorkdirInUseError, WorkdirMismatchError
 from stseg.workdir import Workdir
 
 
@@ -63,3 +65,33 @@ def test_with_a_damaged_record_is_refused(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(WorkdirMismatchError, match=r"run\.json"):
         Workdir(tmp_path, {})
+
+
+def test_a_folder_in_which_another_process_works_is_refused(tmp_path):
+    program = (
+        "import sys; from stseg.workdir import Workdir\n"
+        f"workdir = Workdir({str(tmp_path / 'run')!r}, {{}}); workdir.claim({{}})\n"
+        "print('claimed', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "claimed\n"
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    workdir = Workdir(tmp_path / "run", {})
+    with pytest.raises(WorkdirInUseError, match="run is in use by another process"):
+        workdir.claim({"labelled": "3 items"})
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    other.kill()  # what it held is free at once
+    other.wait()
+    workdir.claim({})
+    workdir.done("teacher", seconds=1.0)
+
+
+def test_one_process_may_take_its_folder_up_again_at_any_time(tmp_path):
+    first = Workdir(tmp_path / "run", {})
+    first.claim({})
+    second = Workdir(tmp_path / "run", {})  # as after an error, when the first one still hangs in a traceback
+    second.claim({})
+    second.done("teacher", seconds=1.0)
+    assert first.folder == second.folder
