@@ -42,9 +42,6 @@ from stseg.samples import ids_of
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
 NOTHING: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0, "cutout": None}
 IGNORED = 255
-WARM: dict[str, Any] = {"student_init": "teacher"}
-BALANCED: dict[str, Any] = {"keep_per_class": 0.8}
-GENTLE: dict[str, Any] = {**WARM, **BALANCED, "rate": 0.25}
 
 
 @dataclass(frozen=True)
@@ -239,11 +236,14 @@ METHODS: dict[str, tuple[str, Method]] = {
     "st-blur": ("ST, blur alone", partial(self_trained, method="st", strong=only(blur_p=0.5))),
     "st-cutout": ("ST, cutout alone", partial(self_trained, method="st", strong=only(cutout=stseg.Cutout()))),
     "st-2x": ("ST, student twice the steps", partial(self_trained, method="st", times=2)),
-    "st-warm": ("ST, student begins as its teacher", partial(self_trained, method="st", **WARM)),
-    "st-balanced": ("ST, surest 80 % of each class", partial(self_trained, method="st", **BALANCED)),
-    "st-both": ("ST, both", partial(self_trained, method="st", **WARM, **BALANCED)),
-    "st-gentle": ("ST, both, at a quarter of the learning rate", partial(self_trained, method="st", **GENTLE)),
-    "st++-gentle": ("ST++, the same", partial(self_trained, method="st++", **GENTLE)),
+    "st-warm": ("ST, student begins as its teacher", partial(self_trained, method="st", student_init="teacher")),
+    "st-balanced": ("ST, surest 80 % of each class", partial(self_trained, method="st", keep_per_class=0.8)),
+    "st-both": ("ST, both: `FROM_SCRATCH`", partial(self_trained, method="st", **stseg.FROM_SCRATCH)),
+    "st++-both": ("ST++, both: `FROM_SCRATCH`", partial(self_trained, method="st++", **stseg.FROM_SCRATCH)),
+    "st-gentle": (
+        "ST, `FROM_SCRATCH`, a quarter of the learning rate",
+        partial(self_trained, method="st", rate=0.25, **stseg.FROM_SCRATCH),
+    ),
     "ceiling": ("supervised, all masks", ceiling),
 }
 """What can be asked for: by name, how tables call it and how it is run."""

@@ -20,13 +20,14 @@ from stseg.pseudo import PseudoLabeler, PseudoLabelled
 from stseg.ranking import ConfidenceRanker, Ranking, StabilityRanker
 from stseg.report import write_report
 from stseg.result import SelfTrainingResult
-from stseg.self_training import SelfTrainer
+from stseg.self_training import FROM_SCRATCH, SelfTrainer
 from stseg.store import MaskStore
 from stseg.training import FitResult, fit
 from stseg.tta import MultiScaleFlip
 from stseg.version import __version__
 
 __all__ = [
+    "FROM_SCRATCH",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "ConfidenceRanker",

@@ -640,3 +640,10 @@ def test_killed_at_any_moment_a_run_comes_to_the_same_result(tmp_path):
     assert start(killed).wait() == 0
     ours, theirs = content(killed), content(tmp_path / "whole")
     assert {name: value for name, value in ours.items() if not name.endswith(".part")} == theirs
+
+
+def test_from_scratch_are_options_of_the_trainer():
+    made = trainer(**stseg.FROM_SCRATCH)
+    assert (made.settings.student_init, made.settings.keep_per_class) == ("teacher", 0.8)
+    with pytest.raises(TypeError):
+        stseg.FROM_SCRATCH["student_init"] = "fresh"
