@@ -17,7 +17,8 @@ from stseg.inference import Skipped, evaluate
 from stseg.metrics import MeanIoU
 from stseg.models import IMAGENET_MEAN, IMAGENET_STD, Segmenter
 from stseg.pseudo import PseudoLabeler, PseudoLabelled
-from stseg.ranking import ConfidenceRanker, Ranking, StabilityRanker
+from stseg.rankers import ConfidenceRanker, StabilityRanker
+from stseg.ranking import Ranking
 from stseg.report import write_report
 from stseg.result import SelfTrainingResult
 from stseg.self_training import FROM_SCRATCH, SelfTrainer

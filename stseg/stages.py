@@ -22,7 +22,8 @@ from stseg.inference import Skipped
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, digest
 from stseg.pseudo import PseudoLabeler, PseudoLabelled
-from stseg.ranking import Ranking, StabilityRanker
+from stseg.rankers import StabilityRanker
+from stseg.ranking import Ranking
 from stseg.records import read_record, refuse_other, write_record
 from stseg.report import write_report
 from stseg.result import SelfTrainingResult
