@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -193,7 +193,6 @@ def self_trained(case: Case, name: str, *, method: str, times: int = 1, rate: fl
 
 def on_true_masks(case: Case, name: str, *, strong: Dataset[Any]) -> Run:
     """A student's training on true masks; about half the draws are of ``strong``, under the strong augmentation."""
-    began = time.monotonic()
     torch.manual_seed(case.config.seed)
     stage = stseg.fit(
         case.make_model(),
@@ -204,8 +203,14 @@ def on_true_masks(case: Case, name: str, *, strong: Dataset[Any]) -> Run:
         workdir=case.folder / name / "teacher",
         title=name,
     )
-    seconds = {"teacher": time.monotonic() - began}
-    return Run(model=stage.model, stages={"teacher": stage}, labels={}, ranking=None, skipped=(), seconds=seconds)
+    return Run(
+        model=stage.model,
+        stages={"teacher": stage},
+        labels={},
+        ranking=None,
+        skipped=(),
+        seconds={"teacher": stage.seconds},
+    )
 
 
 def strongly_augmented(case: Case, name: str) -> Run:
@@ -421,7 +426,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     not_settings = ("data", "out", "fractions", "seeds", "methods", "workers", "page")
     settings = {name: value for name, value in vars(args).items() if name not in not_settings}
-    check_record(args.out / "evidence.json", settings)
+    ids = [*ids_of(source.train), *ids_of(source.val)]
+    check_record(
+        args.out / "evidence.json", {**settings, "images": f"{len(ids)}, {zlib.crc32(repr(ids).encode()):08x}"}
+    )
     results = run(
         source,
         fractions=args.fractions,

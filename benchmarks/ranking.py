@@ -187,7 +187,12 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         each = [row["spearman"] for row in rows]
         above = sum(row["spearman"] > seed[PAPER]["spearman"] for row, seed in zip(rows, seeds, strict=True))
         gap = [row["reliable"] - row["unreliable"] for row in rows]
-        cells = [name, *(f"{value:.2f}" for value in each), _spread(each, 2), f"{above} of {len(seeds)}"]
+        cells = [
+            name,
+            *(f"{round(value, 2) + 0.0:.2f}" for value in each),
+            _spread(each, 2),
+            f"{above} of {len(seeds)}",
+        ]
         cells += [_spread([100 * row[key] for row in rows], 1) for key in ("reliable", "unreliable")]
         lines.append(f"| {' | '.join(cells)} | {_spread([100 * value for value in gap], 1)} |")
     everything = _spread([100 * seed["oracle"]["all"] for seed in seeds], 1)
@@ -195,7 +200,7 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
+    mean = f"{round(statistics.fmean(values), digits) + 0.0:.{digits}f}"  # not -0.0
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 

@@ -43,7 +43,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         _bare(model).load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as error:
         kind = type(_bare(model)).__name__
-        raise DataError(f"{path} cannot be loaded into a {kind} (if it is damaged, remove it): {error}") from error
+        raise DataError(
+            f"{path} cannot be loaded into a {kind}: {error} (if it is damaged, remove it to train its stage anew)"
+        ) from error
 
 
 def copy_on_cpu(model: nn.Module) -> nn.Module:
@@ -115,8 +117,8 @@ class StageFolder:
             _bare(model).load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             return Progress(**state["progress"])
-        except Exception as error:  # torch raises many kinds for a broken file
-            raise DataError(f"{path} cannot be read ({error}); remove it to begin the stage anew") from error
+        except Exception as error:  # torch raises many kinds for a broken file, with advice that does not fit here
+            raise DataError(f"{path} is damaged ({type(error).__name__}); remove it to begin the stage anew") from error
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Replace the saved state."""

@@ -127,8 +127,18 @@ def check_network(model: nn.Module, image: Tensor, num_classes: int | None = Non
     return classes
 
 
+def check_pace(inference_batch_size: int, save_every: float) -> None:
+    """Raise a ``ValueError`` unless the two are a positive integer and a number of seconds."""
+    if not isinstance(inference_batch_size, int) or isinstance(inference_batch_size, bool) or inference_batch_size < 1:
+        raise ValueError(f"inference_batch_size is {inference_batch_size!r}; expected a positive integer")
+    if not isinstance(save_every, (int, float)) or not save_every >= 0:  # which NaN is not
+        raise ValueError(f"save_every is {save_every!r}; expected seconds, 0 or more")
+
+
 def check_strong(strong: BatchAugmentation | None, ignore_index: int) -> None:
-    """Raise a ``ValueError`` if the cutout of a strong augmentation writes another value than the ignore index."""
+    """Raise an error if it cannot be called, or its cutout writes another value than the ignore index."""
+    if strong is not None and not callable(strong):
+        raise TypeError(f"strong is {strong!r}; expected a StrongAugment, another function of batches, or None")
     cut = getattr(getattr(strong, "cutout", None), "ignore_index", ignore_index)
     if cut != ignore_index:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any, Literal
 
 from stseg.augment import WeakAugment
@@ -81,6 +82,9 @@ class TrainConfig:
             raise ValueError(
                 f"seed is {self.seed!r} and num_workers {self.num_workers!r}; expected integers, workers >= 0"
             )
+        for name in ("lr", "head_lr_factor", "momentum", "weight_decay", "power", "pseudo_weight", "double_below"):
+            if not isinstance(getattr(self, name), Real):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; expected a number")
         for name in ("lr", "head_lr_factor"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")

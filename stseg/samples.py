@@ -7,6 +7,7 @@ package works with: images as ``(C, H, W)`` tensors, masks as integer ``(H, W)``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -126,8 +127,9 @@ def pair_of(item: Any, *, name: str) -> tuple[Tensor, Tensor]:
     mask = as_mask(item[1], name=name)
     if image.shape[-2:] != mask.shape:
         (h, w), (mh, mw) = image.shape[-2:], mask.shape
+        turned = "; is the image (H, W, C)? Expected (C, H, W)" if image.shape[:2] == mask.shape else ""
         raise DataError(
-            f"image and mask of {name!r} differ in size: image {h} x {w}, mask {mh} x {mw} (height x width)"
+            f"image and mask of {name!r} differ in size: image {h} x {w}, mask {mh} x {mw} (height x width){turned}"
         )
     return image, mask
 
@@ -271,7 +273,10 @@ def check_mask_values(mask: Tensor, num_classes: int, ignore_index: int, *, name
 
 
 def check_classes(num_classes: int, ignore_index: int) -> None:
-    """Raise a ``ValueError`` unless the two make sense together."""
+    """Raise an error unless both are integers and make sense together."""
+    for name, value in (("num_classes", num_classes), ("ignore_index", ignore_index)):
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; expected an integer")
     if num_classes < 2:
         raise ValueError(
             f"num_classes is {num_classes}; expected 2 or more (foreground against background is 2 classes)"

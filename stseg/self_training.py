@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from stseg.augment import StrongAugment
-from stseg.checks import check_strong, refuse_common_ids
+from stseg.checks import check_pace, check_strong, refuse_common_ids
 from stseg.config import TrainConfig
 from stseg.data import MixedDataset
 from stseg.errors import DataError
@@ -137,6 +137,10 @@ class SelfTrainer:
                 "method 'st++' keeps three checkpoints of the teacher; expected 3 epochs (or steps) or more"
             )
         check_strong(strong, ignore_index)
+        check_pace(inference_batch_size, save_every)
+        for name, value, needed in (("tta", tta, "__call__"), ("ranker", ranker, "rank")):
+            if value is not None and not callable(getattr(value, needed, None)):
+                raise TypeError(f"{name} is {value!r}; expected None or an object with the method {needed!r}")
         self.method = method
         self.reliable_fraction = reliable_fraction
         self.workdir = workdir
@@ -212,24 +216,33 @@ class SelfTrainer:
             raise ValueError("teacher='best' needs a validation set (val) to tell which weights are best")
         if unlabelled is None and self.method != "supervised":
             raise ValueError(f"method {self.method!r} needs unlabelled images")
+        if teacher is not None and not isinstance(teacher, FitResult):
+            raise TypeError(
+                f"teacher is {type(teacher).__name__}; expected a FitResult, such as result.stages['teacher']"
+            )
         if self.method == "st++" and teacher is not None and len(teacher.snapshots) < 2 and settings.ranker is None:
             raise ValueError(
                 f"method 'st++' ranks by the teacher's snapshots; the teacher has {len(teacher.snapshots)}, "
                 "expected two or more (train it with method='st++', or fit(..., snapshots=...))"
             )
         refuse_common_ids({"labelled": labelled, "unlabelled": unlabelled, "validation": val})
+        if unlabelled is not None:
+            self._check_count(len_of(unlabelled))
         run = Stages(settings, Workdir(self.workdir, self._described()), val)
         images = run.check(labelled, unlabelled, teacher)
         if images is None or self.method == "supervised":
             return run, Images(labelled, [], [])
-        if not len(images):
+        self._check_count(len(images))  # without those that were left out
+        return run, images
+
+    def _check_count(self, images: int) -> None:
+        if not images and self.method != "supervised":
             raise DataError("the unlabelled data set is empty")
-        if self.method == "st++" and not 0 < math.floor(len(images) * self.reliable_fraction) < len(images):
+        if self.method == "st++" and not 0 < math.floor(images * self.reliable_fraction) < images:
             raise DataError(
-                f"{len(images)} unlabelled images with reliable_fraction {self.reliable_fraction} leave none reliable "
+                f"{images} unlabelled images with reliable_fraction {self.reliable_fraction} leave none reliable "
                 "or none unreliable; expected at least one of each"
             )
-        return run, images
 
     def _described(self) -> dict[str, Any]:
         s = self.settings

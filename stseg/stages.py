@@ -21,6 +21,7 @@ from stseg.errors import DataError
 from stseg.inference import Skipped
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, digest
+from stseg.optimization import parameter_groups
 from stseg.pseudo import PseudoLabeler, PseudoLabelled
 from stseg.rankers import StabilityRanker
 from stseg.ranking import Ranking
@@ -104,6 +105,9 @@ class Stages:
             The unlabelled images that can be read.
         """
         s = self.settings
+        ids = [] if unlabelled is None else ids_of(unlabelled)
+        for id in ids:
+            check_store_id(id)
         facts = {} if teacher is None else {"teacher": digest(teacher.model)}
         look = partial(
             check_labelled,
@@ -125,9 +129,6 @@ class Stages:
         if unlabelled is None:
             self.workdir.claim(facts)
             return None
-        ids = ids_of(unlabelled)
-        for id in ids:
-            check_store_id(id)
         facts["unlabelled"] = fingerprint(unlabelled)
         self.workdir.claim(facts)
         done = self.workdir.facts("check")
@@ -252,8 +253,9 @@ class Stages:
             try:
                 model.load_state_dict(as_segmenter(teacher.model).state_dict())
             except RuntimeError as error:
+                first = "; ".join(line.strip() for line in str(error).splitlines()[:2])
                 raise ValueError(
-                    f"student_init is 'teacher', but its weights do not fit the network of make_model: {error}"
+                    f"student_init is 'teacher', but its weights do not fit the network of make_model: {first[:200]}"
                 ) from None
         return model
 
@@ -284,6 +286,7 @@ class Stages:
                 "make_model returned the same parameters twice; expected a fresh network each time it is called"
             )
         check_network(model, image, self.settings.num_classes)
+        parameter_groups(model, self.settings.config)  # which finds the backbone
         if will_label and self.settings.tta is not None:  # which shows it other sizes
             check_network(self.settings.tta(model), image, self.settings.num_classes)
         # The seed makes its first weights the same in every run, so pretrained ones count.

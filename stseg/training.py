@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from stseg.batches import Samples, batches_of, steps_per_epoch
 from stseg.checkpoints import Row, StageFolder
-from stseg.checks import check_labelled, check_network, check_strong, refuse_common_ids
+from stseg.checks import check_labelled, check_network, check_pace, check_strong, refuse_common_ids
 from stseg.config import TrainConfig
 from stseg.data import MixedDataset
 from stseg.distributed import own_device, rank, share_buffers, world_size
@@ -113,6 +113,7 @@ def fit(
         >>> len(result.history), len(result.snapshots)
         (2, 1)
     """
+    check_pace(inference_batch_size, save_every)
     device = own_device()
     names = names_of(dataset)
     if not names:

@@ -347,3 +347,54 @@ def test_ids_of_a_wrapper_count_even_if_what_it_wraps_has_none():
 
     with pytest.raises(DataError, match="the id 'b' is in both the labelled and the unlabelled"):
         trainer().fit(Wrapper(pairs(), ["a", "b", "c"]), Wrapper(IMAGES[:2], ["b", "d"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"inference_batch_size": 0}, ValueError, "inference_batch_size is 0"),
+        ({"inference_batch_size": "8"}, ValueError, "inference_batch_size is '8'"),
+        ({"ranker": 42}, TypeError, "ranker is 42"),
+        ({"ranker": "stability"}, TypeError, "ranker is 'stability'"),
+        ({"tta": "flip"}, TypeError, "tta is 'flip'"),
+        ({"strong": "none"}, TypeError, "strong is 'none'"),
+        ({"num_classes": 2.0}, TypeError, r"num_classes is 2\.0"),
+        ({"num_classes": "2"}, TypeError, "num_classes is '2'"),
+        ({"save_every": "60"}, ValueError, "save_every is '60'"),
+        ({"save_every": float("nan")}, ValueError, "save_every is nan"),
+        ({"save_every": -1}, ValueError, "save_every is -1"),
+    ],
+)
+def test_an_argument_that_would_only_be_used_later(options, error, message):
+    with pytest.raises(error, match=message):
+        trainer(**options)
+
+
+class Unread(list):
+    """Items that may not be read."""
+
+    def __getitem__(self, index):
+        raise AssertionError("read before the cheap checks")
+
+
+def test_what_can_be_told_without_reading_comes_first():
+    with pytest.raises(DataError, match="unlabelled data set is empty"):
+        trainer().fit(Unread(pairs()), [])
+    with pytest.raises(DataError, match="leave none reliable"):
+        trainer(reliable_fraction=0.1).fit(Unread(pairs()), IMAGES)
+    with pytest.raises(DataError, match=r"'\.\./a' cannot name a file"):
+        trainer().fit(Unread(pairs()), WithIds(IMAGES, ["../a", "b", "c", "d", "e", "f"]))
+    with pytest.raises(TypeError, match="teacher is Conv2d; expected a FitResult"):
+        trainer().fit(Unread(pairs()), IMAGES, teacher=nn.Conv2d(3, 2, 1))
+
+
+def test_a_backbone_that_is_not_there():
+    config = TrainConfig(steps=3, batch_size=2, crop_size=16, backbone="nope")
+    with pytest.raises(ValueError, match="backbone is 'nope'"):
+        trainer(config=config).fit(pairs(), IMAGES)
+
+
+@pytest.mark.parametrize("name", ["lr", "head_lr_factor", "momentum", "pseudo_weight"])
+def test_a_setting_that_is_no_number(name):
+    with pytest.raises(TypeError, match=f"{name} is '1e-3'; expected a number"):
+        TrainConfig(steps=3, **{name: "1e-3"})

@@ -57,7 +57,7 @@ class WeakAugment:
     def __post_init__(self) -> None:
         size = tuple(self.crop_size) if isinstance(self.crop_size, (tuple, list)) else (self.crop_size,) * 2
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-            raise ValueError(f"crop_size is {self.crop_size}; expected a positive integer or (height, width)")
+            raise ValueError(f"crop_size is {self.crop_size!r}; expected a positive integer or (height, width)")
         object.__setattr__(self, "crop_size", size)
         if self.base_size is not None and not (isinstance(self.base_size, int) and self.base_size > 0):
             raise ValueError(f"base_size is {self.base_size}; expected a positive integer or None")

@@ -36,6 +36,8 @@ class ClassMap:
         if pairs[0][0] < -(2**31) or pairs[-1][0] >= 2**31:
             raise ValueError(f"class_map has values from {pairs[0][0]} to {pairs[-1][0]}; expected 32 bits")
         self.unmapped = None if unmapped is None else _integer(unmapped, "unmapped")
+        if self.unmapped is not None and not 0 <= self.unmapped < 2**31:
+            raise ValueError(f"unmapped is {self.unmapped}; expected 0 or more, or None")
         outcomes = [to for _, to in pairs] + ([] if self.unmapped is None else [self.unmapped])
         wrong = next((to for to in outcomes if not 0 <= to < 2**31), None)
         if wrong is not None:

@@ -144,7 +144,7 @@ class ListedFiles(Dataset[Any]):
         self._masks: list[str] | None = [] if masks else None
         lines: dict[str, str] = {}
         for index, pair in enumerate(pairs):
-            files = FilePair(pair) if isinstance(pair, (str, PurePath)) else FilePair(*pair)
+            files = _file_pair(pair, index)
             line = files.line or f"pair {index}"
             image = _relative(files.image, line)
             id, suffix = os.path.splitext(image)
@@ -169,6 +169,14 @@ class ListedFiles(Dataset[Any]):
 
     def __repr__(self) -> str:
         return f"ListedFiles({str(self.root)!r}: {len(self)} {'images' if self._masks is None else 'pairs'})"
+
+
+def _file_pair(pair: object, index: int) -> FilePair:
+    if isinstance(pair, (str, PurePath)):
+        return FilePair(str(pair) if isinstance(pair, str) else pair.as_posix())
+    if isinstance(pair, tuple) and 1 <= len(pair) <= 3:
+        return FilePair(*pair)
+    raise TypeError(f"pair {index} is {pair!r}; expected (image, mask) paths, or the path of an image")
 
 
 def _mask(root: Path, files: FilePair, image: str, line: str) -> str:

@@ -34,6 +34,8 @@ class ItemReader:
     ) -> None:
         if mode not in ("RGB", "RGBA", "L", None):
             raise ValueError(f"mode is {mode!r}; expected 'RGB', 'RGBA', 'L' or None")
+        if class_map is None and unmapped != 255:
+            raise ValueError(f"unmapped is {unmapped!r} without a class_map; expected both")
         self.mode = mode
         self.class_map = None if class_map is None else ClassMap(class_map, unmapped)
 
@@ -63,6 +65,9 @@ def read_file(path: Path, *, indices: bool = False) -> Image.Image:
     try:
         with Image.open(path) as image:
             raw = image.tile[0][3] if image.tile else None
+            raw = raw[0] if isinstance(raw, tuple) else raw  # of TIFF
+            if indices and image.format == "BMP" and image.mode == "1" and path.read_bytes()[28:30] != b"\x01\x00":
+                raise ValueError("Pillow misreads a BMP of more than 1 bit whose palette is black and white; use PNG")
             image.load()
             upright = ImageOps.exif_transpose(image)
             # Of grey with 2 or 4 bits PIL spreads the values over 0..255.

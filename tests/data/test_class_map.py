@@ -95,7 +95,7 @@ class TestRefuses:
     def test_classes_below_0(self):
         with pytest.raises(ValueError, match="class_map gives the class -1; expected 0 or more"):
             ClassMap({7: -1})
-        with pytest.raises(ValueError, match="class_map gives the class -1; expected 0 or more"):
+        with pytest.raises(ValueError, match="unmapped is -1; expected 0 or more"):
             ClassMap({7: 1}, unmapped=-1)
 
     @pytest.mark.parametrize("value", [2**31, -(2**31) - 1])

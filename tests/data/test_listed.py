@@ -308,3 +308,10 @@ class TestRefuses:
             ListedFiles(tmp_path, ["a"], mode="BGR")
         with pytest.raises(TypeError, match="class_map is list"):
             ListedFiles(tmp_path, ["a"], class_map=[1, 2])
+
+
+@pytest.mark.parametrize("pair", [None, 3, (), ("a", "b", "c", "d")])
+def test_a_pair_that_is_none_is_named_by_its_place(tmp_path, pair):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(TypeError, match=r"pair 1 is .*; expected"):
+        ListedFiles(tmp_path, ["a.png", pair], masks=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -66,3 +68,40 @@ def test_a_folder_is_none_of_these(files, tmp_path):
         check_folder(files[0])
     with pytest.raises(DataError, match="there is no folder"):
         check_folder(tmp_path / "none")
+
+
+def bitmap_tiff(values, bits):
+    """A grey TIFF of so many bits a pixel, written out byte by byte."""
+    height, width = values.shape
+    rows = b""
+    for row in values:
+        text = "".join(f"{value:0{bits}b}" for value in row)
+        rows += int(text.ljust(-(-len(text) // 8) * 8, "0"), 2).to_bytes(-(-len(text) // 8), "big")
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: height}
+    tags[279] = len(rows)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + rows
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_tiff_masks_of_few_bits_keep_every_value(tmp_path, bits):
+    values = np.random.default_rng(bits).integers(0, 2**bits, (5, 7))
+    (tmp_path / "mask.tif").write_bytes(bitmap_tiff(values, bits))
+    assert np.array_equal(np.array(read_file(tmp_path / "mask.tif", indices=True)), values)
+
+
+def test_a_black_and_white_palette_bmp_is_refused_not_misread(tmp_path):
+    mask = Image.fromarray(np.array([[0, 1, 1], [0, 0, 1]], dtype=np.uint8))
+    mask.putpalette([0, 0, 0, 255, 255, 255])
+    mask.save(tmp_path / "mask.bmp")
+    with pytest.raises(UnreadableImageError, match=r"mask\.bmp cannot be read .* use PNG"):
+        read_file(tmp_path / "mask.bmp", indices=True)
+    Image.fromarray(np.array([[0, 255, 0]], dtype=np.uint8)).convert("1").save(tmp_path / "bits.bmp")
+    assert np.array(read_file(tmp_path / "bits.bmp", indices=True)).tolist() == [[False, True, False]]
+
+
+def test_unmapped_needs_a_class_map():
+    with pytest.raises(ValueError, match="unmapped is None without a class_map"):
+        ItemReader(unmapped=None)
+    with pytest.raises(ValueError, match="unmapped is -100"):
+        ItemReader(class_map={1: 0}, unmapped=-100)
