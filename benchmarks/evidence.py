@@ -369,13 +369,12 @@ def network_of(arguments: argparse.Namespace) -> nn.Module:
     """A network of segmentation_models_pytorch, or one of the paper's, with fresh weights."""
     options = json.loads(arguments.network_options)
     classes = len(arguments.classes)
-    if hasattr(stseg.models, arguments.arch):
-        pretrained = arguments.weights is not None
-        network = getattr(stseg.models, arguments.arch)(
-            arguments.encoder, num_classes=classes, pretrained=pretrained, **options
-        )
+    name, pretrained = arguments.arch.removeprefix("stseg."), arguments.weights is not None
+    if name != arguments.arch:
+        architecture = getattr(stseg.models, name)
+        network = architecture(arguments.encoder, num_classes=classes, pretrained=pretrained, **options)
     else:
-        architecture = getattr(smp, arguments.arch)
+        architecture = getattr(smp, name)
         network = architecture(arguments.encoder, encoder_weights=arguments.weights, classes=classes, **options)
     made: nn.Module = network.to(memory_format=torch.channels_last)
     return made
@@ -391,7 +390,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["supervised", "st", "st++"])
     parser.add_argument("--classes", nargs="+", default=list(CAMVID), help="their names; CamVid's by default")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize everything to this first")
-    parser.add_argument("--arch", default="Unet", help="of segmentation_models_pytorch or stseg.models")
+    parser.add_argument(
+        "--arch", default="Unet", help="of segmentation_models_pytorch, or the paper's: stseg.DeepLabV3Plus"
+    )
     parser.add_argument("--encoder", default="resnet18", help="its encoder or backbone")
     parser.add_argument("--weights", default=None, help="'imagenet' for a pretrained encoder")
     parser.add_argument("--network-options", default="{}", help="further arguments of the network, as JSON")
@@ -432,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     results = run(
         source,
-        fractions=args.fractions,
+        fractions=[fraction.replace("_", "/") for fraction in args.fractions],
         seeds=args.seeds,
         methods=args.methods,
         make_model=partial(network_of, args),

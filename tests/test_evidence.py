@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -53,7 +54,7 @@ def test_runs_methods_and_measures_their_networks(
     camvid_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    args = arguments(camvid_like, out, "--fractions", "1/8", "1/2", "--methods", "supervised", "st", "st++")
+    args = arguments(camvid_like, out, "--fractions", "1_8", "1/2", "--methods", "supervised", "st", "st++")
     evidence.main(args)
     printed = capsys.readouterr().out
     found = rows(out)
@@ -155,3 +156,11 @@ def test_images_and_masks_are_resized_alike(camvid_like: Path) -> None:
         corners = torch.stack([true[i::2, j::2] for i in (0, 1) for j in (0, 1)])
         assert (corners == mask).any(0).all()
         assert dataset[3][0] is image  # read once
+
+
+def test_networks_are_those_of_smp_or_with_a_prefix_the_papers() -> None:
+    flags = "--data d --out o --encoder resnet18 --classes a b c --arch"
+    for arch, kind in (("DeepLabV3Plus", smp.DeepLabV3Plus), ("stseg.DeepLabV3Plus", stseg.models.DeepLabV3Plus)):
+        network = evidence.network_of(evidence.parse([*flags.split(), arch]))
+        assert isinstance(network, kind)
+        assert stseg.Segmenter(network).eval()(torch.rand(1, 3, 33, 40)).shape == (1, 3, 33, 40)
