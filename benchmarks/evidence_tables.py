@@ -127,7 +127,7 @@ def _draw_methods(figure: Figure, results: Sequence[Result], titles: dict[str, s
             for r in found:
                 axes.plot(100 * r.miou, row, "o", color=f"C{r.seed % 10}", alpha=0.8)
         axes.set(title=f"{fraction} of the masks", xlabel="mIoU, %", yticks=range(len(methods)))
-        axes.set_yticklabels([titles[method] for method in methods])
+        axes.set_yticklabels([titles[method].replace("`", "") for method in methods])
         axes.set_ylim(len(methods) - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.3)
     seeds = sorted({r.seed for r in results})

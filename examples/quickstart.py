@@ -175,7 +175,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of the training")
     parser.add_argument("--steps", type=int, default=STEPS, help="length of every training stage")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # images this small gain little from more, and lose much where other programs run
     results = run(arguments.steps, arguments.seed, arguments.out / f"seed_{arguments.seed}")
     held_out = SyntheticScenes(HELD_OUT, size=SIZE, seed=HELD_OUT_SEED)
     print(table(results, held_out))
