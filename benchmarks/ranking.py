@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence import folder_source, network_of, share_of
+from evidence import network_of
+from evidence_data import folder_source, share_of
 from pages import put
 from scipy.stats import spearmanr
 from timing import conditions, device

@@ -17,6 +17,7 @@ import stseg
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence
+import evidence_data
 import evidence_tables
 from evidence_tables import Result
 
@@ -142,12 +143,12 @@ def test_csv_is_exact() -> None:
 
 @pytest.mark.parametrize(("text", "share"), [("1/8", 0.125), ("1/16", 0.0625), ("20", 20)])
 def test_fractions_are_read(text: str, share: float) -> None:
-    assert evidence.share_of(text) == share
+    assert evidence_data.share_of(text) == share
 
 
 def test_images_and_masks_are_resized_alike(camvid_like: Path) -> None:
-    source = evidence.folder_source(camvid_like, size=(24, 32), classes=CLASSES)
-    whole = evidence.folder_source(camvid_like, size=None, classes=CLASSES)
+    source = evidence_data.folder_source(camvid_like, size=(24, 32), classes=CLASSES)
+    whole = evidence_data.folder_source(camvid_like, size=None, classes=CLASSES)
     for dataset, original in ((source.train, whole.train), (source.val, whole.val)):
         image, mask = dataset[3]
         assert image.shape == (3, 24, 32)

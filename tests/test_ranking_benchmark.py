@@ -17,6 +17,7 @@ import stseg
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence
+import evidence_data
 
 ranking = importlib.import_module("ranking")
 CLASSES = 4
@@ -153,7 +154,7 @@ def test_the_command_measures_the_teachers_of_a_run(
     assert {(row["fraction"], row["seed"]) for row in rows} == {("1/8", "seed 0"), ("1/8", "seed 1")}
     # The figures are those of the pseudo-labels that a run would have.
     settings = evidence.parse([*flags.split(), *network])
-    source = evidence.folder_source(camvid_like, size=(48, 64), classes=classes)
+    source = evidence_data.folder_source(camvid_like, size=(48, 64), classes=classes)
     teacher, snapshots = ranking.load_stage(
         out / "1_8" / "seed_0" / "supervised" / "teacher", lambda: evidence.network_of(settings)
     )

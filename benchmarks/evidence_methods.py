@@ -1,0 +1,142 @@
+"""What ``evidence.py`` compares: each method as a function of the data and the settings of a fraction and a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from evidence_data import AlsoStrong
+from torch import nn
+from torch.utils.data import Dataset
+
+import stseg
+from stseg.data import MixedDataset
+
+NOTHING: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0, "cutout": None}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one run works with: the data of a fraction and a seed, and how every network is made and trained."""
+
+    labelled: Dataset[Any]
+    unlabelled: Dataset[Any]
+    true: Dataset[Any]
+    """The unlabelled images with their true masks, for what measures the methods and is none."""
+    everything: Dataset[Any]
+    val: Dataset[Any]
+    num_classes: int
+    make_model: Callable[[], nn.Module]
+    config: stseg.TrainConfig
+    folder: Path
+
+    def trainer(self, name: str, method: str, **options: Any) -> stseg.SelfTrainer:
+        """For a run in a folder of its own."""
+        config = options.pop("config", self.config)
+        return stseg.SelfTrainer(
+            self.make_model,
+            num_classes=self.num_classes,
+            config=config,
+            method=method,  # type: ignore[arg-type]
+            workdir=self.folder / name,
+            **options,
+        )
+
+
+Run = stseg.SelfTrainingResult
+Method = Callable[[Case, str], Run]
+"""``(case, name of the folder) -> result``."""
+
+
+def longer(config: stseg.TrainConfig, times: int) -> stseg.TrainConfig:
+    """The same settings for so many times the steps."""
+    return replace(config, steps=times * (config.steps or 0))
+
+
+def supervised(case: Case, name: str, *, times: int = 1) -> Run:
+    """On the labelled images, perhaps for longer."""
+    trainer = case.trainer(name, "supervised", config=longer(case.config, times))
+    return trainer.fit(case.labelled, val=case.val)
+
+
+def ceiling(case: Case, name: str) -> Run:
+    """On the masks of all images."""
+    return case.trainer(name, "supervised").fit(case.everything, val=case.val)
+
+
+def self_trained(case: Case, name: str, *, method: str, times: int = 1, rate: float = 1.0, **options: Any) -> Run:
+    """ST or ST++ from the supervised network, which is trained now if that has not been done.
+
+    The students train for ``times`` as many steps at ``rate`` times the learning rate.
+    """
+    teacher = supervised(case, "supervised").stages["teacher"]
+    config = longer(replace(case.config, lr=rate * case.config.lr), times)
+    trainer = case.trainer(name, method, config=config, **options)
+    return trainer.fit(case.labelled, case.unlabelled, case.val, teacher=teacher)
+
+
+def on_true_masks(case: Case, name: str, *, strong: Dataset[Any]) -> Run:
+    """A student's training on true masks; about half the draws are of ``strong``, under the strong augmentation."""
+    torch.manual_seed(case.config.seed)
+    stage = stseg.fit(
+        case.make_model(),
+        MixedDataset(case.labelled, strong),
+        case.config,
+        strong=stseg.StrongAugment(),
+        val=case.val,
+        workdir=case.folder / name / "teacher",
+        title=name,
+    )
+    return Run(
+        model=stage.model,
+        stages={"teacher": stage},
+        labels={},
+        ranking=None,
+        skipped=(),
+        seconds={"teacher": stage.seconds},
+    )
+
+
+def strongly_augmented(case: Case, name: str) -> Run:
+    """What does the strong augmentation do alone? The labelled images take the place of the pseudo-labelled ones."""
+    return on_true_masks(case, name, strong=AlsoStrong(case.labelled, case.labelled.ids))  # type: ignore[attr-defined]
+
+
+def rightly_labelled(case: Case, name: str) -> Run:
+    """What do the errors of the pseudo-labels do? ST as if there were none."""
+    return on_true_masks(case, name, strong=case.true)
+
+
+def only(**chosen: Any) -> stseg.StrongAugment:
+    """A strong augmentation with nothing but what is chosen."""
+    return stseg.StrongAugment(**{**NOTHING, **chosen})
+
+
+METHODS: dict[str, tuple[str, Method]] = {
+    "supervised": ("supervised", supervised),
+    "supervised-2x": ("supervised, twice the steps", partial(supervised, times=2)),
+    "supervised-strong": ("supervised, strong augmentation too", strongly_augmented),
+    "st": ("ST", partial(self_trained, method="st")),
+    "st++": ("ST++", partial(self_trained, method="st++")),
+    "st-true": ("ST, were all pseudo-labels right", rightly_labelled),
+    "st-plain": ("ST without strong augmentation", partial(self_trained, method="st", strong=None)),
+    "st-jitter": ("ST, colour jitter alone", partial(self_trained, method="st", strong=only(jitter_p=0.8))),
+    "st-gray": ("ST, grey alone", partial(self_trained, method="st", strong=only(gray_p=0.2))),
+    "st-blur": ("ST, blur alone", partial(self_trained, method="st", strong=only(blur_p=0.5))),
+    "st-cutout": ("ST, cutout alone", partial(self_trained, method="st", strong=only(cutout=stseg.Cutout()))),
+    "st-2x": ("ST, student twice the steps", partial(self_trained, method="st", times=2)),
+    "st-warm": ("ST, student begins as its teacher", partial(self_trained, method="st", student_init="teacher")),
+    "st-balanced": ("ST, surest 80 % of each class", partial(self_trained, method="st", keep_per_class=0.8)),
+    "st-both": ("ST, both: `FROM_SCRATCH`", partial(self_trained, method="st", **stseg.FROM_SCRATCH)),
+    "st++-both": ("ST++, both: `FROM_SCRATCH`", partial(self_trained, method="st++", **stseg.FROM_SCRATCH)),
+    "st-gentle": (
+        "ST, `FROM_SCRATCH`, a quarter of the learning rate",
+        partial(self_trained, method="st", rate=0.25, **stseg.FROM_SCRATCH),
+    ),
+    "ceiling": ("supervised, all masks", ceiling),
+}
+"""What can be asked for: by name, how tables call it and how it is run."""
