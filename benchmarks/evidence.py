@@ -4,11 +4,17 @@
 
 The data folder holds ``train/images``, ``train/masks``, ``val/images`` and ``val/masks``, paired by name. Which images
 count as labelled stands in ``splits/1_8/seed_0/labeled.txt`` and ``unlabeled.txt``; where there is no such file, it is
-drawn with the seed. The seed is that of the training, too. For other data, fill a ``Source`` and call ``run``.
+drawn with the seed, as many as the lists of other seeds have. The seed is that of the training, too. For other data,
+fill a ``Source`` and call ``run``.
 
-All methods begin with the network of "supervised" of the same fraction and seed, and every stage takes as many steps.
+ST and ST++ begin with the network of "supervised" of the same fraction and seed, and every stage takes as many steps.
 Each run has a work directory; what was killed goes on when the same command is given again, and what is done is not
-done again. True masks of images that do not count as labelled serve to measure pseudo-labels, never to train.
+done again. True masks of images that do not count as labelled serve to measure pseudo-labels; only "ceiling" and
+"st-true", which are no methods, train on them.
+
+The network of a run is in its last stage: ``OUT/1_8/seed_0/st++/student-2/model.safetensors``, ``st/student``,
+``supervised/teacher``. These are the weights of the bare network. ``stseg.evaluate`` measures it, on images and masks
+resized to ``--size``.
 """
 
 from __future__ import annotations
@@ -19,14 +25,16 @@ import statistics
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
 from evidence_data import CAMVID, Images, Source, folder_source, share_of
 from evidence_methods import METHODS, Case, Run
 from evidence_tables import Result, write_results
-from pages import put
+from pages import between, put
 from timing import conditions
 from torch import nn
 from torch.utils.data import Subset
@@ -52,15 +60,37 @@ def run(
 ) -> list[Result]:
     """Everything that is asked for and has not been done; tables and plots are written anew after each.
 
+    Args:
+        source: the data.
+        fractions: shares of labelled images, such as ``"1/8"``.
+        seeds: of the draws and of the training.
+        methods: names of ``METHODS``.
+        make_model: makes a network with fresh weights.
+        config: settings of every stage.
+        out: folder for this network, these settings and these data alone.
+
     Returns:
         The results of all runs in ``out``.
+
+    Raises:
+        WorkdirMismatchError: if runs in ``out`` had other images labelled.
     """
-    jobs = [(method, fraction, seed) for fraction in fractions for seed in seeds for method in methods]
+    for fraction, seed in product(fractions, seeds):
+        drawn = [f"{len(ids)}, {zlib.crc32(repr(ids).encode()):08x}" for ids in source.split(fraction, seed)]
+        check_settings(place(out, fraction, seed) / "split.json", {"labelled": drawn[0], "unlabelled": drawn[1]})
+    jobs = [(method, fraction, seed) for fraction, seed, method in product(fractions, seeds, methods)]
     jobs = [job for job in jobs if not result_file(out, *job).exists()]
     for job in tqdm(jobs, desc="runs", dynamic_ncols=True):
         run_one(source, job, make_model=make_model, config=config, out=out)
         write_all(out, source.classes)
     return write_all(out, source.classes)
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Settings must be those of the runs in their folder; of a command that began none they do not count."""
+    if not any(path.parent.rglob("stage.json")):
+        path.unlink(missing_ok=True)
+    check_record(path, settings)
 
 
 def write_all(out: Path, classes: Sequence[str]) -> list[Result]:
@@ -171,7 +201,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--fractions", nargs="+", default=["1/8"], help="such as 1/8 1/4")
+    parser.add_argument("--fractions", nargs="+", default=["1/8"], help="such as 1/8 1/4 0.02, or numbers of images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["supervised", "st", "st++"])
     parser.add_argument("--classes", nargs="+", default=list(CAMVID), help="their names; CamVid's by default")
@@ -180,7 +210,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--arch", default="Unet", help="of segmentation_models_pytorch, or the paper's: stseg.DeepLabV3Plus"
     )
     parser.add_argument("--encoder", default="resnet18", help="its encoder or backbone")
-    parser.add_argument("--weights", default=None, help="'imagenet' for a pretrained encoder")
+    parser.add_argument(
+        "--weights",
+        default=None,
+        help="'imagenet' for a pretrained encoder, or another name that smp has; for the paper's networks it is timm's "
+        "choice, or the one that --encoder names, as in resnet50.tv_in1k",
+    )
     parser.add_argument("--network-options", default="{}", help="further arguments of the network, as JSON")
     parser.add_argument("--steps", type=int, default=6000, help="of every stage")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -213,13 +248,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     not_settings = ("data", "out", "fractions", "seeds", "methods", "workers", "page")
     settings = {name: value for name, value in vars(args).items() if name not in not_settings}
+    fractions = [fraction.replace("_", "/") for fraction in args.fractions]
+    # What can be found wrong is found before the folder is taken for these settings.
+    network_of(args)
+    for fraction, seed in product(fractions, args.seeds):
+        source.split(fraction, seed)
+    if args.page is not None:
+        between(args.page, "evidence")
     ids = [*ids_of(source.train), *ids_of(source.val)]
-    check_record(
+    check_settings(
         args.out / "evidence.json", {**settings, "images": f"{len(ids)}, {zlib.crc32(repr(ids).encode()):08x}"}
     )
     results = run(
         source,
-        fractions=[fraction.replace("_", "/") for fraction in args.fractions],
+        fractions=fractions,
         seeds=args.seeds,
         methods=args.methods,
         make_model=partial(network_of, args),

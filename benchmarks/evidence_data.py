@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as vision
 
+import stseg
 from stseg.data import SegmentationFolder, read_ids, split_ids
 from stseg.samples import ids_of
 
@@ -69,11 +71,11 @@ class Images(Dataset[Tensor]):
         return image
 
 
-class AlsoStrong(Dataset[tuple[Tensor, Tensor]]):
-    """The labelled images under other names, so that they may stand where the pseudo-labelled ones do."""
+class Renamed(Dataset[tuple[Tensor, Tensor]]):
+    """The same images and masks under other names, ``name`` with the old one in the place of ``{}``."""
 
-    def __init__(self, dataset: Dataset[Any], ids: Sequence[str]) -> None:
-        self.dataset, self.ids = dataset, [f"{id} again" for id in ids]
+    def __init__(self, dataset: Dataset[Any], name: str) -> None:
+        self.dataset, self.ids = dataset, [name.format(id) for id in ids_of(dataset)]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,21 +86,37 @@ class AlsoStrong(Dataset[tuple[Tensor, Tensor]]):
 
 
 def folder_source(root: Path, *, size: tuple[int, int] | None, classes: Sequence[str]) -> Source:
-    """A folder laid out as this file's first lines say."""
+    """A folder laid out as the first lines of ``evidence.py`` say."""
     train, val = (SegmentationFolder(root / part / "images", root / part / "masks") for part in ("train", "val"))
 
-    def split(fraction: str, seed: int) -> tuple[list[str], list[str]]:
-        lists = root / "splits" / fraction.replace("/", "_") / f"seed_{seed}"
-        if lists.is_dir():
-            return read_ids(lists / "labeled.txt"), read_ids(lists / "unlabeled.txt")
-        return split_ids(train.ids, labelled=share_of(fraction), seed=seed)
+    def listed(path: Path) -> list[str]:
+        ids = read_ids(path)
+        if unknown := set(ids).difference(train.ids):
+            raise stseg.DataError(f"{path}: there is no image {min(unknown)!r} in {root / 'train' / 'images'}")
+        return ids
 
-    if size is None:
-        return Source(train, val, tuple(classes), split)
-    return Source(Resized(train, size), Resized(val, size), tuple(classes), split)
+    def split(fraction: str, seed: int) -> tuple[list[str], list[str]]:
+        lists = root / "splits" / fraction.replace("/", "_")
+        if (lists / f"seed_{seed}").is_dir():
+            few, many = (listed(lists / f"seed_{seed}" / f"{name}.txt") for name in ("labeled", "unlabeled"))
+            return few, many
+        others = sorted(lists.glob("seed_*/labeled.txt"))
+        labelled = len(read_ids(others[0])) if others else share_of(fraction)
+        return split_ids(train.ids, labelled=labelled, seed=seed)
+
+    read = [dataset if size is None else Resized(dataset, size) for dataset in (train, val)]
+    if set(train.ids) & set(val.ids):
+        read[1] = Renamed(read[1], "val/{}")
+    return Source(read[0], read[1], tuple(classes), split)
 
 
 def share_of(fraction: str) -> float | int:
-    """The share that a text such as "1/8" names, or the number of images that "20" does."""
-    above, slash, below = fraction.partition("/")
-    return int(above) / int(below) if slash else int(above)
+    """The share that a text such as "1/8" or "0.1" names, or the number of images that "20" does.
+
+    Raises:
+        ValueError: if it is no such text.
+    """
+    try:
+        return int(fraction) if fraction.isdecimal() else float(Fraction(fraction))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"the fraction is {fraction!r}; expected such as 1/8, 0.1 or a number of images") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence_data import AlsoStrong
+from evidence_data import Renamed
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -103,7 +103,7 @@ def on_true_masks(case: Case, name: str, *, strong: Dataset[Any]) -> Run:
 
 def strongly_augmented(case: Case, name: str) -> Run:
     """What does the strong augmentation do alone? The labelled images take the place of the pseudo-labelled ones."""
-    return on_true_masks(case, name, strong=AlsoStrong(case.labelled, case.labelled.ids))  # type: ignore[attr-defined]
+    return on_true_masks(case, name, strong=Renamed(case.labelled, "{} again"))
 
 
 def rightly_labelled(case: Case, name: str) -> Run:

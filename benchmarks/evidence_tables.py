@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,9 @@ def _miou_table(results: Sequence[Result], titles: dict[str, str]) -> str:
     first = results[0]
     seeds = _in_order(sorted(r.seed for r in results))
     base = {r.seed: r.miou for r in results if r.method == "supervised"}
-    head = f"mIoU, %, with {first.fraction} of the masks ({first.labelled} of {first.labelled + first.unlabelled})"
+    counts = sorted({r.labelled for r in results})
+    count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+    head = f"mIoU, %, with {first.fraction} of the masks ({count} of {first.labelled + first.unlabelled})"
     lines = [
         f"| {head} | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | gain | pseudo-labels | minutes |"
     ]
@@ -101,8 +104,9 @@ def _class_table(results: Sequence[Result], classes: Sequence[str], titles: dict
     lines = ["| IoU, %, mean over seeds | " + " | ".join(classes) + " |", "|---|" + "---:|" * len(classes)]
     for method in _in_order(r.method for r in results):
         found = [r for r in results if r.method == method]
-        means = [100 * statistics.mean(r.iou[k] for r in found) for k in range(len(classes))]
-        lines.append(f"| {titles[method]} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
+        means = [100 * _mean(r.iou[k] for r in found) for k in range(len(classes))]
+        cells = ["" if math.isnan(mean) else f"{mean:.1f}" for mean in means]
+        lines.append(f"| {titles[method]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -152,7 +156,7 @@ def _draw_gains(figure: Figure, results: Sequence[Result], classes: Sequence[str
             if not gains:
                 continue  # not run yet
             at = [k + 0.38 * (place - (len(shown) - 1) / 2) for k in range(len(classes))]
-            axes.bar(at, [statistics.mean(column) for column in zip(*gains, strict=True)], 0.34, label=titles[method])
+            axes.bar(at, [_mean(column) for column in zip(*gains, strict=True)], 0.34, label=titles[method])
             for seed in gains:
                 axes.plot(at, seed, ".", color="0.2", markersize=4)
         axes.axhline(0, color="0.3", linewidth=0.8)
@@ -161,6 +165,12 @@ def _draw_gains(figure: Figure, results: Sequence[Result], classes: Sequence[str
         axes.grid(axis="y", alpha=0.3)
         if axes.containers:
             axes.legend(frameon=False)
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Of those that are not NaN: a class that is neither true nor predicted has no IoU."""
+    some = [value for value in values if not math.isnan(value)]
+    return statistics.mean(some) if some else math.nan
 
 
 def _in_order(values: Iterable[T]) -> list[T]:

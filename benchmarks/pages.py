@@ -5,15 +5,29 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from stseg.files import write_atomically
 
-def put(page: Path, mark: str, text: str) -> None:
-    """Replace what stands between ``<!-- mark -->`` and ``<!-- /mark -->``.
+
+def between(page: Path, mark: str) -> tuple[int, int]:
+    """Where in the page the text between ``<!-- mark -->`` and ``<!-- /mark -->`` begins and ends.
 
     Raises:
         ValueError: if the page does not have the two marks once.
     """
-    between = rf"(<!-- {re.escape(mark)} -->).*?(<!-- /{re.escape(mark)} -->)"
-    new, count = re.subn(between, lambda m: f"{m[1]}\n{text.strip()}\n{m[2]}", page.read_text(), flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"{page} has the marks <!-- {mark} --> and <!-- /{mark} --> {count} times; expected once")
-    page.write_text(new)
+    name = re.escape(mark)
+    found = list(re.finditer(rf"<!-- {name} -->(.*?)<!-- /{name} -->", page.read_text(encoding="utf-8"), re.DOTALL))
+    if len(found) != 1:
+        raise ValueError(f"{page} has the marks <!-- {mark} --> and <!-- /{mark} --> {len(found)} times; expected once")
+    return found[0].span(1)
+
+
+def put(page: Path, mark: str, text: str) -> None:
+    """Replace what stands between the two marks.
+
+    Raises:
+        ValueError: as ``between``.
+    """
+    begin, end = between(page, mark)
+    before = page.read_text(encoding="utf-8")
+    new = f"{before[:begin]}\n{text.strip()}\n{before[end:]}".encode()
+    write_atomically(page, lambda file: file.write(new))

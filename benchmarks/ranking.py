@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from evidence import network_of
 from evidence_data import folder_source, share_of
-from pages import put
+from pages import between, put
 from scipy.stats import spearmanr
 from timing import conditions, device
 from torch import Tensor, nn
@@ -247,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings, folders = read_record(args.runs / "evidence.json"), teachers(args.runs)
     if settings is None or not folders:
         parser.error(f"--runs {args.runs} holds no supervised run of evidence.py that is done")
+    if args.page is not None:
+        between(args.page, "ranking")
     made_with = argparse.Namespace(**settings | {"weights": None})  # they are read from the folders
     source = folder_source(
         args.data, size=None if made_with.size is None else tuple(made_with.size), classes=made_with.classes

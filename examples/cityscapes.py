@@ -10,13 +10,15 @@ GPUs. A run that was killed goes on when started again.
 """
 
 import argparse
+from fractions import Fraction
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import Subset
 
 import stseg
-from stseg.data import FilePair, ListedFiles, read_pairs
+from stseg.data import FilePair, ListedFiles, read_pairs, split_ids
 
 # By the value in `labelIds` masks, in the order of the classes that are evaluated; all others are ignored.
 LABELS = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light"}
@@ -31,7 +33,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of leftImg8bit and gtFine")
     parser.add_argument("--labelled", type=Path, required=True, help="list of the labelled images")
-    parser.add_argument("--unlabelled", type=Path, help="list of the others, for st and st++")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--unlabelled", type=Path, help="list of the others, for st and st++")
+    others.add_argument("--fraction", type=Fraction, help="draw such a share of --labelled; the rest is unlabelled")
     parser.add_argument("--val", type=Path, help="list to evaluate on; default: all of leftImg8bit/val")
     parser.add_argument("--masks", choices=("labelIds", "labelTrainIds"), default="labelIds", help="those of ids")
     parser.add_argument("--out", type=Path, required=True, help="work directory: weights, masks, ranking, report")
@@ -39,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher", choices=("final", "best"), default="final", help="best on val: for parity alone")
     parser.add_argument("--network", choices=("PSPNet", "DeepLabV3Plus", "DeepLabV2"), default="DeepLabV3Plus")
     parser.add_argument("--backbone", help="a timm model; default: resnet50, and resnet101 for DeepLabV2")
-    parser.add_argument("--pretrained", action="store_true", help="fetch its ImageNet weights, as in the paper")
+    parser.add_argument("--pretrained", action="store_true", help="ImageNet weights (the paper's DeepLabV2: COCO)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster where the hardware has it")
     for name in SETTINGS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS, help="of TrainConfig")
@@ -78,8 +82,14 @@ def main() -> None:
         precision="bf16" if args.bf16 else "fp32",
         **{name: value for name, value in vars(args).items() if name in SETTINGS},
     )
+    if args.fraction:
+        drawn = set(split_ids(labelled.ids, float(args.fraction), seed=config.seed)[0])
+        few = [index for index, id in enumerate(labelled.ids) if id in drawn]
+        rest = sorted(set(range(len(labelled))).difference(few))
+        unlabelled = Subset(listed(args.data, args.labelled, "train", args.masks, masks=False), rest)
+        labelled = Subset(labelled, few)
     backbone = args.backbone or ("resnet101" if args.network == "DeepLabV2" else "resnet50")
-    if args.pretrained and "." not in backbone:
+    if args.pretrained and backbone in ("resnet50", "resnet101"):
         backbone += ".tv_in1k"  # torchvision's weights, from which the paper starts
 
     def make_network() -> nn.Module:

@@ -67,7 +67,8 @@ def _batch_norm(
         normalised = normalised * weight.reshape(shape)
     if bias is not None:
         normalised = normalised + bias.reshape(shape)
-    result: Tensor = normalised.to(x.dtype)
+    # The backward pass needs what was normalised, and the layer that follows may work in place.
+    result: Tensor = normalised.to(x.dtype, copy=weight is None and bias is None)
     return result
 
 

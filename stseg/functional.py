@@ -170,7 +170,7 @@ def weighted_stability(
     A class of a few pixels weighs as much in the stability of the paper as one that fills the image. Here the IoU of
     each class weighs as the ``power`` of its area, the union of the two masks. With ``power=0`` and ``min_share=0`` it
     is :func:`stseg.functional.stability`. With ``power=1`` an earlier mask counts as ``a / (2 - a)``, where ``a`` is
-    the share of its pixels that are equal: the order of :func:`stseg.functional.pixel_agreement`.
+    the share of its pixels that are equal: of one earlier mask, the order of :func:`stseg.functional.pixel_agreement`.
 
     Args:
         masks: ``(K, B, H, W)`` integer class maps of K earlier checkpoints.

@@ -16,6 +16,16 @@ from stseg.files import write_atomically
 from stseg.inference import Skipped
 
 
+def reliable_count(images: int, fraction: float) -> int:
+    """How many of so many images are reliable: ``floor(images * fraction)``.
+
+    Example:
+        >>> reliable_count(100, 0.29)
+        29
+    """
+    return math.floor(images * fraction + 1e-9)  # 100 * 0.29 is 28.999... in floating point
+
+
 @dataclass(frozen=True)
 class Ranking:
     """Images from the most to the least reliable.
@@ -102,7 +112,7 @@ class Ranking:
         """
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction is {fraction}; expected a share in [0, 1]")
-        cut = math.floor(len(self) * fraction + 1e-9)  # 0.29 * 100 is 28.999... in floating point
+        cut = reliable_count(len(self), fraction)
         return list(self.indices[:cut]), list(self.indices[cut:])
 
     def to_csv(self, path: str | Path) -> None:

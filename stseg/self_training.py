@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +16,7 @@ from stseg.config import TrainConfig
 from stseg.data import MixedDataset
 from stseg.errors import DataError
 from stseg.pseudo import check_stored
+from stseg.ranking import reliable_count
 from stseg.records import described
 from stseg.result import SelfTrainingResult
 from stseg.samples import check_classes, len_of
@@ -179,6 +179,7 @@ class SelfTrainer:
             unlabelled: items are images, or tuples that begin with one; what follows is never looked at.
             val: items ``(image, mask)``, evaluated while training. They choose nothing, unless ``teacher="best"``.
             teacher: a supervised stage of an earlier run, such as ``result.stages["teacher"]``; none is trained then.
+                Its network is on the CPU once students train.
 
         Raises:
             DataError: if a data set is empty, an id is in two of them, or an item is not what it has to be; names it.
@@ -238,7 +239,7 @@ class SelfTrainer:
     def _check_count(self, images: int) -> None:
         if not images and self.method != "supervised":
             raise DataError("the unlabelled data set is empty")
-        if self.method == "st++" and not 0 < math.floor(images * self.reliable_fraction) < images:
+        if self.method == "st++" and not 0 < reliable_count(images, self.reliable_fraction) < images:
             raise DataError(
                 f"{images} unlabelled images with reliable_fraction {self.reliable_fraction} leave none reliable "
                 "or none unreliable; expected at least one of each"

@@ -69,6 +69,10 @@ CASES = {
     "cumulative average": (lambda: nn.BatchNorm2d(4, momentum=None), IMAGES),
     "another momentum and eps": (lambda: nn.BatchNorm2d(4, momentum=0.7, eps=0.3), IMAGES),
     "without affine": (lambda: nn.BatchNorm2d(4, affine=False), IMAGES),
+    "without affine, then in place": (
+        lambda: nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.ReLU(inplace=True)),
+        IMAGES,
+    ),
     "without running statistics": (lambda: nn.BatchNorm2d(4, track_running_stats=False), IMAGES),
     "frozen without running statistics": (lambda: nn.BatchNorm2d(4, track_running_stats=False).eval(), IMAGES),
     "frozen": (lambda: nn.BatchNorm2d(4).eval(), IMAGES),

