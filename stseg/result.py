@@ -23,7 +23,8 @@ class SelfTrainingResult:
         labels: the pseudo-labelled data sets by name: "labels" (ST), "reliable" and "unreliable" (ST++).
         ranking: how the unlabelled images were ranked (ST++).
         skipped: unlabelled images that could not be read and were left out.
-        seconds: duration of each step by name, in order.
+        seconds: duration of each step by name, in order; of a labelling or ranking that was taken up
+            again, of its last part.
     """
 
     model: nn.Module

@@ -158,7 +158,7 @@ class ListedFiles(Dataset[Any]):
             if self._masks is not None:
                 self._masks.append(_mask(self.root, files, image, line))
         if not self.ids:
-            raise DataError("pairs is empty; expected one or more")
+            raise DataError(f"pairs is empty; expected one or more, of files in {self.root}")
 
     def __len__(self) -> int:
         return len(self.ids)
