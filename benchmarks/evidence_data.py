@@ -104,10 +104,12 @@ def folder_source(root: Path, *, size: tuple[int, int] | None, classes: Sequence
         labelled = len(read_ids(others[0])) if others else share_of(fraction)
         return split_ids(train.ids, labelled=labelled, seed=seed)
 
-    read = [dataset if size is None else Resized(dataset, size) for dataset in (train, val)]
+    images: Dataset[Any]
+    held_out: Dataset[Any]
+    images, held_out = (dataset if size is None else Resized(dataset, size) for dataset in (train, val))
     if set(train.ids) & set(val.ids):
-        read[1] = Renamed(read[1], "val/{}")
-    return Source(read[0], read[1], tuple(classes), split)
+        held_out = Renamed(held_out, "val/{}")
+    return Source(images, held_out, tuple(classes), split)
 
 
 def share_of(fraction: str) -> float | int:

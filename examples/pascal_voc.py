@@ -11,10 +11,11 @@ shares the work between four GPUs. A run that was killed goes on when started ag
 import argparse
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 import stseg
 from stseg.data import ListedFiles, read_pairs, split_ids
@@ -61,8 +62,11 @@ def listed(root: Path, names: Path, folder: str, *, masks: bool = True) -> Liste
 def main() -> None:
     """Train, evaluate every stage at full resolution and one scale, write everything to the work directory."""
     args = parse()
-    labelled = listed(args.data, args.labelled, args.masks)
-    unlabelled = listed(args.data, args.unlabelled, args.masks, masks=False) if args.unlabelled else None
+    everything = listed(args.data, args.labelled, args.masks)
+    labelled: Dataset[Any] = everything
+    unlabelled: Dataset[Any] | None = None
+    if args.unlabelled:
+        unlabelled = listed(args.data, args.unlabelled, args.masks, masks=False)
     val = listed(args.data, args.val or args.data / "ImageSets/Segmentation/val.txt", "SegmentationClass")
     config = stseg.TrainConfig.pascal(
         head_lr_factor=1 if args.network == "DeepLabV2" else 10,
@@ -70,11 +74,10 @@ def main() -> None:
         **{name: value for name, value in vars(args).items() if name in SETTINGS},
     )
     if args.fraction:
-        drawn = set(split_ids(labelled.ids, float(args.fraction), seed=config.seed)[0])
-        few = [index for index, id in enumerate(labelled.ids) if id in drawn]
-        rest = sorted(set(range(len(labelled))).difference(few))
-        unlabelled = Subset(listed(args.data, args.labelled, args.masks, masks=False), rest)
-        labelled = Subset(labelled, few)
+        drawn = set(split_ids(everything.ids, float(args.fraction), seed=config.seed)[0])
+        without_masks = listed(args.data, args.labelled, args.masks, masks=False)
+        labelled = Subset(everything, [i for i, id in enumerate(everything.ids) if id in drawn])
+        unlabelled = Subset(without_masks, [i for i, id in enumerate(everything.ids) if id not in drawn])
     backbone = args.backbone or ("resnet101" if args.network == "DeepLabV2" else "resnet50")
     if args.pretrained and backbone in ("resnet50", "resnet101"):
         backbone += ".tv_in1k"  # torchvision's weights, from which the paper starts
