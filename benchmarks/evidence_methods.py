@@ -131,8 +131,8 @@ METHODS: dict[str, tuple[str, Method]] = {
     "st-2x": ("ST, student twice the steps", partial(self_trained, method="st", times=2)),
     "st-warm": ("ST, student begins as its teacher", partial(self_trained, method="st", student_init="teacher")),
     "st-balanced": ("ST, surest 80 % of each class", partial(self_trained, method="st", keep_per_class=0.8)),
-    "st-both": ("ST, both: `FROM_SCRATCH`", partial(self_trained, method="st", **stseg.FROM_SCRATCH)),
-    "st++-both": ("ST++, both: `FROM_SCRATCH`", partial(self_trained, method="st++", **stseg.FROM_SCRATCH)),
+    "st-both": ("ST, `FROM_SCRATCH`", partial(self_trained, method="st", **stseg.FROM_SCRATCH)),
+    "st++-both": ("ST++, `FROM_SCRATCH`", partial(self_trained, method="st++", **stseg.FROM_SCRATCH)),
     "st-gentle": (
         "ST, `FROM_SCRATCH`, a quarter of the learning rate",
         partial(self_trained, method="st", rate=0.25, **stseg.FROM_SCRATCH),

@@ -141,11 +141,11 @@ def _draw_methods(figure: Figure, results: Sequence[Result], titles: dict[str, s
 
 
 def _draw_gains(figure: Figure, results: Sequence[Result], classes: Sequence[str], titles: dict[str, str]) -> None:
-    """For each class, how much ST and ST++ gain on the supervised network, mean over seeds and each seed."""
+    """For each class, how much the methods gain on the supervised network, mean over seeds and each seed."""
     fractions = _in_order(r.fraction for r in results)
     figure.set_size_inches(9, 3.2 * len(fractions))
     base = {(r.fraction, r.seed): r for r in results if r.method == "supervised"}
-    shown = [method for method in ("st", "st++") if any(r.method == method for r in results)]
+    shown = [method for method in ("st", "st++", "st-both", "st++-both") if any(r.method == method for r in results)]
     for axes, fraction in zip(figure.subplots(len(fractions), 1, squeeze=False)[:, 0], fractions, strict=True):
         for place, method in enumerate(shown):
             gains = [
@@ -155,8 +155,10 @@ def _draw_gains(figure: Figure, results: Sequence[Result], classes: Sequence[str
             ]
             if not gains:
                 continue  # not run yet
-            at = [k + 0.38 * (place - (len(shown) - 1) / 2) for k in range(len(classes))]
-            axes.bar(at, [_mean(column) for column in zip(*gains, strict=True)], 0.34, label=titles[method])
+            width = 0.8 / len(shown)
+            at = [k + width * (place - (len(shown) - 1) / 2) for k in range(len(classes))]
+            means = [_mean(column) for column in zip(*gains, strict=True)]
+            axes.bar(at, means, 0.9 * width, label=titles[method].replace("`", ""))
             for seed in gains:
                 axes.plot(at, seed, ".", color="0.2", markersize=4)
         axes.axhline(0, color="0.3", linewidth=0.8)
