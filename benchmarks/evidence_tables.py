@@ -117,7 +117,7 @@ def mean_and_deviation(values: Sequence[float], *, sign: bool = False) -> str:
 
 
 def _draw_methods(figure: Figure, results: Sequence[Result], titles: dict[str, str]) -> None:
-    """Every seed as a point, the mean as a line across."""
+    """Every seed as a point, the mean of several as a line across."""
     fractions = _in_order(r.fraction for r in results)
     methods = _in_order(r.method for r in results)
     figure.set_size_inches(9, 0.5 + (0.9 + 0.34 * len(methods)) * len(fractions))
@@ -126,8 +126,9 @@ def _draw_methods(figure: Figure, results: Sequence[Result], titles: dict[str, s
             found = [r for r in results if (r.method, r.fraction) == (method, fraction)]
             if not found:
                 continue
-            mean = 100 * statistics.mean(r.miou for r in found)
-            axes.plot([mean, mean], [row - 0.3, row + 0.3], color="0.4", linewidth=1)
+            if len(found) > 1:
+                mean = 100 * statistics.mean(r.miou for r in found)
+                axes.plot([mean, mean], [row - 0.3, row + 0.3], color="0.4", linewidth=1)
             for r in found:
                 axes.plot(100 * r.miou, row, "o", color=f"C{r.seed % 10}", alpha=0.8)
         axes.set(title=f"{fraction} of the masks", xlabel="mIoU, %", yticks=range(len(methods)))
