@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stseg.functional import (
@@ -224,12 +224,15 @@ class TestStability:
         )
 
     @few
+    @example((6, torch.tensor([[[[0, 0, 5], [0, 5, 3], [0, 1, 5]]]])), 2)
     @given(predictions(), st.integers(1, 300))
     def test_does_not_change_with_classes_that_never_occur(self, drawn, more):
         num_classes, maps = drawn
         reference = maps[0].flip(-1)
         few_classes = stability(maps, reference, num_classes)
-        assert torch.equal(stability(maps, reference, num_classes + more), few_classes)
+        # Not to the last bit: sums over another number of classes are added in another order.
+        more_classes = stability(maps, reference, num_classes + more)
+        torch.testing.assert_close(more_classes, few_classes, rtol=0, atol=1e-12)
 
     def test_does_not_change_with_the_order_of_the_earlier_masks_but_with_the_reference(self):
         a, b, c = torch.tensor([[[0, 0, 1]], [[0, 1, 1]], [[2, 2, 2]]])[:, None]
@@ -278,6 +281,7 @@ class TestStability:
 
 class TestPseudoLabel:
     @few
+    @example(3, (1, 2, 2, 4), 1.0)
     @given(
         st.integers(0, 2**32 - 1),
         st.tuples(st.integers(1, 3), st.integers(2, 6), st.integers(1, 4), st.integers(1, 4)),
@@ -289,7 +293,8 @@ class TestPseudoLabel:
         mask, confidence = labels_by_loops(logits, threshold, 200)
         assert found.mask.dtype == torch.uint8
         assert found.confidence.dtype == torch.float32
-        assert np.array_equal(found.mask.numpy(), mask)
+        clear = np.abs(confidence - threshold) > 1e-6  # the others may round to the other side
+        assert np.array_equal(found.mask.numpy()[clear], mask[clear])
         np.testing.assert_allclose(found.confidence.numpy(), confidence, rtol=1e-5, atol=0)
 
     @few
@@ -533,9 +538,10 @@ class TestWeightedStability:
         order = random.sample(range(maps.shape[1]), maps.shape[1])
         for score in (weighted_stability, pixel_agreement):
             whole = score(maps, reference, num_classes)
-            assert torch.equal(score(maps[:, order], reference[order], num_classes), whole[order])
             alone = torch.cat([score(maps[:, i : i + 1], reference[i : i + 1], num_classes) for i in order])
-            assert torch.equal(alone, whole[order])
+            # Not to the last bit: powers are taken of several numbers at once, and of the rest one by one.
+            for found in (score(maps[:, order], reference[order], num_classes), alone):
+                torch.testing.assert_close(found, whole[order], rtol=0, atol=1e-12)
             assert bool(((whole >= 0) & (whole <= 1)).all())
             same = maps[:1].expand(3, -1, -1, -1)
             assert score(same, maps[0], num_classes).tolist() == [1.0] * maps.shape[1]
