@@ -186,6 +186,11 @@ def network_of(arguments: argparse.Namespace) -> nn.Module:
     options = json.loads(arguments.network_options)
     classes = len(arguments.classes)
     name, pretrained = arguments.arch.removeprefix("stseg."), arguments.weights is not None
+    if not hasattr(smp if name == arguments.arch else stseg.models, name):
+        raise ValueError(
+            f"--arch is {arguments.arch!r}; expected a network of segmentation_models_pytorch, such as Unet, or one of "
+            "the paper's: stseg.DeepLabV3Plus, stseg.PSPNet, stseg.DeepLabV2"
+        )
     if name != arguments.arch:
         architecture = getattr(stseg.models, name)
         network = architecture(arguments.encoder, num_classes=classes, pretrained=pretrained, **options)

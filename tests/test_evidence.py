@@ -183,7 +183,8 @@ def test_training_and_validation_images_may_have_the_same_names(camvid_like: Pat
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
-        (["--arch", "Unett"], "Unett"),
+        (["--arch", "Unett"], r"--arch is 'Unett'; expected"),
+        (["--arch", "stseg.Unet"], r"--arch is 'stseg.Unet'; expected"),
         (["--encoder", "resnett18"], "resnett18"),
         (["--fractions", "1/8", "half"], "half"),
         (["--classes", "ground", "sky"], "expected 0..1 or 255"),
