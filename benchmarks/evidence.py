@@ -254,10 +254,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     not_settings = ("data", "out", "fractions", "seeds", "methods", "workers", "page")
     settings = {name: value for name, value in vars(args).items() if name not in not_settings}
     fractions = [fraction.replace("_", "/") for fraction in args.fractions]
-    # What can be found wrong is found before the folder is taken for these settings.
-    network_of(args)
-    for fraction, seed in product(fractions, args.seeds):
-        source.split(fraction, seed)
     if args.page is not None:
         between(args.page, "evidence")
     ids = [*ids_of(source.train), *ids_of(source.val)]
