@@ -19,7 +19,7 @@ import stseg
 
 
 def with_pil(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Jitter, grey, blur and cutout as written in the paper, and the way back to tensors."""
+    """Jitter, gray, blur and cutout as written in the paper, and the way back to tensors."""
     jitter, gray = ColorJitter(0.5, 0.5, 0.5, 0.25), RandomGrayscale(0.2)
     random = np.random.default_rng()
     out_images, out_masks = [], []

@@ -39,7 +39,7 @@ def scores(steps: int, seed: int, out: Path) -> dict[str, float]:
     """Held-out mIoU of each row of the table, in per cent."""
     results = quickstart.run(steps, seed, out)
     scenes = quickstart.scenes(seed)
-    few = Subset(scenes, range(quickstart.LABELLED))
+    few = Subset(scenes, range(quickstart.LABELED))
     config = quickstart.settings(steps, seed)
     for name, data, settings in (("long", few, replace(config, steps=3 * steps)), ("all", scenes, config)):
         trainer = stseg.SelfTrainer(

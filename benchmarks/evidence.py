@@ -3,13 +3,13 @@
     python benchmarks/evidence.py --data camvid --out runs/evidence --fractions 1/8 --seeds 0 1 2
 
 The data folder holds ``train/images``, ``train/masks``, ``val/images`` and ``val/masks``, paired by name. Which images
-count as labelled stands in ``splits/1_8/seed_0/labeled.txt`` and ``unlabeled.txt``; where there is no such file, it is
+count as labeled stands in ``splits/1_8/seed_0/labeled.txt`` and ``unlabeled.txt``; where there is no such file, it is
 drawn with the seed, as many as the lists of other seeds have. The seed is that of the training, too. For other data,
 fill a ``Source`` and call ``run``.
 
 ST and ST++ begin with the network of "supervised" of the same fraction and seed, and every stage takes as many steps.
 Each run has a work directory; what was killed goes on when the same command is given again, and what is done is not
-done again. True masks of images that do not count as labelled serve to measure pseudo-labels; only "ceiling" and
+done again. True masks of images that do not count as labeled serve to measure pseudo-labels; only "ceiling" and
 "st-true", which are no methods, train on them.
 
 The network of a run is in its last stage: ``OUT/1_8/seed_0/st++/student-2/model.safetensors``, ``st/student``,
@@ -41,9 +41,9 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 import stseg
-from stseg.files import write_atomically
-from stseg.records import check_record, read_record
-from stseg.samples import ids_of
+from stseg.data.items import ids_of
+from stseg.storage.files import write_atomically
+from stseg.storage.records import claim, read_record
 
 IGNORED = 255
 
@@ -62,7 +62,7 @@ def run(
 
     Args:
         source: the data.
-        fractions: shares of labelled images, such as ``"1/8"``.
+        fractions: shares of labeled images, such as ``"1/8"``.
         seeds: of the draws and of the training.
         methods: names of ``METHODS``.
         make_model: makes a network with fresh weights.
@@ -73,11 +73,11 @@ def run(
         The results of all runs in ``out``.
 
     Raises:
-        WorkdirMismatchError: if runs in ``out`` had other images labelled.
+        WorkdirMismatchError: if runs in ``out`` had other images labeled.
     """
     for fraction, seed in product(fractions, seeds):
         drawn = [f"{len(ids)}, {zlib.crc32(repr(ids).encode()):08x}" for ids in source.split(fraction, seed)]
-        check_settings(place(out, fraction, seed) / "split.json", {"labelled": drawn[0], "unlabelled": drawn[1]})
+        check_settings(place(out, fraction, seed) / "split.json", {"labeled": drawn[0], "unlabeled": drawn[1]})
     jobs = [(method, fraction, seed) for fraction, seed, method in product(fractions, seeds, methods)]
     jobs = [job for job in jobs if not result_file(out, *job).exists()]
     for job in tqdm(jobs, desc="runs", dynamic_ncols=True):
@@ -90,7 +90,7 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Settings must be those of the runs in their folder; of a command that began none they do not count."""
     if not any(path.parent.rglob("stage.json")):
         path.unlink(missing_ok=True)
-    check_record(path, settings)
+    claim(path, settings)
 
 
 def write_all(out: Path, classes: Sequence[str]) -> list[Result]:
@@ -131,8 +131,8 @@ def run_one(
         seed=seed,
         miou=metric.compute(),
         iou=metric.iou().tolist(),
-        labelled=len(case.labelled),  # type: ignore[arg-type]
-        unlabelled=len(case.unlabelled),  # type: ignore[arg-type]
+        labeled=len(case.labeled),  # type: ignore[arg-type]
+        unlabeled=len(case.unlabeled),  # type: ignore[arg-type]
         pseudo=pseudo_quality(outcome, source, case),
         seconds=sum(outcome.seconds.values()),
         conditions=conditions(),
@@ -151,13 +151,13 @@ def case_of(
     out: Path,
 ) -> Case:
     """The data and settings of a fraction and a seed."""
-    labelled, unlabelled = source.split(fraction, seed)
+    labeled, unlabeled = source.split(fraction, seed)
     where = {id: index for index, id in enumerate(source.train.ids)}  # type: ignore[attr-defined]
-    few, many = (Subset(source.train, [where[id] for id in ids]) for ids in (labelled, unlabelled))
-    few.ids = labelled  # type: ignore[attr-defined]
+    few, many = (Subset(source.train, [where[id] for id in ids]) for ids in (labeled, unlabeled))
+    few.ids = labeled  # type: ignore[attr-defined]
     return Case(
-        labelled=few,
-        unlabelled=Images(many),
+        labeled=few,
+        unlabeled=Images(many),
         true=many,
         everything=source.train,
         val=source.val,

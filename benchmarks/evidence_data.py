@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as vision
 
 import stseg
 from stseg.data import SegmentationFolder, read_ids, split_ids
-from stseg.samples import ids_of
+from stseg.data.items import ids_of
 
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
 
@@ -27,7 +27,7 @@ class Source:
         train: all training images with their masks, ``(image, mask)``, with ``ids``.
         val: what every network is evaluated on.
         classes: the name of each class.
-        split: ``(fraction, seed) -> (labelled, unlabelled)`` ids of ``train``.
+        split: ``(fraction, seed) -> (labeled, unlabeled)`` ids of ``train``.
     """
 
     train: Dataset[Any]
@@ -58,7 +58,7 @@ class Resized(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Images(Dataset[Tensor]):
-    """The images of a labelled data set without their masks."""
+    """The images of a labeled data set without their masks."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset, self.ids = dataset, ids_of(dataset)
@@ -101,8 +101,8 @@ def folder_source(root: Path, *, size: tuple[int, int] | None, classes: Sequence
             few, many = (listed(lists / f"seed_{seed}" / f"{name}.txt") for name in ("labeled", "unlabeled"))
             return few, many
         others = sorted(lists.glob("seed_*/labeled.txt"))
-        labelled = len(read_ids(others[0])) if others else share_of(fraction)
-        return split_ids(train.ids, labelled=labelled, seed=seed)
+        labeled = len(read_ids(others[0])) if others else share_of(fraction)
+        return split_ids(train.ids, labeled=labeled, seed=seed)
 
     images: Dataset[Any]
     held_out: Dataset[Any]

@@ -23,10 +23,10 @@ NOTHING: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0, "cutou
 class Case:
     """What one run works with: the data of a fraction and a seed, and how every network is made and trained."""
 
-    labelled: Dataset[Any]
-    unlabelled: Dataset[Any]
+    labeled: Dataset[Any]
+    unlabeled: Dataset[Any]
     true: Dataset[Any]
-    """The unlabelled images with their true masks, for what measures the methods and is none."""
+    """The unlabeled images with their true masks, for what measures the methods and is none."""
     everything: Dataset[Any]
     val: Dataset[Any]
     num_classes: int
@@ -58,9 +58,9 @@ def longer(config: stseg.TrainConfig, times: int) -> stseg.TrainConfig:
 
 
 def supervised(case: Case, name: str, *, times: int = 1) -> Run:
-    """On the labelled images, perhaps for longer."""
+    """On the labeled images, perhaps for longer."""
     trainer = case.trainer(name, "supervised", config=longer(case.config, times))
-    return trainer.fit(case.labelled, val=case.val)
+    return trainer.fit(case.labeled, val=case.val)
 
 
 def ceiling(case: Case, name: str) -> Run:
@@ -76,7 +76,7 @@ def self_trained(case: Case, name: str, *, method: str, times: int = 1, rate: fl
     teacher = supervised(case, "supervised").stages["teacher"]
     config = longer(replace(case.config, lr=rate * case.config.lr), times)
     trainer = case.trainer(name, method, config=config, **options)
-    return trainer.fit(case.labelled, case.unlabelled, case.val, teacher=teacher)
+    return trainer.fit(case.labeled, case.unlabeled, case.val, teacher=teacher)
 
 
 def on_true_masks(case: Case, name: str, *, strong: Dataset[Any]) -> Run:
@@ -84,7 +84,7 @@ def on_true_masks(case: Case, name: str, *, strong: Dataset[Any]) -> Run:
     torch.manual_seed(case.config.seed)
     stage = stseg.fit(
         case.make_model(),
-        MixedDataset(case.labelled, strong),
+        MixedDataset(case.labeled, strong),
         case.config,
         strong=stseg.StrongAugment(),
         val=case.val,
@@ -102,11 +102,11 @@ def on_true_masks(case: Case, name: str, *, strong: Dataset[Any]) -> Run:
 
 
 def strongly_augmented(case: Case, name: str) -> Run:
-    """What does the strong augmentation do alone? The labelled images take the place of the pseudo-labelled ones."""
-    return on_true_masks(case, name, strong=Renamed(case.labelled, "{} again"))
+    """What does the strong augmentation do alone? The labeled images take the place of the pseudo-labeled ones."""
+    return on_true_masks(case, name, strong=Renamed(case.labeled, "{} again"))
 
 
-def rightly_labelled(case: Case, name: str) -> Run:
+def rightly_labeled(case: Case, name: str) -> Run:
     """What do the errors of the pseudo-labels do? ST as if there were none."""
     return on_true_masks(case, name, strong=case.true)
 
@@ -122,10 +122,10 @@ METHODS: dict[str, tuple[str, Method]] = {
     "supervised-strong": ("supervised, strong augmentation too", strongly_augmented),
     "st": ("ST", partial(self_trained, method="st")),
     "st++": ("ST++", partial(self_trained, method="st++")),
-    "st-true": ("ST, were all pseudo-labels right", rightly_labelled),
+    "st-true": ("ST, were all pseudo-labels right", rightly_labeled),
     "st-plain": ("ST without strong augmentation", partial(self_trained, method="st", strong=None)),
-    "st-jitter": ("ST, colour jitter alone", partial(self_trained, method="st", strong=only(jitter_p=0.8))),
-    "st-gray": ("ST, grey alone", partial(self_trained, method="st", strong=only(gray_p=0.2))),
+    "st-jitter": ("ST, color jitter alone", partial(self_trained, method="st", strong=only(jitter_p=0.8))),
+    "st-gray": ("ST, gray alone", partial(self_trained, method="st", strong=only(gray_p=0.2))),
     "st-blur": ("ST, blur alone", partial(self_trained, method="st", strong=only(blur_p=0.5))),
     "st-cutout": ("ST, cutout alone", partial(self_trained, method="st", strong=only(cutout=stseg.Cutout()))),
     "st-2x": ("ST, student twice the steps", partial(self_trained, method="st", times=2)),

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from matplotlib.figure import Figure
 
-from stseg.files import write_atomically
+from stseg.storage.files import write_atomically
 
 T = TypeVar("T")
 
@@ -30,8 +30,8 @@ class Result:
     """On the validation set, one confusion matrix, in [0, 1]."""
     iou: list[float]
     """Of each class; NaN where it is neither true nor predicted."""
-    labelled: int
-    unlabelled: int
+    labeled: int
+    unlabeled: int
     pseudo: dict[str, float]
     """MIoU of the pseudo-labels of each step with the true masks."""
     seconds: float
@@ -56,10 +56,10 @@ def as_csv(results: Sequence[Result], classes: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = ["fraction", "seed", "method", "miou", *(f"iou {name}" for name in classes)]
-    writer.writerow([*names, "labelled", "unlabelled", "pseudo-labels", "seconds", "conditions"])
+    writer.writerow([*names, "labeled", "unlabeled", "pseudo-labels", "seconds", "conditions"])
     for r in results:
         pseudo = " ".join(f"{step}={value:.4f}" for step, value in r.pseudo.items())
-        about = r.labelled, r.unlabelled, pseudo, round(r.seconds, 1), r.conditions
+        about = r.labeled, r.unlabeled, pseudo, round(r.seconds, 1), r.conditions
         writer.writerow([r.fraction, r.seed, r.method, r.miou, *r.iou, *about])
     return text.getvalue()
 
@@ -77,9 +77,9 @@ def _miou_table(results: Sequence[Result], titles: dict[str, str]) -> str:
     first = results[0]
     seeds = _in_order(sorted(r.seed for r in results))
     base = {r.seed: r.miou for r in results if r.method == "supervised"}
-    counts = sorted({r.labelled for r in results})
+    counts = sorted({r.labeled for r in results})
     count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
-    head = f"mIoU, %, with {first.fraction} of the masks ({count} of {first.labelled + first.unlabelled})"
+    head = f"mIoU, %, with {first.fraction} of the masks ({count} of {first.labeled + first.unlabeled})"
     lines = [
         f"| {head} | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | gain | pseudo-labels | minutes |"
     ]

@@ -1,4 +1,4 @@
-"""Labelling and ranking against the bare forward passes, and against the paper's way, one image at a time.
+"""Labeling and ranking against the bare forward passes, and against the paper's way, one image at a time.
 
     python benchmarks/inference.py
 
@@ -56,7 +56,7 @@ def ready_views(batches: list[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def one_at_a_time(network: nn.Module, data: list[Tensor], folder: Path, scales: tuple[float, ...]) -> None:
-    """The paper's labelling: a view after the other, an image after the other, a PNG each."""
+    """The paper's labeling: a view after the other, an image after the other, a PNG each."""
     for index, pixels in enumerate(data):
         image = pixels[None].to(device())
         height, width = image.shape[-2:]
@@ -123,7 +123,7 @@ def main() -> None:
             "stseg: PseudoLabeler to PNG files": lambda: label(networks[0], data * TIMES),
         }
     )
-    print(table("labelling at one scale", found, floor=floor, items=COUNT * TIMES), end="\n\n")
+    print(table("labeling at one scale", found, floor=floor, items=COUNT * TIMES), end="\n\n")
     found = seconds(
         {
             floor: lambda: forward(all_views, networks[0]),
@@ -132,7 +132,7 @@ def main() -> None:
         },
         rounds=3,
     )
-    print(table("labelling with 10 views", found, floor=floor, items=COUNT), end="\n\n")
+    print(table("labeling with 10 views", found, floor=floor, items=COUNT), end="\n\n")
     found = seconds(
         {
             floor: lambda: forward(batches * TIMES, *networks),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from stseg.files import write_atomically
+from stseg.storage.files import write_atomically
 
 
 def between(page: Path, mark: str) -> tuple[int, int]:

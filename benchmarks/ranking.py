@@ -3,7 +3,7 @@
     python benchmarks/ranking.py --data camvid --runs runs/evidence
 
 The teachers are the supervised networks that ``evidence.py`` left in ``--runs``. Each labels and ranks the images that
-were unlabelled for it, and their true masks serve to measure, for nothing else. All scores are computed from the same
+were unlabeled for it, and their true masks serve to measure, for nothing else. All scores are computed from the same
 masks and probabilities: an image goes once through each checkpoint, and once through the ten views that label it.
 ``ranking.csv`` and ``ranking.md`` are written beside the runs. For other networks and data, call ``measure``.
 """
@@ -30,12 +30,13 @@ from torch.utils.data import Dataset, Subset
 
 import stseg
 from stseg import functional
-from stseg.checkpoints import load_weights
-from stseg.inference import bar, in_equal_batches, load, predictor
+from stseg.data.convert import check_mask_values
+from stseg.data.items import ids_of
+from stseg.engine.checkpoint import load_weights
+from stseg.inference.sweep import batch_by_size, load, predictor, progress_bar
 from stseg.models.segmenter import as_segmenter
-from stseg.models.state import device_of, frozen
-from stseg.records import read_record
-from stseg.samples import check_mask_values, ids_of
+from stseg.models.state import device_of, evaluating
+from stseg.storage.records import read_record
 from stseg.types import Precision
 
 MaskScore = Callable[[Tensor, Tensor, int], Tensor]
@@ -90,10 +91,10 @@ def measure(
     Args:
         teacher: labels the images.
         snapshots: two or more checkpoints of its training, in order.
-        dataset: items ``(image, mask)``: what stands for the unlabelled images, with their true masks.
+        dataset: items ``(image, mask)``: what stands for the unlabeled images, with their true masks.
         num_classes: number of classes.
         ignore_index: value of mask pixels that do not count.
-        tta: wraps the teacher for labelling; None labels at one scale.
+        tta: wraps the teacher for labeling; None labels at one scale.
         fraction: share of images that count as reliable.
         batch_size: how many images of equal size at once.
         num_workers: processes that read the data.
@@ -140,9 +141,9 @@ def measure(
 
     found: dict[str, list[float]] = {}
     matrices: list[Tensor] = []
-    with frozen(*networks), torch.no_grad():
-        results = in_equal_batches(score, images(), batch_size=batch_size, device=where)
-        for index, (label, scores) in bar(results, total=len(ids), title="rankings", show=progress):
+    with evaluating(*networks), torch.no_grad():
+        results = batch_by_size(score, images(), batch_size=batch_size, device=where)
+        for index, (label, scores) in progress_bar(results, total=len(ids), title="rankings", show=progress):
             matrix = functional.confusion_matrix(label, truth.pop(index), num_classes, ignore_index=ignore_index)
             if matrix.sum():
                 matrices.append(matrix)
@@ -235,7 +236,7 @@ def teachers(runs: Path) -> dict[str, dict[int, Path]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Each teacher, then a table for each share of labelled images."""
+    """Each teacher, then a table for each share of labeled images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the data of the runs")
     parser.add_argument("--runs", type=Path, required=True, help="what evidence.py had as --out")
@@ -269,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 num_workers=args.workers,
                 precision="fp32" if made_with.fp32 else "bf16",
             )
-        texts.append(f"{fraction} labelled\n\n{table(found)}")
+        texts.append(f"{fraction} labeled\n\n{table(found)}")
         figures += [(fraction, seed, name, row) for seed, rows in found.items() for name, row in rows.items()]
     write_csv(args.runs / "ranking.csv", figures)
     text = "\n\n".join([*texts, f"`benchmarks/ranking.py`, {conditions()}."])

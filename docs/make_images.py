@@ -16,7 +16,7 @@ import stseg
 from stseg.data import SyntheticScenes
 
 CLASSES = SyntheticScenes.classes
-COLOURS = ("#8fbf6f", "#a8d5f2", "#6b6b76", "#d99157", "#2f7d3b", "#d43a3a", "#f6d743")
+COLORS = ("#8fbf6f", "#a8d5f2", "#6b6b76", "#d99157", "#2f7d3b", "#d43a3a", "#f6d743")
 IGNORED = "#ffffff"
 COLUMNS, SIZE, SCENE, SEED = 6, 160, 28, 3
 
@@ -27,7 +27,7 @@ def show(axes: Axes, pixels: Tensor) -> None:
         axes.imshow(pixels.permute(1, 2, 0).clamp(0, 1))
     else:
         shown = torch.where(pixels == 255, len(CLASSES), pixels)
-        axes.imshow(shown, cmap=ListedColormap([*COLOURS, IGNORED]), vmin=0, vmax=len(CLASSES), interpolation="nearest")
+        axes.imshow(shown, cmap=ListedColormap([*COLORS, IGNORED]), vmin=0, vmax=len(CLASSES), interpolation="nearest")
 
 
 def augmentation(path: Path) -> None:
@@ -54,7 +54,7 @@ def augmentation(path: Path) -> None:
         row[1].set_ylabel(name, fontsize=11)
         for axes, pixels in zip(row[1:], batch, strict=True):
             show(axes, pixels)
-    handles = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, CLASSES, strict=True)]
+    handles = [Patch(color=color, label=name) for color, name in zip(COLORS, CLASSES, strict=True)]
     handles.append(Patch(facecolor=IGNORED, edgecolor="#888888", label="ignored (255)"))
     canvas.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=10, ncols=len(handles) // 2)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
 r"""The paper's experiments on Cityscapes (Yang et al., CVPR 2022, section 4): supervised, ST or ST++.
 
     python examples/cityscapes.py --data cityscapes --pretrained --out runs/cityscapes \
-        --labelled 1_8/labeled.txt --unlabelled 1_8/unlabeled.txt
+        --labeled 1_8/labeled.txt --unlabeled 1_8/unlabeled.txt
 
 A list has on each line an image and its mask, ``leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png
 gtFine/train/aachen/aachen_000000_000019_gtFine_labelTrainIds.png``, or an id, ``aachen_000000_000019``. Masks of
-unlabelled images need not exist. ``torchrun --nproc-per-node 4`` in place of ``python`` shares the work between four
+unlabeled images need not exist. ``torchrun --nproc-per-node 4`` in place of ``python`` shares the work between four
 GPUs. A run that was killed goes on when started again.
 """
 
@@ -33,10 +33,10 @@ def parse() -> argparse.Namespace:
     """What the paper varies, and what hardware asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of leftImg8bit and gtFine")
-    parser.add_argument("--labelled", type=Path, required=True, help="list of the labelled images")
+    parser.add_argument("--labeled", type=Path, required=True, help="list of the labeled images")
     others = parser.add_mutually_exclusive_group()
-    others.add_argument("--unlabelled", type=Path, help="list of the others, for st and st++")
-    others.add_argument("--fraction", type=Fraction, help="draw such a share of --labelled; the rest is unlabelled")
+    others.add_argument("--unlabeled", type=Path, help="list of the others, for st and st++")
+    others.add_argument("--fraction", type=Fraction, help="draw such a share of --labeled; the rest is unlabeled")
     parser.add_argument("--val", type=Path, help="list to evaluate on; default: all of leftImg8bit/val")
     parser.add_argument("--masks", choices=("labelIds", "labelTrainIds"), default="labelIds", help="those of ids")
     parser.add_argument("--out", type=Path, required=True, help="work directory: weights, masks, ranking, report")
@@ -75,11 +75,11 @@ def listed(root: Path, names: Path | None, part: str, kind: str, *, masks: bool 
 def main() -> None:
     """Train, evaluate every stage at full resolution and one scale, write everything to the work directory."""
     args = parse()
-    everything = listed(args.data, args.labelled, "train", args.masks)
-    labelled: Dataset[Any] = everything
-    unlabelled: Dataset[Any] | None = None
-    if args.unlabelled:
-        unlabelled = listed(args.data, args.unlabelled, "train", args.masks, masks=False)
+    everything = listed(args.data, args.labeled, "train", args.masks)
+    labeled: Dataset[Any] = everything
+    unlabeled: Dataset[Any] | None = None
+    if args.unlabeled:
+        unlabeled = listed(args.data, args.unlabeled, "train", args.masks, masks=False)
     val = listed(args.data, args.val, "val", args.masks)
     config = stseg.TrainConfig.cityscapes(
         head_lr_factor=1 if args.network == "DeepLabV2" else 10,
@@ -88,9 +88,9 @@ def main() -> None:
     )
     if args.fraction:
         drawn = set(split_ids(everything.ids, float(args.fraction), seed=config.seed)[0])
-        without_masks = listed(args.data, args.labelled, "train", args.masks, masks=False)
-        labelled = Subset(everything, [i for i, id in enumerate(everything.ids) if id in drawn])
-        unlabelled = Subset(without_masks, [i for i, id in enumerate(everything.ids) if id not in drawn])
+        without_masks = listed(args.data, args.labeled, "train", args.masks, masks=False)
+        labeled = Subset(everything, [i for i, id in enumerate(everything.ids) if id in drawn])
+        unlabeled = Subset(without_masks, [i for i, id in enumerate(everything.ids) if id not in drawn])
     backbone = args.backbone or ("resnet101" if args.network == "DeepLabV2" else "resnet50")
     if args.pretrained and backbone in ("resnet50", "resnet101"):
         backbone += ".tv_in1k"  # torchvision's weights, from which the paper starts
@@ -104,10 +104,10 @@ def main() -> None:
         config=config,
         method=args.method,
         teacher=args.teacher,
-        inference_batch_size=2,  # of 2 megapixels, which labelling sees at twice the size too
+        inference_batch_size=2,  # of 2 megapixels, which labeling sees at twice the size too
         workdir=args.out,
     )
-    result = trainer.fit(labelled, unlabelled, val)
+    result = trainer.fit(labeled, unlabeled, val)
     first_process = not dist.is_initialized() or dist.get_rank() == 0
     for name, stage in result.stages.items():
         stage.model.to(next(result.model.parameters()).device)

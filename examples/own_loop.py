@@ -19,7 +19,7 @@ import stseg
 from stseg.data import MixedDataset, SyntheticScenes
 
 STEPS, BATCH, SIZE, CLASSES = 300, 8, 64, len(SyntheticScenes.classes)
-LABELLED, UNLABELLED, HELD_OUT = 20, 200, 50
+LABELED, UNLABELED, HELD_OUT = 20, 200, 50
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -55,22 +55,22 @@ def train(dataset: MixedDataset, strong: nn.Module) -> list[nn.Module]:
 
 def main() -> None:
     """ST++ as section 3.3 of the paper tells it."""
-    scenes = SyntheticScenes(LABELLED + UNLABELLED, size=SIZE, seed=0)
-    labelled, unlabelled = Subset(scenes, range(LABELLED)), Subset(scenes, range(LABELLED, len(scenes)))
+    scenes = SyntheticScenes(LABELED + UNLABELED, size=SIZE, seed=0)
+    labeled, unlabeled = Subset(scenes, range(LABELED)), Subset(scenes, range(LABELED, len(scenes)))
     held_out = SyntheticScenes(HELD_OUT, size=SIZE, seed=1)
     weak, strong = stseg.WeakAugment(SIZE, base_size=SIZE, scale=(0.75, 1.5)), stseg.StrongAugment()
 
-    def label(network: nn.Module, indices: list[int]) -> stseg.PseudoLabelled:
+    def label(network: nn.Module, indices: list[int]) -> stseg.PseudoLabeled:
         labeler = stseg.PseudoLabeler(stseg.MultiScaleFlip(network), num_classes=CLASSES)
-        return labeler.label(Subset(unlabelled, indices))
+        return labeler.label(Subset(unlabeled, indices))
 
-    checkpoints = train(MixedDataset(labelled, transform=weak), strong)
-    ranking = stseg.StabilityRanker(checkpoints, num_classes=CLASSES).rank(unlabelled)
+    checkpoints = train(MixedDataset(labeled, transform=weak), strong)
+    ranking = stseg.StabilityRanker(checkpoints, num_classes=CLASSES).rank(unlabeled)
     reliable, unreliable = ranking.split(0.5)
     easy = label(checkpoints[-1], reliable)
-    student = train(MixedDataset(labelled, easy, transform=weak), strong)[-1]
+    student = train(MixedDataset(labeled, easy, transform=weak), strong)[-1]
     hard = label(student, unreliable)
-    final = train(MixedDataset(labelled, easy + hard, transform=weak), strong)[-1]
+    final = train(MixedDataset(labeled, easy + hard, transform=weak), strong)[-1]
     for name, network in {"supervised": checkpoints[-1], "ST++": final}.items():
         print(f"{name}: mIoU {stseg.evaluate(network, held_out, num_classes=CLASSES).compute():.3f}")
 

@@ -1,10 +1,10 @@
 r"""The paper's experiments on Pascal VOC 2012 (Yang et al., CVPR 2022, section 4): supervised, ST or ST++.
 
     python examples/pascal_voc.py --data VOCdevkit/VOC2012 --pretrained --out runs/pascal \
-        --labelled 1_8/labeled.txt --unlabelled 1_8/unlabeled.txt
+        --labeled 1_8/labeled.txt --unlabeled 1_8/unlabeled.txt
 
 A list has on each line an image and its mask, ``JPEGImages/2007_000032.jpg SegmentationClass/2007_000032.png``, or an
-id, ``2007_000032``. Masks of unlabelled images need not exist. ``torchrun --nproc-per-node 4`` in place of ``python``
+id, ``2007_000032``. Masks of unlabeled images need not exist. ``torchrun --nproc-per-node 4`` in place of ``python``
 shares the work between four GPUs. A run that was killed goes on when started again.
 """
 
@@ -31,12 +31,12 @@ def parse() -> argparse.Namespace:
     """What the paper varies, and what hardware asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="VOC2012, with JPEGImages and SegmentationClass")
-    parser.add_argument("--labelled", type=Path, required=True, help="list of the labelled images")
+    parser.add_argument("--labeled", type=Path, required=True, help="list of the labeled images")
     others = parser.add_mutually_exclusive_group()
-    others.add_argument("--unlabelled", type=Path, help="list of the others, for st and st++")
-    others.add_argument("--fraction", type=Fraction, help="draw such a share of --labelled; the rest is unlabelled")
+    others.add_argument("--unlabeled", type=Path, help="list of the others, for st and st++")
+    others.add_argument("--fraction", type=Fraction, help="draw such a share of --labeled; the rest is unlabeled")
     parser.add_argument("--val", type=Path, help="list to evaluate on; default: ImageSets/Segmentation/val.txt")
-    parser.add_argument("--masks", default="SegmentationClass", help="folder of the masks of labelled ids")
+    parser.add_argument("--masks", default="SegmentationClass", help="folder of the masks of labeled ids")
     parser.add_argument("--out", type=Path, required=True, help="work directory: weights, masks, ranking, report")
     parser.add_argument("--method", choices=("supervised", "st", "st++"), default="st++")
     parser.add_argument("--teacher", choices=("final", "best"), default="final", help="best on val: for parity alone")
@@ -62,11 +62,11 @@ def listed(root: Path, names: Path, folder: str, *, masks: bool = True) -> Liste
 def main() -> None:
     """Train, evaluate every stage at full resolution and one scale, write everything to the work directory."""
     args = parse()
-    everything = listed(args.data, args.labelled, args.masks)
-    labelled: Dataset[Any] = everything
-    unlabelled: Dataset[Any] | None = None
-    if args.unlabelled:
-        unlabelled = listed(args.data, args.unlabelled, args.masks, masks=False)
+    everything = listed(args.data, args.labeled, args.masks)
+    labeled: Dataset[Any] = everything
+    unlabeled: Dataset[Any] | None = None
+    if args.unlabeled:
+        unlabeled = listed(args.data, args.unlabeled, args.masks, masks=False)
     val = listed(args.data, args.val or args.data / "ImageSets/Segmentation/val.txt", "SegmentationClass")
     config = stseg.TrainConfig.pascal(
         head_lr_factor=1 if args.network == "DeepLabV2" else 10,
@@ -75,9 +75,9 @@ def main() -> None:
     )
     if args.fraction:
         drawn = set(split_ids(everything.ids, float(args.fraction), seed=config.seed)[0])
-        without_masks = listed(args.data, args.labelled, args.masks, masks=False)
-        labelled = Subset(everything, [i for i, id in enumerate(everything.ids) if id in drawn])
-        unlabelled = Subset(without_masks, [i for i, id in enumerate(everything.ids) if id not in drawn])
+        without_masks = listed(args.data, args.labeled, args.masks, masks=False)
+        labeled = Subset(everything, [i for i, id in enumerate(everything.ids) if id in drawn])
+        unlabeled = Subset(without_masks, [i for i, id in enumerate(everything.ids) if id not in drawn])
     backbone = args.backbone or ("resnet101" if args.network == "DeepLabV2" else "resnet50")
     if args.pretrained and backbone in ("resnet50", "resnet101"):
         backbone += ".tv_in1k"  # torchvision's weights, from which the paper starts
@@ -93,7 +93,7 @@ def main() -> None:
         teacher=args.teacher,
         workdir=args.out,
     )
-    result = trainer.fit(labelled, unlabelled, val)
+    result = trainer.fit(labeled, unlabeled, val)
     first_process = not dist.is_initialized() or dist.get_rank() == 0
     for name, stage in result.stages.items():
         stage.model.to(next(result.model.parameters()).device)

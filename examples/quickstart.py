@@ -24,9 +24,9 @@ import stseg
 from stseg.data import SyntheticScenes
 
 CLASSES = SyntheticScenes.classes
-COLOURS = ("#8fbf6f", "#a8d5f2", "#6b6b76", "#d99157", "#2f7d3b", "#d43a3a", "#f6d743")
+COLORS = ("#8fbf6f", "#a8d5f2", "#6b6b76", "#d99157", "#2f7d3b", "#d43a3a", "#f6d743")
 HELD_OUT_SEED = 10_000
-LABELLED, UNLABELLED, HELD_OUT, SIZE = 20, 400, 150, 48
+LABELED, UNLABELED, HELD_OUT, SIZE = 20, 400, 150, 48
 STEPS = 2000
 
 
@@ -62,8 +62,8 @@ def make_network() -> nn.Module:
 
 
 def scenes(seed: int) -> SyntheticScenes:
-    """All training scenes; the first of them are the labelled ones."""
-    return SyntheticScenes(LABELLED + UNLABELLED, size=SIZE, seed=seed)
+    """All training scenes; the first of them are the labeled ones."""
+    return SyntheticScenes(LABELED + UNLABELED, size=SIZE, seed=seed)
 
 
 def settings(steps: int, seed: int) -> stseg.TrainConfig:
@@ -85,7 +85,7 @@ def settings(steps: int, seed: int) -> stseg.TrainConfig:
 def run(steps: int, seed: int, workdir: Path | None = None) -> dict[str, stseg.SelfTrainingResult]:
     """Train by each method; ST and ST++ begin with the supervised network."""
     images = scenes(seed)
-    labelled, unlabelled = Subset(images, range(LABELLED)), Subset(images, range(LABELLED, len(images)))
+    labeled, unlabeled = Subset(images, range(LABELED)), Subset(images, range(LABELED, len(images)))
     results: dict[str, stseg.SelfTrainingResult] = {}
     for name, method in {"supervised": "supervised", "ST": "st", "ST++": "st++"}.items():
         trainer = stseg.SelfTrainer(
@@ -96,7 +96,7 @@ def run(steps: int, seed: int, workdir: Path | None = None) -> dict[str, stseg.S
             workdir=None if workdir is None else workdir / name,
         )
         teacher = results["supervised"].stages["teacher"] if results else None
-        results[name] = trainer.fit(labelled, unlabelled, teacher=teacher)
+        results[name] = trainer.fit(labeled, unlabeled, teacher=teacher)
     return results
 
 
@@ -143,7 +143,7 @@ def figure(results: dict[str, stseg.SelfTrainingResult], held_out: SyntheticScen
         column[0].set_title(f"{final.ranking.scores[place]:.2f}")
         show_mask(column[1], mask)
 
-    handles = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, CLASSES, strict=True)]
+    handles = [Patch(color=color, label=name) for color, name in zip(COLORS, CLASSES, strict=True)]
     canvas.legend(handles=handles, loc="outside lower center", ncols=len(CLASSES), frameon=False, fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=100)
@@ -156,8 +156,8 @@ def show_image(axes: Axes, image: Tensor) -> None:
 
 
 def show_mask(axes: Axes, mask: Tensor) -> None:
-    """Classes in their colours."""
-    axes.imshow(mask.numpy(), cmap=ListedColormap(COLOURS), vmin=0, vmax=len(CLASSES) - 1, interpolation="nearest")
+    """Classes in their colors."""
+    axes.imshow(mask.numpy(), cmap=ListedColormap(COLORS), vmin=0, vmax=len(CLASSES) - 1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
 
 

@@ -2,7 +2,7 @@
 
 from stseg import data, functional, models
 from stseg.augment import Cutout, StrongAugment, WeakAugment
-from stseg.config import TrainConfig
+from stseg.engine.config import TrainConfig
 from stseg.errors import (
     DataError,
     NetworkError,
@@ -13,18 +13,19 @@ from stseg.errors import (
     WorkdirMismatchError,
 )
 from stseg.functional import PseudoLabels
-from stseg.inference import Skipped, evaluate
-from stseg.metrics import MeanIoU
+from stseg.inference.evaluate import evaluate
+from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
+from stseg.inference.mask_store import MaskStore
+from stseg.inference.mean_iou import MeanIoU
+from stseg.inference.rankers import ConfidenceRanker, StabilityRanker
+from stseg.inference.ranking import Ranking
+from stseg.inference.sweep import Skipped
 from stseg.models import IMAGENET_MEAN, IMAGENET_STD, Segmenter
-from stseg.pseudo import PseudoLabeler, PseudoLabelled
-from stseg.rankers import ConfidenceRanker, StabilityRanker
-from stseg.ranking import Ranking
-from stseg.report import write_report
-from stseg.result import SelfTrainingResult
-from stseg.self_training import FROM_SCRATCH, SelfTrainer
-from stseg.store import MaskStore
+from stseg.models.multi_scale import MultiScaleFlip
+from stseg.self_trainer import FROM_SCRATCH, SelfTrainer
+from stseg.stages.report import write_report
+from stseg.stages.result import SelfTrainingResult
 from stseg.training import FitResult, fit
-from stseg.tta import MultiScaleFlip
 from stseg.version import __version__
 
 __all__ = [
@@ -39,8 +40,8 @@ __all__ = [
     "MeanIoU",
     "MultiScaleFlip",
     "NetworkError",
+    "PseudoLabeled",
     "PseudoLabeler",
-    "PseudoLabelled",
     "PseudoLabels",
     "Ranking",
     "Segmenter",

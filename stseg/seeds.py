@@ -10,25 +10,27 @@ import numpy as np
 import torch
 
 
-def seed_of(seed: int, *keys: int | str) -> int:
+def derive_seed(seed: int, *keys: int | str) -> int:
     """A seed for a part of a run: far from those of all other parts and of all other runs.
 
     Example:
-        >>> seed_of(0, "teacher") == seed_of(0, "teacher"), seed_of(0, "teacher") == seed_of(0, "student")
-        (True, False)
+        >>> derive_seed(0, "teacher") == derive_seed(0, "teacher")
+        True
+        >>> derive_seed(0, "teacher") == derive_seed(0, "student")
+        False
     """
     numbers = (int.from_bytes(key.encode(), "little") if isinstance(key, str) else key for key in keys)
     return int(np.random.SeedSequence([seed & (2**64 - 1), *numbers]).generate_state(1, np.uint64)[0])
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def fixed_seed(seed: int) -> Iterator[None]:
     """Inside, torch (on the CPU), numpy and ``random`` start from the seed; afterwards they go on as before.
 
     Example:
-        >>> with seeded(3):
+        >>> with fixed_seed(3):
         ...     a = torch.rand(())
-        >>> with seeded(3):
+        >>> with fixed_seed(3):
         ...     bool(torch.rand(()) == a)
         True
     """

@@ -18,20 +18,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from stseg.batches import Samples, batches_of, steps_per_epoch
-from stseg.checkpoints import Row, StageFolder
-from stseg.checks import check_labelled, check_network, check_pace, check_strong, refuse_common_ids
-from stseg.config import TrainConfig
 from stseg.data import MixedDataset
-from stseg.distributed import own_device, rank, share_buffers, world_size
+from stseg.data.items import names_of
+from stseg.distributed import broadcast_buffers, rank, setup_device, world_size
+from stseg.engine.batches import AugmentedSamples, build_loader, steps_per_epoch
+from stseg.engine.checkpoint import Row, StageCheckpoint
+from stseg.engine.config import TrainConfig
+from stseg.engine.optimizers import build_optimizer, polynomial_decay
+from stseg.engine.step import training_step
 from stseg.errors import DataError, NetworkError, TrainingDivergedError
-from stseg.inference import evaluate
+from stseg.inference.evaluate import evaluate
+from stseg.inference.preflight import check_labeled, check_network, check_pace, check_strong, refuse_common_ids
 from stseg.models.segmenter import as_segmenter
-from stseg.models.state import digest
-from stseg.optimization import optimizer_of, poly, train_step
-from stseg.records import described
-from stseg.samples import names_of
-from stseg.seeds import seed_of
+from stseg.models.state import fingerprint
+from stseg.seeds import derive_seed
+from stseg.storage.records import describe
 from stseg.types import BatchAugmentation
 
 
@@ -69,7 +70,7 @@ def fit(
     progress: bool = True,
     title: str = "train",
 ) -> FitResult:
-    """Train a network on a labelled or a mixed data set.
+    """Train a network on a labeled or a mixed data set.
 
     The loss is the mean cross-entropy over the pixels of the batch that are not ignored, true and pseudo-masks alike
     (Yang et al., CVPR 2022, section 3.1 with lambda = 1), unless ``config.pseudo_weight`` weighs the latter. The result
@@ -77,7 +78,7 @@ def fit(
     ``workdir`` goes on to the same weights.
 
     It runs on the devices that ``torchrun`` or ``accelerate launch`` set up; in a single process, on the best one
-    there is. Batch normalisation sees the images of each process apart, and the model has the running statistics of
+    there is. Batch normalization sees the images of each process apart, and the model has the running statistics of
     the first one, unless ``config.sync_batchnorm`` has it see those of all processes together.
 
     Args:
@@ -85,8 +86,8 @@ def fit(
         dataset: items ``(image, mask)``, or ``(image, mask, is_pseudo)`` as of :class:`stseg.data.MixedDataset`, whose
             ``transform``, if it has one, takes the place of the weak augmentation.
         config: the settings.
-        strong: augmentation of the pseudo-labelled images, on the device, such as :class:`stseg.StrongAugment`.
-        val: labelled data set, evaluated for every row of the history.
+        strong: augmentation of the pseudo-labeled images, on the device, such as :class:`stseg.StrongAugment`.
+        val: labeled data set, evaluated for every row of the history.
         snapshots: after which epochs to keep a copy; after which steps, where the config counts steps.
         keep: ``"best"`` returns the weights that were best on ``val``, which then is no longer held out.
         ignore_index: mask value of pixels that do not count.
@@ -94,7 +95,7 @@ def fit(
         workdir: folder for ``model.safetensors``, ``snapshots/``, ``history.jsonl`` and, while under way,
             ``state/``. A stage that is done is read from there, not trained again.
         save_every: seconds between saves of the state.
-        check: whether to read all labelled samples first, to find bad ones before time is spent.
+        check: whether to read all labeled samples first, to find bad ones before time is spent.
         progress: whether to show a bar.
         title: name on the bar.
 
@@ -114,7 +115,7 @@ def fit(
         (2, 1)
     """
     check_pace(inference_batch_size, save_every)
-    device = own_device()
+    device = setup_device()
     names = names_of(dataset)
     if not names:
         raise DataError("the data set to train on is empty")
@@ -127,27 +128,27 @@ def fit(
     model = as_segmenter(model).to(device)
     has_own = isinstance(dataset, MixedDataset) and dataset.transform is not None
     weak = None if has_own else config.weak_augment(ignore_index)
-    samples = Samples(dataset, names, weak, seed=config.seed)
+    samples = AugmentedSamples(dataset, names, weak, seed=config.seed)
     classes = check_network(model, samples[0, 0][0])
     samples.check_masks(classes, ignore_index)
     facts = f"{len(names)} samples, {zlib.crc32(repr(names).encode()):08x}"
     if check:
-        facts += _looked_at(dataset, val, classes, ignore_index, config, progress)
+        facts += _validate_data(dataset, val, classes, ignore_index, config, progress)
     record = {
-        "network": digest(model, weights=False),
+        "network": fingerprint(model, weights=False),
         "config": config.record(),
-        "strong": described(strong),
+        "strong": describe(strong),
         "data": facts,
         "ignore_index": ignore_index,
         "snapshots": snapshots,
         "keep": keep,
     }
-    folder = StageFolder(workdir, record)
+    folder = StageCheckpoint(workdir, record)
     if done := folder.finished(model):
         kept = tuple(folder.snapshot(model, at) for at in snapshots)
         return FitResult(model.eval(), kept, tuple(done.history), done.seconds)
 
-    optimizer = optimizer_of(model, config)
+    optimizer = build_optimizer(model, config)
     so_far = folder.resume(model, optimizer)
     copies = [folder.snapshot(model, at) for at in snapshots if at * unit <= so_far.step]
     rows = range(per_epoch, total + 1, per_epoch) if config.epochs else _spread(total, 20)
@@ -166,16 +167,16 @@ def fit(
         dynamic_ncols=True,
     )
     network = _distributed(model.train(), device)
-    batches = batches_of(samples, config, range(so_far.step, total), pin_memory=device.type == "cuda")
+    batches = build_loader(samples, config, range(so_far.step, total), pin_memory=device.type == "cuda")
     with bar, _random_state_kept(device):
         for step, batch in enumerate(batches, start=so_far.step):
-            torch.manual_seed(seed_of(config.seed, "step", step, rank()))
-            factor = poly(step, total, config.power)
+            torch.manual_seed(derive_seed(config.seed, "step", step, rank()))
+            factor = polynomial_decay(step, total, config.power)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             images, masks, is_pseudo = _on_device(batch, device, strong)
             try:
-                loss = train_step(network, optimizer, images, masks, config, ignore_index, is_pseudo)
+                loss = training_step(network, optimizer, images, masks, config, ignore_index, is_pseudo)
             except FloatingPointError as error:
                 save()
                 raise TrainingDivergedError(
@@ -187,7 +188,7 @@ def fit(
             so_far.step = step + 1
             wanted = so_far.step % unit == 0 and so_far.step // unit in snapshots
             if so_far.step in rows or wanted:
-                share_buffers(model)
+                broadcast_buffers(model)
             if so_far.step in rows:
                 miou = None if val is None else _miou(model, val, classes, ignore_index, config, inference_batch_size)
                 if keep == "best" and miou is not None and miou > so_far.best:
@@ -212,7 +213,7 @@ def fit(
     return FitResult(model.eval(), tuple(copies), tuple(so_far.history), so_far.seconds)
 
 
-def _looked_at(
+def _validate_data(
     dataset: Dataset[Any],
     val: Dataset[Any] | None,
     classes: int,
@@ -220,24 +221,24 @@ def _looked_at(
     config: TrainConfig,
     progress: bool,
 ) -> str:
-    """Fingerprints of the labelled and the validation images, once they have been found to be as they have to be."""
+    """Fingerprints of the labeled and the validation images, once they have been found to be as they have to be."""
     mixed = dataset if isinstance(dataset, MixedDataset) else MixedDataset(dataset)
-    refuse_common_ids({"labelled": mixed.labelled, "pseudo-labelled": mixed.pseudo, "validation": val})
+    refuse_common_ids({"labeled": mixed.labeled, "pseudo-labeled": mixed.pseudo, "validation": val})
     look = partial(
-        check_labelled,
+        check_labeled,
         num_classes=classes,
         ignore_index=ignore_index,
         num_workers=config.num_workers,
         progress=progress,
     )
-    found = f"; labelled: {look(mixed.labelled)}"
+    found = f"; labeled: {look(mixed.labeled)}"
     return found if val is None else f"{found}; validation: {look(val, name='validation')}"
 
 
 def _on_device(
     batch: tuple[Tensor, Tensor, Tensor], device: torch.device, strong: BatchAugmentation | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch as the network takes it: float images, strongly augmented where pseudo-labelled, and int64 masks."""
+    """A batch as the network takes it: float images, strongly augmented where pseudo-labeled, and int64 masks."""
     images, masks, is_pseudo = (x.to(device, non_blocking=True) for x in batch)
     images = images.float() / 255 if images.dtype == torch.uint8 else images
     if strong is not None:

@@ -98,19 +98,19 @@ class TestMasks:
 
     def test_that_hold_nothing_but_the_ignore_index(self):
         nothing = [(image, torch.full((20, 20), 255, dtype=torch.uint8)) for image in IMAGES[:2]]
-        with pytest.raises(DataError, match="masks of the labelled data set hold nothing but the ignore index 255"):
+        with pytest.raises(DataError, match="masks of the labeled data set hold nothing but the ignore index 255"):
             trainer().fit(nothing, IMAGES)
         with pytest.raises(DataError, match="validation data set hold nothing but"):
             trainer().fit(pairs(), IMAGES, nothing)
 
 
 class TestEmptyDataSets:
-    def test_of_labelled_images(self):
-        with pytest.raises(DataError, match="labelled data set is empty"):
+    def test_of_labeled_images(self):
+        with pytest.raises(DataError, match="labeled data set is empty"):
             trainer().fit([], IMAGES)
 
-    def test_of_unlabelled_images(self):
-        with pytest.raises(DataError, match="unlabelled data set is empty"):
+    def test_of_unlabeled_images(self):
+        with pytest.raises(DataError, match="unlabeled data set is empty"):
             trainer().fit(pairs(), [])
 
     def test_of_validation_images(self):
@@ -143,9 +143,9 @@ class TestIds:
     @pytest.mark.parametrize(
         ("names", "who"),
         [
-            ((["a", "b", "c"], ["d", "b"], ["e", "f", "g"]), "'b' is in both the labelled and the unlabelled"),
-            ((["a", "b", "c"], ["d", "e"], ["f", "c", "g"]), "'c' is in both the labelled and the validation"),
-            ((["a", "b", "c"], ["d", "e"], ["f", "g", "e"]), "'e' is in both the unlabelled and the validation"),
+            ((["a", "b", "c"], ["d", "b"], ["e", "f", "g"]), "'b' is in both the labeled and the unlabeled"),
+            ((["a", "b", "c"], ["d", "e"], ["f", "c", "g"]), "'c' is in both the labeled and the validation"),
+            ((["a", "b", "c"], ["d", "e"], ["f", "g", "e"]), "'e' is in both the unlabeled and the validation"),
         ],
     )
     def test_in_two_data_sets(self, names, who):
@@ -248,21 +248,21 @@ class TestFiles:
     def test_that_cannot_be_read_are_named(self, folder, content):
         path = folder / "more" / "5.png"
         path.write_bytes(path.read_bytes()[:300] if content is None else content)
-        labelled = SegmentationFolder(folder / "images", folder / "masks")
+        labeled = SegmentationFolder(folder / "images", folder / "masks")
         with pytest.raises(UnreadableImageError, match=r"more/5\.png cannot be read"):
-            trainer().fit(labelled, SegmentationFolder(folder / "more"))
+            trainer().fit(labeled, SegmentationFolder(folder / "more"))
 
     def test_that_cannot_be_read_are_left_out_and_listed_where_the_caller_chose_that(self, folder):
         path = folder / "more" / "5.png"
         path.write_bytes(path.read_bytes()[:300])
-        labelled = SegmentationFolder(folder / "images", folder / "masks")
+        labeled = SegmentationFolder(folder / "images", folder / "masks")
         runner = trainer(make_model=lambda: nn.Conv2d(3, 2, 1), skip_unreadable=True, workdir=folder / "run")
-        result = runner.fit(labelled, SegmentationFolder(folder / "more"))
+        result = runner.fit(labeled, SegmentationFolder(folder / "more"))
         assert [(skipped.index, skipped.id) for skipped in result.skipped] == [(2, "5")]
         assert sorted(result.ranking.ids) == ["3", "4", "6"]
         assert "5.png" in (folder / "run" / "report.html").read_text()
 
-    def test_that_are_labelled_are_never_left_out(self, folder):
+    def test_that_are_labeled_are_never_left_out(self, folder):
         path = folder / "images" / "2.png"
         path.write_bytes(path.read_bytes()[:300])
         with pytest.raises(UnreadableImageError, match=r"images/2\.png cannot be read"):
@@ -286,7 +286,7 @@ def test_settings_of_the_trainer(options, message):
 
 @pytest.mark.parametrize("side", [32, 20])
 def test_a_network_of_one_input_size_is_found_out_before_it_is_trained(side):
-    """Of 20 pixels are the images themselves, but not what the ten views of the labelling show."""
+    """Of 20 pixels are the images themselves, but not what the ten views of the labeling show."""
 
     class Fixed(Counted):
         def forward(self, x):
@@ -302,11 +302,11 @@ def test_a_network_of_one_input_size_is_found_out_before_it_is_trained(side):
 class TestChannels:
     GREY = torch.rand(1, 20, 20)
 
-    def test_of_a_labelled_image(self):
+    def test_of_a_labeled_image(self):
         with pytest.raises(DataError, match="image '1' has 1 channels; expected 3, as the first image has"):
             trainer().fit(spoilt(1, pairs()[1][1], self.GREY), IMAGES)
 
-    def test_of_an_unlabelled_image(self):
+    def test_of_an_unlabeled_image(self):
         with pytest.raises(DataError, match="image '6' has 1 channels; expected 3"):
             trainer().fit(pairs(), [*IMAGES, self.GREY])
 
@@ -324,7 +324,7 @@ class TestFit:
 
     def test_refuses_ids_that_are_in_both(self):
         data = WithIds(pairs(), ["a", "b", "c"])
-        with pytest.raises(DataError, match="the id 'a' is in both the labelled and the validation"):
+        with pytest.raises(DataError, match="the id 'a' is in both the labeled and the validation"):
             stseg.fit(Counted(3, 2, 1), data, CONFIG, val=WithIds(pairs(1), ["a"]), progress=False)
 
 
@@ -345,7 +345,7 @@ def test_ids_of_a_wrapper_count_even_if_what_it_wraps_has_none():
             super().__init__(items, ids)
             self.dataset = items
 
-    with pytest.raises(DataError, match="the id 'b' is in both the labelled and the unlabelled"):
+    with pytest.raises(DataError, match="the id 'b' is in both the labeled and the unlabeled"):
         trainer().fit(Wrapper(pairs(), ["a", "b", "c"]), Wrapper(IMAGES[:2], ["b", "d"]))
 
 
@@ -378,7 +378,7 @@ class Unread(list):
 
 
 def test_what_can_be_told_without_reading_comes_first():
-    with pytest.raises(DataError, match="unlabelled data set is empty"):
+    with pytest.raises(DataError, match="unlabeled data set is empty"):
         trainer().fit(Unread(pairs()), [])
     with pytest.raises(DataError, match="leave none reliable"):
         trainer(reliable_fraction=0.1).fit(Unread(pairs()), IMAGES)

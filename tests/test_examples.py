@@ -39,8 +39,8 @@ def test_quickstart_prints_a_table_and_draws_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = load("quickstart")
-    monkeypatch.setattr(module, "LABELLED", 3)
-    monkeypatch.setattr(module, "UNLABELLED", 8)
+    monkeypatch.setattr(module, "LABELED", 3)
+    monkeypatch.setattr(module, "UNLABELED", 8)
     monkeypatch.setattr(module, "HELD_OUT", 6)
     run_main(module, monkeypatch, "--out", str(tmp_path), "--steps", "3")
     table = capsys.readouterr().out
@@ -58,7 +58,7 @@ def test_quickstart_prints_a_table_and_draws_a_picture(
 def test_own_loop_trains_and_compares(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     module = load("own_loop")
     monkeypatch.setattr(module, "STEPS", 3)
-    for name, value in {"BATCH": 2, "SIZE": 32, "LABELLED": 3, "UNLABELLED": 6, "HELD_OUT": 4}.items():
+    for name, value in {"BATCH": 2, "SIZE": 32, "LABELED": 3, "UNLABELED": 6, "HELD_OUT": 4}.items():
         monkeypatch.setattr(module, name, value)
     with torch.random.fork_rng():
         module.main()
@@ -71,12 +71,12 @@ def test_own_loop_is_a_page() -> None:
     assert len((ROOT / "examples" / "own_loop.py").read_text().splitlines()) < 80
 
 
-def check_camvid_run(out: Path, unlabelled: set[str]) -> None:
+def check_camvid_run(out: Path, unlabeled: set[str]) -> None:
     done = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert {"run.json", "teacher/model.safetensors", "teacher/history.jsonl", "ranking/ranking.csv"} <= done
-    labelled = {path.stem for step in ("reliable", "unreliable") for path in (out / step / "masks").glob("*.png")}
-    assert labelled == unlabelled
-    assert set(stseg.Ranking.from_csv(out / "ranking" / "ranking.csv").ids) == unlabelled
+    labeled = {path.stem for step in ("reliable", "unreliable") for path in (out / step / "masks").glob("*.png")}
+    assert labeled == unlabeled
+    assert set(stseg.Ranking.from_csv(out / "ranking" / "ranking.csv").ids) == unlabeled
     assert "report.html" in done
     assert any(name.startswith("figures/") for name in done)
 

@@ -89,7 +89,7 @@ def test_every_public_class_and_function_shows_an_example():
         and ">>>" not in (inspect.getdoc(thing) or "")
     ]
     # What is made by another function, in whose example it stands.
-    assert set(without) <= {"FitResult", "SelfTrainingResult", "Skipped", "PseudoLabels", "PseudoLabelled"}
+    assert set(without) <= {"FitResult", "SelfTrainingResult", "Skipped", "PseudoLabels", "PseudoLabeled"}
 
 
 def test_types_ship():

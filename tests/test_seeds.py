@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stseg.seeds import seed_of, seeded
+from stseg.seeds import derive_seed, fixed_seed
 
 
 class TestSeedOf:
@@ -14,11 +14,11 @@ class TestSeedOf:
         parts = [
             (seed, *keys) for seed in range(20) for keys in [("order", 0), ("order", 1), ("sample", 1), ("x",), ()]
         ]
-        assert len({seed_of(*part) for part in parts}) == len(parts)
+        assert len({derive_seed(*part) for part in parts}) == len(parts)
 
     def test_is_the_same_in_every_run(self):
-        assert seed_of(0, "teacher") == seed_of(0, "teacher")
-        assert 0 <= seed_of(-5, "teacher") < 2**64
+        assert derive_seed(0, "teacher") == derive_seed(0, "teacher")
+        assert 0 <= derive_seed(-5, "teacher") < 2**64
 
 
 class TestSeeded:
@@ -26,11 +26,11 @@ class TestSeeded:
         return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]  # noqa: NPY002
 
     def test_makes_all_three_generators_start_anew(self):
-        with seeded(4):
+        with fixed_seed(4):
             first = self.draws()
-        with seeded(4):
+        with fixed_seed(4):
             assert self.draws() == first
-        with seeded(5):
+        with fixed_seed(5):
             assert self.draws() != first
 
     def test_gives_the_callers_state_back_even_after_an_error(self):
@@ -41,6 +41,6 @@ class TestSeeded:
         torch.manual_seed(1)
         np.random.seed(1)  # noqa: NPY002
         random.seed(1)
-        with pytest.raises(ZeroDivisionError), seeded(9):
+        with pytest.raises(ZeroDivisionError), fixed_seed(9):
             self.draws()[0][0] / 0
         assert self.draws() == expected

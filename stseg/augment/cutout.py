@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from stseg.augment.settings import check_batch, check_probability, ordered_range, uniform
+from stseg.augment._settings import check_batch, check_probability, ordered_range, uniform
 
 _TRIES = 256
 
@@ -19,7 +19,7 @@ class Cutout:
 
     A rectangle covers a share ``area`` of the image and has the height / width ratio ``ratio``, both uniform; its
     upper left corner is uniform over the image. All of them are drawn anew until the rectangle lies inside,
-    which favours small ones; so did the paper's runs. After 256 tries in vain the image stays whole (in practice
+    which favors small ones; so did the paper's runs. After 256 tries in vain the image stays whole (in practice
     only where hardly any rectangle fits, as with an area of 1). Inside, the image gets uniform noise in [0, 1),
     independent for each pixel and channel, and the mask ``ignore_index``.
 

@@ -1,4 +1,4 @@
-"""The strong augmentation, for pseudo-labelled images: a whole batch at a time, on the device."""
+"""The strong augmentation, for pseudo-labeled images: a whole batch at a time, on the device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kornia.color import rgb_to_grayscale
 from kornia.filters import get_gaussian_kernel1d
 from torch import Generator, Tensor, nn
 
+from stseg.augment._settings import check_batch, check_probability, ordered_range, uniform
 from stseg.augment.cutout import Cutout
-from stseg.augment.settings import check_batch, check_probability, ordered_range, uniform
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _ELEMENTS_PER_PASS = 2**19
@@ -24,13 +24,13 @@ class StrongParameters(NamedTuple):
     """Everything that is random in one call of :class:`StrongAugment`, on the device of the images."""
 
     jitter: Tensor
-    """``(B,)`` bool: whose colours are jittered."""
+    """``(B,)`` bool: whose colors are jittered."""
     order: Tensor
     """``(B, 4)`` int64: the operations in turn: 0 brightness, 1 contrast, 2 saturation, 3 hue; those off last."""
     factors: Tensor
     """``(B, 4)`` float32: factors of brightness, contrast and saturation, and the shift of hue in turns."""
     gray: Tensor
-    """``(B,)`` bool: who becomes grey."""
+    """``(B,)`` bool: who becomes gray."""
     blur: Tensor
     """``(B,)`` bool: who is blurred."""
     sigma: Tensor
@@ -42,12 +42,12 @@ class StrongParameters(NamedTuple):
 
 
 class StrongAugment(nn.Module):
-    """Strong data augmentations (SDA) of ST: colour jitter, grey, blur and cutout, for a whole batch on its device.
+    """Strong data augmentations (SDA) of ST: color jitter, gray, blur and cutout, for a whole batch on its device.
 
-    Every draw is per image, the order of the four colour operations included. Brightness multiplies, contrast
-    blends with the mean of the grey image, saturation blends with the grey image (a factor of 1 is the identity),
-    hue turns; each is clamped to [0, 1] as PIL does. Images must therefore be in [0, 1], not yet normalised. If
-    they do not have three channels, hue, saturation and grey are left out, and contrast takes the mean over channels.
+    Every draw is per image, the order of the four color operations included. Brightness multiplies, contrast
+    blends with the mean of the gray image, saturation blends with the gray image (a factor of 1 is the identity),
+    hue turns; each is clamped to [0, 1] as PIL does. Images must therefore be in [0, 1], not yet normalized. If
+    they do not have three channels, hue, saturation and gray are left out, and contrast takes the mean over channels.
 
     Nothing waits for the device and no value decides which code runs, so it compiles as one graph. It computes in
     float32 (float64 for float64 images), autocast or not, and no gradients flow through it.
@@ -55,8 +55,8 @@ class StrongAugment(nn.Module):
     Args:
         jitter: strengths of brightness, contrast, saturation (factors from ``max(0, 1 - s)`` to ``1 + s``) and hue
             (shifts from ``-s`` to ``s`` of the full circle, at most 0.5).
-        jitter_p: probability of the colour jitter.
-        gray_p: probability of grey.
+        jitter_p: probability of the color jitter.
+        gray_p: probability of gray.
         blur_p: probability of the Gaussian blur.
         blur_sigma: smallest and largest standard deviation in pixels.
         cutout: settings of the cutout; ``None`` leaves it out.
@@ -187,7 +187,7 @@ class StrongAugment(nn.Module):
         return x.clone() if x is images else x, masks.clone()
 
     def _operations(self, images: Tensor) -> list[int]:
-        """The colour operations that the settings leave on and the channels allow."""
+        """The color operations that the settings leave on and the channels allow."""
         possible = range(4) if images.shape[1] == 3 else (BRIGHTNESS, CONTRAST)
         return [operation for operation in possible if self.jitter[operation] > 0]
 
@@ -217,7 +217,7 @@ class StrongAugment(nn.Module):
 
 
 def _blended(x: Tensor, operation: Tensor, factors: Tensor, active: Tensor | None = None) -> Tensor:
-    """Brightness, contrast or saturation, each image its own; all three blend ``x`` with something grey."""
+    """Brightness, contrast or saturation, each image its own; all three blend ``x`` with something gray."""
     factor = factors.gather(1, operation[:, None])[:, 0]
     if active is not None:
         factor = torch.where(active, factor, 1.0)

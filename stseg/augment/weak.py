@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from stseg.augment.settings import check_probability, ordered_range
-from stseg.samples import pair_of
+from stseg.augment._settings import check_probability, ordered_range
+from stseg.data.convert import pair_of
 from stseg.types import ImageLike, MaskLike
 
 
@@ -20,7 +20,7 @@ class WeakAugment:
 
     The long side is drawn as an integer, uniformly from ``int(base_size * scale[0])`` to
     ``int(base_size * scale[1])`` inclusive, and the other side follows in proportion. The image is resized
-    bilinearly with antialiasing, the mask by nearest neighbour, both as PIL does it. What is smaller than the
+    bilinearly with antialiasing, the mask by nearest neighbor, both as PIL does it. What is smaller than the
     crop is padded on the right and at the bottom: the image with 0, the mask with ``ignore_index``. Draws come
     from torch's global CPU generator, so ``torch.manual_seed`` (and a data loader's seeds) reproduce them.
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from stseg.data.reading import MASK_SUFFIXES, ItemReader, Mode, check_folder, listed_suffixes
+from stseg.data._reading import MASK_SUFFIXES, ItemReader, Mode, check_folder, listed_suffixes
+from stseg.data.items import duplicate
 from stseg.errors import DataError
-from stseg.samples import duplicate
 
 _IMAGES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
 _UNFIT_MASKS = (".jpg", ".jpeg", ".webp", ".gif")  # lossy, or with a palette that programs sort anew
@@ -27,11 +27,11 @@ class SegmentationFolder(Dataset[Any]):
     value.
 
     Args:
-        images: folder of images: RGB, grey, RGBA, palette, 16-bit grey (scaled to 8 bits), turned upright as
+        images: folder of images: RGB, gray, RGBA, palette, 16-bit gray (scaled to 8 bits), turned upright as
             their EXIF data say.
-        masks: folder of masks: 8-bit grey, palette (the indices are the classes) or 16-bit grey; or None.
+        masks: folder of masks: 8-bit gray, palette (the indices are the classes) or 16-bit gray; or None.
         ids: which of the images, in which order; by default all, sorted.
-        mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (grey), into which images are converted, or None for the
+        mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (gray), into which images are converted, or None for the
             channels that each file has.
         class_map: the class of each value of the masks, such as ``{0: 0, 255: 1}``; by default the values are
             the classes.
@@ -47,7 +47,7 @@ class SegmentationFolder(Dataset[Any]):
 
     Raises:
         DataError: if a folder is missing or holds nothing of use, an image has no mask or a mask no image, or
-            two files have one id; names the files. When an item is read, if its mask holds colours or a value
+            two files have one id; names the files. When an item is read, if its mask holds colors or a value
             that is refused, or is not of the image's size.
         UnreadableImageError: when an item is read, if its file is broken; names the file.
 

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
-from stseg.data.lines import numbered_lines
-from stseg.data.reading import MASK_SUFFIXES, ItemReader, Mode, check_folder, listed_suffixes
+from stseg.data._reading import MASK_SUFFIXES, ItemReader, Mode, check_folder, listed_suffixes, numbered_lines
 from stseg.errors import DataError
 
 
@@ -22,7 +21,7 @@ class FilePair(NamedTuple):
     Attributes:
         image: path of the image, relative to a root.
         mask: path of its mask, or None.
-        line: where the two stand, such as ``"labelled.txt, line 3"``; messages begin with it.
+        line: where the two stand, such as ``"labeled.txt, line 3"``; messages begin with it.
 
     Example:
         >>> FilePair("images/1.jpg", "masks/1.png")
@@ -50,7 +49,7 @@ def read_pairs(path: str | Path) -> list[FilePair]:
 
     Example:
         >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "labelled.txt"
+        >>> path = Path(tempfile.mkdtemp()) / "labeled.txt"
         >>> _ = path.write_text("images/1.jpg masks/1.png\nimages/2.jpg masks/2.png\n")
         >>> [(pair.image, pair.mask) for pair in read_pairs(path)]
         [('images/1.jpg', 'masks/1.png'), ('images/2.jpg', 'masks/2.png')]
@@ -91,7 +90,7 @@ class ListedFiles(Dataset[Any]):
         pairs: the files, as of :func:`read_pairs`, or ``(image, mask)`` paths, or images alone. Images may be of any
             format that PIL reads, in the kinds that :class:`SegmentationFolder` takes; masks PNG, BMP or TIFF.
         masks: whether items have masks. Without, those that the list names are not looked at and need not exist.
-        mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (grey), into which images are converted, or None for the
+        mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (gray), into which images are converted, or None for the
             channels that each file has.
         class_map: the class of each value of the masks, such as ``{7: 0, 8: 1}``; by default the values are the
             classes.
@@ -108,7 +107,7 @@ class ListedFiles(Dataset[Any]):
     Raises:
         DataError: if the root or a file is missing, a path is absolute or leaves the root, a mask is not named, or is
             of a format that need not keep its values, two images have one id, or there is no pair; names the line.
-            When an item is read, if its mask holds colours or a value that is refused, or is not of the image's size.
+            When an item is read, if its mask holds colors or a value that is refused, or is not of the image's size.
         UnreadableImageError: when an item is read, if its file is broken; names the file.
 
     Example:

@@ -1,4 +1,4 @@
-"""Labelled and pseudo-labelled images as one training set."""
+"""Labeled and pseudo-labeled images as one training set."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from stseg.data.convert import pair_of
+from stseg.data.items import has_ids, len_of, names_of, repeated
 from stseg.errors import DataError
-from stseg.samples import has_ids, len_of, names_of, pair_of, repeated
 from stseg.types import PairTransform
 
 
 class MixedDataset(Dataset[tuple[Tensor, Tensor, bool]]):
     """The mixture on which ST and ST++ re-train (Yang et al., CVPR 2022, section 3.1).
 
-    The labelled items, over-sampled to about as many as there are pseudo-labelled ones, then the
-    pseudo-labelled items; shuffling is the loader's part.
+    The labeled items, over-sampled to about as many as there are pseudo-labeled ones, then the
+    pseudo-labeled items; shuffling is the loader's part.
 
     Args:
-        labelled: items ``(image, mask)``.
-        pseudo: items ``(image, mask)`` with pseudo-masks, such as :class:`stseg.PseudoLabelled`; or None.
+        labeled: items ``(image, mask)``.
+        pseudo: items ``(image, mask)`` with pseudo-masks, such as :class:`stseg.PseudoLabeled`; or None.
         transform: ``(image, mask) -> (image, mask)`` for every item, such as :class:`stseg.WeakAugment`.
-        repeat: how often the labelled items come; by default ``ceil(len(pseudo) / len(labelled))`` times, and
+        repeat: how often the labeled items come; by default ``ceil(len(pseudo) / len(labeled))`` times, and
             once without ``pseudo``.
 
     Attributes:
-        item_names: what messages call each item; a labelled one comes as often as it is repeated.
+        item_names: what messages call each item; a labeled one comes as often as it is repeated.
 
     Shape:
         Items are the image, ``(C, H, W)`` uint8 or float32 in [0, 1]; the mask, ``(H, W)`` uint8 or int32;
         and whether it is a pseudo-mask, a bool.
 
     Raises:
-        DataError: if a data set is empty, or an id is in both: the image would be learnt with its true mask
+        DataError: if a data set is empty, or an id is in both: the image would be learned with its true mask
             and with a guessed one. When an item is read, if its mask is missing or of another size than the
             image.
         ValueError: if ``repeat`` is less than 1.
@@ -49,26 +50,26 @@ class MixedDataset(Dataset[tuple[Tensor, Tensor, bool]]):
 
     def __init__(
         self,
-        labelled: Dataset[Any],
+        labeled: Dataset[Any],
         pseudo: Dataset[Any] | None = None,
         *,
         transform: PairTransform | None = None,
         repeat: int | None = None,
     ) -> None:
-        self.labelled = labelled
+        self.labeled = labeled
         self.pseudo = pseudo
         self.transform = transform
-        self._count = _count(labelled, "labelled")
-        others = 0 if pseudo is None else _count(pseudo, "pseudo-labelled")
+        self._count = _count(labeled, "labeled")
+        others = 0 if pseudo is None else _count(pseudo, "pseudo-labeled")
         self.repeat = max(1, -(-others // self._count)) if repeat is None else operator.index(repeat)
         if self.repeat < 1:
             raise ValueError(f"repeat is {repeat}; expected 1 or more")
-        names = names_of(labelled)
+        names = names_of(labeled)
         pseudo_names = [] if pseudo is None else names_of(pseudo)
-        if pseudo is not None and has_ids(labelled) and has_ids(pseudo):
+        if pseudo is not None and has_ids(labeled) and has_ids(pseudo):
             both = repeated(names, pseudo_names)
             if both is not None:
-                raise DataError(f"the id {both!r} is in both the labelled and the pseudo-labelled data set")
+                raise DataError(f"the id {both!r} is in both the labeled and the pseudo-labeled data set")
         self.item_names = names * self.repeat + pseudo_names
 
     def __len__(self) -> int:
@@ -79,7 +80,7 @@ class MixedDataset(Dataset[tuple[Tensor, Tensor, bool]]):
         name = self.item_names[position]
         from_pseudo = position - self._count * self.repeat
         if from_pseudo < 0 or self.pseudo is None:
-            item = self.labelled[position % self._count]
+            item = self.labeled[position % self._count]
         else:
             item = self.pseudo[from_pseudo]
         image, mask = pair_of(item, name=name)

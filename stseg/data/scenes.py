@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 GROUND, SKY, ROAD, BUILDING, TREE, CAR, PERSON = range(7)
-_OVERSAMPLING = 2  # colours are drawn this much larger, for soft edges
-_Colour = tuple[int, int, int]
+_OVERSAMPLING = 2  # colors are drawn this much larger, for soft edges
+_Color = tuple[int, int, int]
 _Point = tuple[float, float]
 
 
 class SyntheticScenes(Dataset[tuple[Tensor, Tensor]]):
-    """Streets with seven classes, each scene in a light, a season and colours of its own.
+    """Streets with seven classes, each scene in a light, a season and colors of its own.
 
-    Shape and place tell the classes apart; colour hardly does: facades can be as green as trees, cars as grey as the
+    Shape and place tell the classes apart; color hardly does: facades can be as green as trees, cars as gray as the
     road, and the light goes from noon to dusk and fog. A few annotated scenes show few of the combinations, which is
     what makes scenes without masks worth having. A scene is drawn when it is first asked for, and kept.
 
@@ -80,42 +80,42 @@ class SyntheticScenes(Dataset[tuple[Tensor, Tensor]]):
 
 
 class _Scene:
-    """Colours and classes of one scene, drawn side by side from far to near. Coordinates are in 0..1, y downwards."""
+    """Colors and classes of one scene, drawn side by side from far to near. Coordinates are in 0..1, y downwards."""
 
     def __init__(self, height: int, width: int, random: np.random.Generator) -> None:
         self.height, self.width, self.random = height, width, random
         size = (width * _OVERSAMPLING, height * _OVERSAMPLING)
-        self.colours, self.labels = Image.new("RGB", size), Image.new("L", size, GROUND)
-        self._brushes = ImageDraw.Draw(self.colours), ImageDraw.Draw(self.labels)
+        self.colors, self.labels = Image.new("RGB", size), Image.new("L", size, GROUND)
+        self._brushes = ImageDraw.Draw(self.colors), ImageDraw.Draw(self.labels)
         self.horizon = self.uniform(0.3, 0.5)
 
     def uniform(self, low: float, high: float) -> float:
         return float(self.random.uniform(low, high))
 
-    def colour(
+    def color(
         self,
         hue: tuple[float, float] = (0.0, 1.0),
         saturation: tuple[float, float] = (0.1, 0.8),
         value: tuple[float, float] = (0.25, 0.95),
-    ) -> _Colour:
+    ) -> _Color:
         r, g, b = colorsys.hsv_to_rgb(self.uniform(*hue) % 1, self.uniform(*saturation), self.uniform(*value))
         return int(r * 255), int(g * 255), int(b * 255)
 
-    def one_of(self, *colours: _Colour) -> _Colour:
-        return colours[int(self.random.integers(len(colours)))]
+    def one_of(self, *colors: _Color) -> _Color:
+        return colors[int(self.random.integers(len(colors)))]
 
-    def polygon(self, points: list[_Point], colour: _Colour, label: int) -> None:
-        width, height = self.colours.size
+    def polygon(self, points: list[_Point], color: _Color, label: int) -> None:
+        width, height = self.colors.size
         scaled = [(x * width, y * height) for x, y in points]
-        self._brushes[0].polygon(scaled, fill=colour)
+        self._brushes[0].polygon(scaled, fill=color)
         self._brushes[1].polygon(scaled, fill=label)
 
-    def box(self, left: float, top: float, right: float, bottom: float, colour: _Colour, label: int) -> None:
-        self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour, label)
+    def box(self, left: float, top: float, right: float, bottom: float, color: _Color, label: int) -> None:
+        self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], color, label)
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: _Colour, label: int) -> None:
+    def ellipse(self, x: float, y: float, rx: float, ry: float, color: _Color, label: int) -> None:
         angles = np.linspace(0, 2 * np.pi, 20, endpoint=False)
-        self.polygon([(x + rx * np.cos(a), y + ry * np.sin(a)) for a in angles], colour, label)
+        self.polygon([(x + rx * np.cos(a), y + ry * np.sin(a)) for a in angles], color, label)
 
     def draw_all(self) -> None:
         self.draw_sky_and_ground()
@@ -128,21 +128,21 @@ class _Scene:
 
     def draw_sky_and_ground(self) -> None:
         sky = self.one_of(
-            self.colour((0.52, 0.65), (0.2, 0.7), (0.6, 1.0)),  # clear
-            self.colour((0.5, 0.7), (0.0, 0.1), (0.5, 0.9)),  # clouded
-            self.colour((0.95, 1.12), (0.3, 0.6), (0.6, 0.95)),  # evening
-            self.colour((0.6, 0.75), (0.3, 0.6), (0.15, 0.35)),  # night
+            self.color((0.52, 0.65), (0.2, 0.7), (0.6, 1.0)),  # clear
+            self.color((0.5, 0.7), (0.0, 0.1), (0.5, 0.9)),  # clouded
+            self.color((0.95, 1.12), (0.3, 0.6), (0.6, 0.95)),  # evening
+            self.color((0.6, 0.75), (0.3, 0.6), (0.15, 0.35)),  # night
         )
         ground = self.one_of(
-            self.colour((0.2, 0.38), (0.3, 0.7), (0.3, 0.7)),  # grass
-            self.colour((0.05, 0.13), (0.2, 0.6), (0.4, 0.8)),  # sand
-            self.colour((0.5, 0.7), (0.0, 0.1), (0.75, 1.0)),  # snow
-            self.colour((0.0, 1.0), (0.0, 0.15), (0.3, 0.6)),  # paving
+            self.color((0.2, 0.38), (0.3, 0.7), (0.3, 0.7)),  # grass
+            self.color((0.05, 0.13), (0.2, 0.6), (0.4, 0.8)),  # sand
+            self.color((0.5, 0.7), (0.0, 0.1), (0.75, 1.0)),  # snow
+            self.color((0.0, 1.0), (0.0, 0.15), (0.3, 0.6)),  # paving
         )
         self.box(0, 0, 1, self.horizon, sky, SKY)
         self.box(0, self.horizon, 1, 1, ground, GROUND)
         for _ in range(int(self.random.integers(0, 4))):
-            cloud = self.colour((0, 1), (0, 0.1), (0.6, 1.0))
+            cloud = self.color((0, 1), (0, 0.1), (0.6, 1.0))
             self.ellipse(self.uniform(0, 1), self.uniform(0, self.horizon), self.uniform(0.05, 0.2), 0.03, cloud, SKY)
 
     def draw_buildings(self) -> None:
@@ -152,17 +152,17 @@ class _Scene:
             if self.random.random() < 0.65:
                 top = self.horizon - self.uniform(0.08, 0.35)
                 bottom = self.horizon + self.uniform(0.0, 0.06)
-                facade = self.colour(saturation=(0.0, 0.7))
+                facade = self.color(saturation=(0.0, 0.7))
                 self.box(x, top, x + width, bottom, facade, BUILDING)
                 if self.random.random() < 0.4:
                     roof = [(x, top), (x + width / 2, top - self.uniform(0.03, 0.1)), (x + width, top)]
-                    self.polygon(roof, self.colour(), BUILDING)
+                    self.polygon(roof, self.color(), BUILDING)
                 self.draw_windows(x, top, x + width, bottom)
             x += width + self.uniform(0.0, 0.1)
 
     def draw_windows(self, left: float, top: float, right: float, bottom: float) -> None:
         columns, rows = int(self.random.integers(2, 5)), int(self.random.integers(2, 5))
-        glass = self.colour((0.0, 1.0), (0.0, 0.4), (0.1, 1.0))
+        glass = self.color((0.0, 1.0), (0.0, 0.4), (0.1, 1.0))
         w, h = (right - left) / columns, (bottom - top) / rows
         for i in range(columns):
             for j in range(rows):
@@ -171,15 +171,15 @@ class _Scene:
 
     def draw_road(self) -> None:
         asphalt = self.one_of(
-            self.colour((0, 1), (0.0, 0.12), (0.2, 0.65)),
-            self.colour((0.03, 0.12), (0.1, 0.5), (0.3, 0.7)),
+            self.color((0, 1), (0.0, 0.12), (0.2, 0.65)),
+            self.color((0.03, 0.12), (0.1, 0.5), (0.3, 0.7)),
         )
         far, near = self.uniform(0.3, 0.7), self.uniform(0.2, 0.8)
         half_far, half_near = self.uniform(0.02, 0.06), self.uniform(0.25, 0.6)
         y = self.horizon + 0.02
         edges = [(far - half_far, y), (far + half_far, y), (near + half_near, 1.0), (near - half_near, 1.0)]
         self.polygon(edges, asphalt, ROAD)
-        paint = self.colour((0.1, 0.17), (0.0, 0.5), (0.7, 1.0))
+        paint = self.color((0.1, 0.17), (0.0, 0.5), (0.7, 1.0))
         for start in np.arange(0.1, 1.0, 0.25):
             ends = [(float(t), far + (near - far) * float(t), 0.004 + 0.012 * float(t)) for t in (start, start + 0.1)]
             left = [(x - half, y + (1 - y) * t) for t, x, half in ends]
@@ -198,13 +198,13 @@ class _Scene:
             y - height,
             x + 0.02 * scale,
             y,
-            self.colour((0.03, 0.1), (0.2, 0.6), (0.15, 0.5)),
+            self.color((0.03, 0.1), (0.2, 0.6), (0.15, 0.5)),
             TREE,
         )
         leaves = self.one_of(
-            self.colour((0.2, 0.42), (0.3, 0.9), (0.15, 0.7)),
-            self.colour((0.0, 0.14), (0.5, 0.9), (0.4, 0.9)),  # autumn
-            self.colour((0.0, 1.0), (0.0, 0.15), (0.6, 0.95)),  # snow
+            self.color((0.2, 0.42), (0.3, 0.9), (0.15, 0.7)),
+            self.color((0.0, 0.14), (0.5, 0.9), (0.4, 0.9)),  # autumn
+            self.color((0.0, 1.0), (0.0, 0.15), (0.6, 0.95)),  # snow
         )
         for _ in range(int(self.random.integers(2, 6))):
             dx, dy = self.uniform(-0.6, 0.6) * crown, self.uniform(-0.6, 0.6) * crown
@@ -215,7 +215,7 @@ class _Scene:
     def draw_car(self, depth: float) -> None:
         x, y, scale = self.foot(depth)
         length, height = scale * self.uniform(0.28, 0.45), scale * self.uniform(0.1, 0.16)
-        paint = self.colour(saturation=(0.0, 1.0), value=(0.1, 1.0))
+        paint = self.color(saturation=(0.0, 1.0), value=(0.1, 1.0))
         left, right, waist = x - length / 2, x + length / 2, y - height
         self.box(left, waist, right, y, paint, CAR)
         cabin = [
@@ -224,31 +224,31 @@ class _Scene:
             (right - 0.3 * length, waist - 0.8 * height),
             (right - 0.12 * length, waist),
         ]
-        self.polygon(cabin, self.colour((0.5, 0.7), (0.0, 0.3), (0.1, 0.8)), CAR)
+        self.polygon(cabin, self.color((0.5, 0.7), (0.0, 0.3), (0.1, 0.8)), CAR)
         for wheel in (left + 0.22 * length, right - 0.22 * length):
             radius = 0.4 * height
-            self.ellipse(wheel, y, radius * self.height / self.width, radius, self.colour(value=(0.0, 0.25)), CAR)
+            self.ellipse(wheel, y, radius * self.height / self.width, radius, self.color(value=(0.0, 0.25)), CAR)
 
     def draw_person(self, depth: float) -> None:
         x, y, scale = self.foot(depth)
         height = scale * self.uniform(0.28, 0.45)
         half = 0.18 * height
-        self.box(x - half, y - 0.45 * height, x - 0.2 * half, y, self.colour(value=(0.05, 0.8)), PERSON)
-        self.box(x + 0.2 * half, y - 0.45 * height, x + half, y, self.colour(value=(0.05, 0.8)), PERSON)
+        self.box(x - half, y - 0.45 * height, x - 0.2 * half, y, self.color(value=(0.05, 0.8)), PERSON)
+        self.box(x + 0.2 * half, y - 0.45 * height, x + half, y, self.color(value=(0.05, 0.8)), PERSON)
         self.box(
             x - 1.2 * half,
             y - 0.8 * height,
             x + 1.2 * half,
             y - 0.4 * height,
-            self.colour((0, 1), (0, 1), (0.05, 1)),
+            self.color((0, 1), (0, 1), (0.05, 1)),
             PERSON,
         )
-        skin = self.colour((0.02, 0.1), (0.2, 0.6), (0.25, 1.0))
+        skin = self.color((0.02, 0.1), (0.2, 0.6), (0.25, 1.0))
         self.ellipse(x, y - 0.88 * height, 0.12 * height, 0.12 * height, skin, PERSON)
 
     def photograph(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The colours as a camera sees them: light, fog, blur and noise. uint8 ``(H, W, 3)``."""
-        image = self.colours.resize((self.width, self.height), Image.Resampling.BOX)
+        """The colors as a camera sees them: light, fog, blur and noise. uint8 ``(H, W, 3)``."""
+        image = self.colors.resize((self.width, self.height), Image.Resampling.BOX)
         if self.random.random() < 0.4:
             image = image.filter(ImageFilter.GaussianBlur(self.uniform(0.2, 0.9)))
         pixels = np.asarray(image, dtype=np.float64) / 255

@@ -1,4 +1,4 @@
-"""Which images count as labelled: id files, and splits drawn at random."""
+"""Which images count as labeled: id files, and splits drawn at random."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from stseg.data.lines import numbered_lines
+from stseg.data._reading import numbered_lines
+from stseg.data.items import duplicate
 from stseg.errors import DataError
-from stseg.samples import duplicate
 
 
 def read_ids(path: str | Path) -> list[str]:
@@ -25,7 +25,7 @@ def read_ids(path: str | Path) -> list[str]:
 
     Example:
         >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "labelled.txt"
+        >>> path = Path(tempfile.mkdtemp()) / "labeled.txt"
         >>> _ = path.write_text("scene/0001\nscene/0002\n")
         >>> read_ids(path)
         ['scene/0001', 'scene/0002']
@@ -41,27 +41,27 @@ def read_ids(path: str | Path) -> list[str]:
     return list(lines)
 
 
-def split_ids(ids: Sequence[str], labelled: float | int = 1 / 8, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Draw the images that count as labelled.
+def split_ids(ids: Sequence[str], labeled: float | int = 1 / 8, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Draw the images that count as labeled.
 
     The draw depends on the set of ids and on the seed, not on the order in which the ids come. With one seed,
-    a smaller labelled set lies within a larger one.
+    a smaller labeled set lies within a larger one.
 
     Args:
         ids: all ids.
-        labelled: how many to draw: a share in (0, 1), rounded up to whole images, or a number of images.
+        labeled: how many to draw: a share in (0, 1), rounded up to whole images, or a number of images.
         seed: another seed draws others.
 
     Returns:
-        The labelled and the unlabelled ids, each in the order of ``ids``.
+        The labeled and the unlabeled ids, each in the order of ``ids``.
 
     Raises:
         DataError: if there is no id, or one occurs twice.
         ValueError: if either side would be empty.
 
     Example:
-        >>> labelled, unlabelled = split_ids([f"{i:03d}" for i in range(100)], labelled=1 / 8)
-        >>> len(labelled), len(unlabelled)
+        >>> labeled, unlabeled = split_ids([f"{i:03d}" for i in range(100)], labeled=1 / 8)
+        >>> len(labeled), len(unlabeled)
         (13, 87)
     """
     if isinstance(ids, str):
@@ -72,22 +72,22 @@ def split_ids(ids: Sequence[str], labelled: float | int = 1 / 8, seed: int = 0) 
         raise DataError(f"the id {twice!r} occurs more than once; ids must be unique")
     if not ids:
         raise DataError("there are no ids to split")
-    count = _count(labelled, len(ids))
+    count = _count(labeled, len(ids))
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
     by_name = sorted(ids)
     drawn = {by_name[position] for position in order[:count]}
     return [id for id in ids if id in drawn], [id for id in ids if id not in drawn]
 
 
-def _count(labelled: float | int, total: int) -> int:
-    if isinstance(labelled, bool) or not isinstance(labelled, (int, float)):
-        raise TypeError(f"labelled is {labelled!r}; expected a share in (0, 1) or a number of images")
-    if isinstance(labelled, int):
-        count = labelled
-    elif 0 < labelled < 1:
-        count = max(1, math.ceil(labelled * total - 1e-9))  # 0.1 * 30 is a little more than 3
+def _count(labeled: float | int, total: int) -> int:
+    if isinstance(labeled, bool) or not isinstance(labeled, (int, float)):
+        raise TypeError(f"labeled is {labeled!r}; expected a share in (0, 1) or a number of images")
+    if isinstance(labeled, int):
+        count = labeled
+    elif 0 < labeled < 1:
+        count = max(1, math.ceil(labeled * total - 1e-9))  # 0.1 * 30 is a little more than 3
     else:
-        raise ValueError(f"labelled is {labelled}; expected a share in (0, 1), or a number of images as an int")
+        raise ValueError(f"labeled is {labeled}; expected a share in (0, 1), or a number of images as an int")
     if not 0 < count < total:
-        raise ValueError(f"labelled is {labelled}, {count} of {total} ids; expected one or more on either side")
+        raise ValueError(f"labeled is {labeled}, {count} of {total} ids; expected one or more on either side")
     return count

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stseg.models.parts import conv_bn_relu, dilated_backbone, levels_of, resized_as
+from stseg.models._parts import conv_bn_relu, dilated_backbone, feature_levels, resize_as
 
 
 class DeepLabV3Plus(nn.Module):
@@ -18,7 +18,7 @@ class DeepLabV3Plus(nn.Module):
     DeepLabV3Plus of segmentation_models_pytorch, whose convolutions are separable and output stride is 16.
     With 21 classes: 40,352,181 parameters on ResNet-50, 59,344,309 on ResNet-101.
 
-    The head starts from PyTorch's default initialisation. ``pretrained=True`` fetches timm's ImageNet weights
+    The head starts from PyTorch's default initialization. ``pretrained=True`` fetches timm's ImageNet weights
     for the backbone; the paper starts from torchvision's, which are ``backbone="resnet50.tv_in1k"``.
 
     Args:
@@ -31,12 +31,12 @@ class DeepLabV3Plus(nn.Module):
         backbone: the timm backbone; ``stseg.fit`` gives all the rest a learning rate of its own.
 
     Shape:
-        Normalised images ``(B, in_channels, H, W)`` -> logits ``(B, num_classes, H, W)``, any H and W.
+        Normalized images ``(B, in_channels, H, W)`` -> logits ``(B, num_classes, H, W)``, any H and W.
 
     Raises:
         RuntimeError: if timm has no such model.
         ValueError: if the model has no output stride of 8; and, while training, for a batch of one image,
-            as batch normalisation after global pooling needs two.
+            as batch normalization after global pooling needs two.
 
     Example:
         >>> net = DeepLabV3Plus("resnet18", num_classes=21).eval()
@@ -54,7 +54,7 @@ class DeepLabV3Plus(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = dilated_backbone(backbone, in_channels=in_channels, pretrained=pretrained)
-        channels, strides = levels_of(self.backbone)
+        channels, strides = feature_levels(self.backbone)
         self.low_level = strides.index(4)
         width = channels[-1] // 8
         self.aspp = _AtrousPyramid(channels[-1], width, rates=(12, 24, 36))
@@ -67,12 +67,12 @@ class DeepLabV3Plus(nn.Module):
         self.classifier = nn.Conv2d(256, num_classes, kernel_size=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, num_classes, H, W)`` of normalised images ``(B, C, H, W)``."""
+        """Logits ``(B, num_classes, H, W)`` of normalized images ``(B, C, H, W)``."""
         features = self.backbone(images)
         low = self.reduce(features[self.low_level])
-        high = resized_as(self.aspp(features[-1]), low)
+        high = resize_as(self.aspp(features[-1]), low)
         logits = self.classifier(self.fuse(torch.cat([low, high], dim=1)))
-        return resized_as(logits, images)
+        return resize_as(logits, images)
 
 
 class DeepLabV2(nn.Module):
@@ -93,7 +93,7 @@ class DeepLabV2(nn.Module):
         backbone: the timm backbone.
 
     Shape:
-        Normalised images ``(B, in_channels, H, W)`` -> logits ``(B, num_classes, H, W)``, any H and W.
+        Normalized images ``(B, in_channels, H, W)`` -> logits ``(B, num_classes, H, W)``, any H and W.
 
     Raises:
         RuntimeError: if timm has no such model.
@@ -114,7 +114,7 @@ class DeepLabV2(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = dilated_backbone(backbone, in_channels=in_channels, pretrained=pretrained)
-        channels, _ = levels_of(self.backbone)
+        channels, _ = feature_levels(self.backbone)
         self.classifiers = nn.ModuleList()
         for rate in (6, 12, 18, 24):
             classifier = nn.Conv2d(channels[-1], num_classes, kernel_size=3, padding=rate, dilation=rate)
@@ -122,10 +122,10 @@ class DeepLabV2(nn.Module):
             self.classifiers.append(classifier)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, num_classes, H, W)`` of normalised images ``(B, C, H, W)``."""
+        """Logits ``(B, num_classes, H, W)`` of normalized images ``(B, C, H, W)``."""
         features = self.backbone(images)[-1]
         logits = torch.stack([classifier(features) for classifier in self.classifiers]).sum(0)
-        return resized_as(logits, images)
+        return resize_as(logits, images)
 
 
 class _AtrousPyramid(nn.Module):
@@ -140,6 +140,6 @@ class _AtrousPyramid(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         views = [branch(features) for branch in self.branches]
-        views.append(resized_as(self.pooled(features), features))
+        views.append(resize_as(self.pooled(features), features))
         projected: Tensor = self.project(torch.cat(views, dim=1))
         return projected

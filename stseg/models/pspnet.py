@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stseg.models.parts import conv_bn_relu, dilated_backbone, levels_of, resized_as
+from stseg.models._parts import conv_bn_relu, dilated_backbone, feature_levels, resize_as
 
 
 class PSPNet(nn.Module):
@@ -15,7 +15,7 @@ class PSPNet(nn.Module):
     channels. There is no auxiliary loss. It is another network than the PSPNet of
     segmentation_models_pytorch, whose widths differ. With 21 classes on ResNet-50: 46,592,597 parameters.
 
-    The head starts from PyTorch's default initialisation. ``pretrained=True`` fetches timm's ImageNet weights
+    The head starts from PyTorch's default initialization. ``pretrained=True`` fetches timm's ImageNet weights
     for the backbone; the paper starts from torchvision's, which are ``backbone="resnet50.tv_in1k"``.
 
     Args:
@@ -28,12 +28,12 @@ class PSPNet(nn.Module):
         backbone: the timm backbone; ``stseg.fit`` gives all the rest a learning rate of its own.
 
     Shape:
-        Normalised images ``(B, in_channels, H, W)`` -> logits ``(B, num_classes, H, W)``, any H and W.
+        Normalized images ``(B, in_channels, H, W)`` -> logits ``(B, num_classes, H, W)``, any H and W.
 
     Raises:
         RuntimeError: if timm has no such model.
         ValueError: if the model has no output stride of 8; and, while training, for a batch of one image,
-            as batch normalisation after global pooling needs two.
+            as batch normalization after global pooling needs two.
 
     Example:
         >>> net = PSPNet("resnet18", num_classes=21).eval()
@@ -51,7 +51,7 @@ class PSPNet(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = dilated_backbone(backbone, in_channels=in_channels, pretrained=pretrained)
-        channels = levels_of(self.backbone)[0][-1]
+        channels = feature_levels(self.backbone)[0][-1]
         width = channels // 4
         self.pyramid = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(cells), conv_bn_relu(channels, width)) for cells in (1, 2, 3, 6)
@@ -60,8 +60,8 @@ class PSPNet(nn.Module):
         self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, num_classes, H, W)`` of normalised images ``(B, C, H, W)``."""
+        """Logits ``(B, num_classes, H, W)`` of normalized images ``(B, C, H, W)``."""
         features = self.backbone(images)[-1]
-        pooled = [resized_as(level(features), features) for level in self.pyramid]
+        pooled = [resize_as(level(features), features) for level in self.pyramid]
         logits = self.classifier(self.fuse(torch.cat([features, *pooled], dim=1)))
-        return resized_as(logits, images)
+        return resize_as(logits, images)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stseg.errors import NetworkError
-from stseg.models.state import device_of, frozen
+from stseg.models.state import device_of, evaluating
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -20,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Segmenter(nn.Module):
     """Wraps a network so that images go in and logits of the same height and width come out.
 
-    Normalises, pads right and bottom up to a multiple of the network's stride (by repeating the border),
+    Normalizes, pads right and bottom up to a multiple of the network's stride (by repeating the border),
     picks the logits out of what the network returns, and resizes or crops them back to the image. Everything
     in stseg accepts a bare network and wraps it in this with its defaults.
 
@@ -29,7 +29,7 @@ class Segmenter(nn.Module):
             first in a tuple or list, under ``"out"`` or ``"logits"`` in a mapping, or as an attribute
             ``.logits``.
         mean: per channel, subtracted from images in [0, 1]. One value serves all channels; ``None`` for
-            networks that normalise for themselves. The default is ImageNet's; of images that have not 3
+            networks that normalize for themselves. The default is ImageNet's; of images that have not 3
             channels every channel gets the average of the three.
         std: likewise, what the difference is divided by.
         stride: what the sides must be divisible by. If it is not given, what the network needs is found by
@@ -89,7 +89,7 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(B, K, H, W)`` of images ``(B, C, H, W)``."""
-        x = self._normalised(images)
+        x = self._normalized(images)
         height, width = x.shape[-2:]
         if self._sides is None:
             self._sides = _sides_by_trial(self.network, x)
@@ -103,7 +103,7 @@ class Segmenter(nn.Module):
         """What `repr` shows beside the network."""
         return f"mean={self.mean}, std={self.std}, stride={self.stride}"
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _normalized(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise ValueError(f"expected a batch of images (B, C, H, W), got {_described(images)}")
         if images.dtype == torch.uint8:
@@ -173,7 +173,7 @@ def _sides_by_trial(network: nn.Module, x: Tensor) -> tuple[int, int]:
             return False
         return True
 
-    with frozen(network), torch.no_grad():
+    with evaluating(network), torch.no_grad():
         # Two sides that, padded to any of the strides, differ and are not both multiples of the next one.
         larger = (s for s in (2, 4, 8, 14, 16, 28, 32, 64) if s > first and s % first == 0)  # 14: DINOv2
         stride = next((s for s in (first, *larger) if takes(131, 210, s)), None)

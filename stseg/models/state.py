@@ -19,13 +19,13 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def frozen(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every submodule is in the mode it was in before.
 
     Example:
         >>> net = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
         >>> _ = net[0].eval()  # one that the caller keeps frozen while training the rest
-        >>> with frozen(net):
+        >>> with evaluating(net):
         ...     net.training
         False
         >>> net.training, net[0].training
@@ -50,16 +50,16 @@ def cpu_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def digest(model: nn.Module, *, weights: bool = True) -> str:
+def fingerprint(model: nn.Module, *, weights: bool = True) -> str:
     """A short name for a model's architecture and, unless told otherwise, its weights: equal models have equal digests.
 
     Neither its use, its mode nor its device changes it.
 
     Example:
         >>> net = nn.Conv2d(3, 2, 1)
-        >>> before = digest(net)
+        >>> before = fingerprint(net)
         >>> _ = nn.init.zeros_(net.bias)
-        >>> len(before), digest(net) == before
+        >>> len(before), fingerprint(net) == before
         (16, False)
     """
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model))  # addresses differ from run to run

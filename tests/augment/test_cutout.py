@@ -123,13 +123,13 @@ class TestNoise:
     @pytest.mark.parametrize("channels", [3, 6])
     def test_is_independent_for_pixels_channels_and_images(self, channels):
         found = self.noise(channels)
-        neighbours = [
+        neighbors = [
             (found[:, :-1], found[:, 1:]),
             (found[..., :-1, :], found[..., 1:, :]),
             (found[..., :-1], found[..., 1:]),
             (found[:-1], found[1:]),
         ]
-        for one, other in neighbours:
+        for one, other in neighbors:
             assert stats.pearsonr(one.ravel(), other.ravel()).pvalue > 1e-3
 
 

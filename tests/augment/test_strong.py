@@ -53,19 +53,19 @@ def assert_identical(found, wanted):
 # --- the recipe once more, one image at a time, in float64
 
 
-def grey(image):
+def gray(image):
     """(H, W), as PIL weighs the channels."""
     return 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2] if len(image) == 3 else image.mean(0)
 
 
-def recoloured(image, operation, factor):
+def recolored(image, operation, factor):
     if operation == HUE:
         turned = image.copy()
         for row, column in np.ndindex(*image.shape[1:]):
             hue, saturation, value = colorsys.rgb_to_hsv(*image[:, row, column])
             turned[:, row, column] = colorsys.hsv_to_rgb((hue + factor) % 1, saturation, value)
         return turned
-    other = {BRIGHTNESS: 0.0, CONTRAST: grey(image).mean(), SATURATION: grey(image)[None]}[operation]
+    other = {BRIGHTNESS: 0.0, CONTRAST: gray(image).mean(), SATURATION: gray(image)[None]}[operation]
     return np.clip(factor * image + (1 - factor) * other, 0, 1)
 
 
@@ -80,9 +80,9 @@ def recipe(image, mask, p, i, *, operations=range(4), radius=6):
     if p.jitter[i]:
         for operation in p.order[i].tolist()[: len(operations)]:
             assert operation in operations
-            image = recoloured(image, operation, float(p.factors[i, operation]))
+            image = recolored(image, operation, float(p.factors[i, operation]))
     if p.gray[i] and len(image) == 3:
-        image = np.stack([grey(image)] * 3)
+        image = np.stack([gray(image)] * 3)
     if p.blur[i]:
         image = blurred(image, float(p.sigma[i]), radius)
     if p.boxes is not None:
@@ -106,11 +106,11 @@ def assert_is_the_recipe(strong, images, masks, *, atol, **options):
 class TestRecipe:
     @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-7), (torch.float32, 5e-6)])
     def test_of_the_paper(self, dtype, atol):
-        """Forty images: nearly all orders of the colour operations, each with and without all that follows."""
+        """Forty images: nearly all orders of the color operations, each with and without all that follows."""
         assert_is_the_recipe(ALL, *batch(40, height=12, width=10, dtype=dtype), atol=atol)
 
     @pytest.mark.parametrize("strength", [1.0, 3.0])
-    def test_with_colours_so_strong_that_every_step_clamps(self, strength):
+    def test_with_colors_so_strong_that_every_step_clamps(self, strength):
         strong = StrongAugment(**OFF | {"jitter_p": 1, "jitter": (strength, strength, strength, 0.5)})
         images, masks = batch(30, height=8, width=8, dtype=torch.float64)
         images[::3] = images[::3].round()
@@ -119,7 +119,7 @@ class TestRecipe:
     @pytest.mark.parametrize(
         "on", [on for size in range(5) for on in itertools.combinations(range(4), size)], ids=lambda on: f"on{on}"
     )
-    def test_with_some_of_the_colour_operations(self, on):
+    def test_with_some_of_the_color_operations(self, on):
         jitter = [0.25 if operation in on else 0.0 for operation in range(4)]
         strong = StrongAugment(**OFF | {"jitter_p": 0.8, "jitter": jitter})
         assert_is_the_recipe(strong, *batch(12, height=4, width=5, dtype=torch.float64), atol=1e-7, operations=on)
@@ -152,8 +152,8 @@ class TestRecipe:
             (SATURATION, ImageEnhance.Color),
         ],
     )
-    def test_has_the_colours_of_pil(self, operation, enhance):
-        """To within its roundings to 8 bits, of grey, of the mean and of the result."""
+    def test_has_the_colors_of_pil(self, operation, enhance):
+        """To within its roundings to 8 bits, of gray, of the mean and of the result."""
         images = torch.randint(256, (20, 3, 16, 12))
         strong = only_jitter(operation, 0.5)
         parameters = strong.draw(images / 255)
@@ -169,7 +169,7 @@ class TestKornia:
 
     def test_has_the_same_hue(self):
         images, masks = batch(16)
-        images[0], images[1] = images[0].round(), images[1, :1]  # pure colours, and greys
+        images[0], images[1] = images[0].round(), images[1, :1]  # pure colors, and grays
         strong = only_jitter(HUE, 0.5)
         parameters = strong.draw(images)
         found, _ = strong.transform(images, masks, parameters)
@@ -192,9 +192,9 @@ class TestDraws:
 
     size = 6000
 
-    def flat(self, *colour):
-        """Many images of one pixel of a colour."""
-        return torch.tensor(colour).view(1, 3, 1, 1).expand(self.size, 3, 1, 1)
+    def flat(self, *color):
+        """Many images of one pixel of a color."""
+        return torch.tensor(color).view(1, 3, 1, 1).expand(self.size, 3, 1, 1)
 
     def seen(self, strong, images):
         masks = torch.zeros(len(images), *images.shape[2:], dtype=torch.uint8)
@@ -259,7 +259,7 @@ class TestDraws:
             wide = sigma > 0.6
             np.testing.assert_allclose(spread[wide], sigma[wide], rtol=0.012)
             assert (spread[~wide] < 0.61).all()
-        # The ratio of the pixel beside the centre to the centre gives sigma wherever it is not too small for float32.
+        # The ratio of the pixel beside the center to the center gives sigma wherever it is not too small for float32.
         ratio = found[:, 6, 7] / found[:, 6, 6]
         seen = np.sqrt(-0.5 / np.log(ratio))
         np.testing.assert_allclose(seen, sigma, rtol=1e-4)

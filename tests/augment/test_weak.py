@@ -360,6 +360,6 @@ class TestRefuses:
         with pytest.raises(TypeError, match=r"torch\.float32; expected integer"):
             WeakAugment(4)(torch.rand(3, 4, 6), torch.zeros(4, 6))
 
-    def test_an_image_already_normalised(self):
+    def test_an_image_already_normalized(self):
         with pytest.raises(DataError, match=r"floats in \[0, 1\]"):
             WeakAugment(4)(torch.randn(3, 4, 6), torch.zeros(4, 6, dtype=torch.uint8))

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from stseg.data.folder import SegmentationFolder
+from stseg.data.items import ids_of
 from stseg.data.splits import read_ids
 from stseg.errors import DataError, UnreadableImageError
-from stseg.samples import ids_of
 
 CAMVID = Path(os.environ.get("STSEG_CAMVID", Path(__file__).parents[3] / "shared" / "camvid"))
 ORIENTATION = 0x0112
@@ -245,7 +245,7 @@ class TestRefuses:
         with pytest.raises(DataError, match="'a' differ in size: image 4 x 6, mask 4 x 5"):
             SegmentationFolder(images, masks)[0]
 
-    def test_a_mask_in_colour(self, images, masks):
+    def test_a_mask_in_color(self, images, masks):
         save(images / "a.png")
         save(masks / "a.png", RGB)
         with pytest.raises(DataError, match="mask of 'a' is an image of mode RGB"):
@@ -286,7 +286,7 @@ class TestBrokenFiles:
             SegmentationFolder(images)[0]
 
 
-def grey_16(values=(0, 128, 129, 32896, 65535)):
+def gray_16(values=(0, 128, 129, 32896, 65535)):
     return Image.fromarray(np.array([values], dtype=np.uint16))
 
 
@@ -316,7 +316,7 @@ class TestImagesOf:
 
     @pytest.mark.parametrize("suffix", ["png", "tif"])
     def test_16_bits_are_scaled_not_cut(self, images, suffix):
-        save(images / f"a.{suffix}", grey_16())
+        save(images / f"a.{suffix}", gray_16())
         assert SegmentationFolder(images)[0].tolist() == [[[0, 0, 1, 128, 255]]] * 3
         assert SegmentationFolder(images, mode=None)[0].tolist() == [[[0, 0, 1, 128, 255]]]
 
@@ -326,7 +326,7 @@ class TestImagesOf:
         assert SegmentationFolder(images)[0].tolist() == [[[255, 128]]] * 3
 
     @pytest.mark.parametrize("transparency", [None, 1, bytes([255, 0])])
-    def test_palettes_become_their_colours(self, images, transparency):
+    def test_palettes_become_their_colors(self, images, transparency):
         save(images / "a.png", paletted(transparency))
         assert SegmentationFolder(images)[0][:, 0].T.tolist() == [[10, 20, 30], [40, 50, 60]]
 
@@ -334,7 +334,7 @@ class TestImagesOf:
         save(images / "a.png", paletted(bytes([255, 7])))
         assert SegmentationFolder(images, mode="RGBA")[0][3].tolist() == [[255, 7]]
 
-    def test_grey_becomes_three_equal_channels(self, images):
+    def test_gray_becomes_three_equal_channels(self, images):
         save(images / "a.png", CLASSES)
         assert np.array_equal(SegmentationFolder(images)[0], np.stack([CLASSES] * 3))
 
@@ -416,17 +416,17 @@ class TestMasksOf:
         assert mask.dtype == torch.int32
         assert mask.tolist() == values.tolist()
 
-    @pytest.mark.parametrize("colours", [2, 4, 16, 256])
-    def test_palettes_of_any_depth_are_indices(self, images, masks, colours):
-        values = np.array([[0, 1, colours - 1]], dtype=np.uint8)
+    @pytest.mark.parametrize("colors", [2, 4, 16, 256])
+    def test_palettes_of_any_depth_are_indices(self, images, masks, colors):
+        values = np.array([[0, 1, colors - 1]], dtype=np.uint8)
         image = Image.fromarray(values)
-        image.putpalette(list(range(3 * colours))[:768] if colours < 256 else [7, 8, 9] * 256)
+        image.putpalette(list(range(3 * colors))[:768] if colors < 256 else [7, 8, 9] * 256)
         save(images / "a.png", values)
-        save(masks / "a.png", image, bits=(colours - 1).bit_length())
+        save(masks / "a.png", image, bits=(colors - 1).bit_length())
         assert SegmentationFolder(images, masks)[0][1].tolist() == values.tolist()
 
     @pytest.mark.parametrize("bits", [2, 4])
-    def test_grey_of_few_bits_keeps_its_indices(self, images, masks, bits):
+    def test_gray_of_few_bits_keeps_its_indices(self, images, masks, bits):
         values = np.arange(2**bits, dtype=np.uint8).reshape(2, -1)
         save(images / "a.png", np.zeros(values.shape, dtype=np.uint8))
         packed = np.packbits(np.unpackbits(values[..., None], axis=-1)[..., 8 - bits :].reshape(2, -1), axis=1)
@@ -483,7 +483,7 @@ class TestCamVid:
 
     def test_splits_divide_the_training_images(self):
         folder = CAMVID / "splits" / "1_8" / "seed_0"
-        labelled, unlabelled = (read_ids(folder / f"{name}.txt") for name in ("labeled", "unlabeled"))
+        labeled, unlabeled = (read_ids(folder / f"{name}.txt") for name in ("labeled", "unlabeled"))
         images, masks = CAMVID / "train" / "images", CAMVID / "train" / "masks"
-        assert SegmentationFolder(images, masks, ids=labelled).ids == labelled
-        assert sorted(labelled + unlabelled) == SegmentationFolder(images).ids
+        assert SegmentationFolder(images, masks, ids=labeled).ids == labeled
+        assert sorted(labeled + unlabeled) == SegmentationFolder(images).ids

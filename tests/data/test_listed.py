@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from stseg.data import listed
 from stseg.data.folder import SegmentationFolder
+from stseg.data.items import ids_of
 from stseg.data.listed import FilePair, ListedFiles, read_pairs
 from stseg.errors import DataError, UnreadableImageError
-from stseg.samples import ids_of
-from stseg.store import check_store_id
+from stseg.inference.mask_store import check_store_id
 
 RGB = np.random.default_rng(0).integers(0, 200, (4, 6, 3), dtype=np.uint8)
 CLASSES = np.random.default_rng(1).integers(0, 5, (4, 6), dtype=np.uint8)
@@ -269,7 +269,7 @@ class TestRefuses:
         with pytest.raises(DataError, match=r"image and mask are the same file 'a\.png'"):
             ListedFiles(tmp_path, [("a.png", "./a.png")])
 
-    def test_a_mask_of_another_size_or_in_colour_when_it_is_read(self, tmp_path):
+    def test_a_mask_of_another_size_or_in_color_when_it_is_read(self, tmp_path):
         dataset = ListedFiles(tmp_path, fill(tmp_path, "a"))
         save(tmp_path / "a_mask.png", CLASSES[:3])
         with pytest.raises(DataError, match="'a_rgb' differ in size"):

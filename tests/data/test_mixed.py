@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from stseg.data.items import ids_of, names_of
 from stseg.data.mixed import MixedDataset
 from stseg.errors import DataError
-from stseg.pseudo import PseudoLabelled
-from stseg.samples import ids_of, names_of
-from stseg.store import MaskStore
+from stseg.inference.labeler import PseudoLabeled
+from stseg.inference.mask_store import MaskStore
 
 
 class Numbered(Dataset):
@@ -45,24 +45,24 @@ class TestGolden:
     """Iterations per epoch at batch 16, from the paper's settings."""
 
     @pytest.mark.parametrize(
-        ("labelled", "unlabelled", "supervised", "last", "first"),
+        ("labeled", "unlabeled", "supervised", "last", "first"),
         [(183, 10399, 22, 1301, 656), (662, 9920, 41, 1240, 641), (1464, 9118, 91, 1210, 650)],
     )
-    def test_iterations_of_pascal_voc(self, labelled, unlabelled, supervised, last, first):
-        few = Numbered(labelled)
-        reliable = unlabelled // 2
-        assert len(MixedDataset(few, repeat=2 if labelled < 200 else 1)) // 16 == supervised
-        assert len(MixedDataset(few, Numbered(unlabelled))) // 16 == last
+    def test_iterations_of_pascal_voc(self, labeled, unlabeled, supervised, last, first):
+        few = Numbered(labeled)
+        reliable = unlabeled // 2
+        assert len(MixedDataset(few, repeat=2 if labeled < 200 else 1)) // 16 == supervised
+        assert len(MixedDataset(few, Numbered(unlabeled))) // 16 == last
         assert len(MixedDataset(few, Numbered(reliable))) // 16 == first
 
 
 class TestMixture:
     @given(st.integers(1, 9), st.integers(1, 30), st.none() | st.integers(1, 4))
     @settings(derandomize=True, deadline=None)
-    def test_is_the_labelled_items_over_and_over_then_the_pseudo_labelled(self, labelled, pseudo, repeat):
-        mixed = MixedDataset(Numbered(labelled), Numbered(pseudo, first=100), repeat=repeat)
-        times = math.ceil(pseudo / labelled) if repeat is None else repeat
-        expected = [(i, False) for _ in range(times) for i in range(labelled)]
+    def test_is_the_labeled_items_over_and_over_then_the_pseudo_labeled(self, labeled, pseudo, repeat):
+        mixed = MixedDataset(Numbered(labeled), Numbered(pseudo, first=100), repeat=repeat)
+        times = math.ceil(pseudo / labeled) if repeat is None else repeat
+        expected = [(i, False) for _ in range(times) for i in range(labeled)]
         expected += [(100 + i, True) for i in range(pseudo)]
         found = []
         for image, mask, is_pseudo in mixed:
@@ -78,7 +78,7 @@ class TestMixture:
         assert mixed[1][2] is True
 
     @pytest.mark.parametrize("repeat", [None, 1, 3])
-    def test_without_pseudo_is_the_labelled_items(self, repeat):
+    def test_without_pseudo_is_the_labeled_items(self, repeat):
         mixed = MixedDataset(Numbered(2), repeat=repeat)
         assert [(int(mask[0, 0]), p) for _, mask, p in mixed] == [(0, False), (1, False)] * (repeat or 1)
 
@@ -151,26 +151,26 @@ class TestNames:
 
 
 class TestRefuses:
-    def test_an_empty_labelled_set(self):
-        with pytest.raises(DataError, match="the labelled data set is empty"):
+    def test_an_empty_labeled_set(self):
+        with pytest.raises(DataError, match="the labeled data set is empty"):
             MixedDataset(Numbered(0), Numbered(3))
 
-    def test_an_empty_pseudo_labelled_set(self):
-        with pytest.raises(DataError, match="the pseudo-labelled data set is empty"):
+    def test_an_empty_pseudo_labeled_set(self):
+        with pytest.raises(DataError, match="the pseudo-labeled data set is empty"):
             MixedDataset(Numbered(3), Numbered(0))
 
     def test_an_id_in_both(self):
-        with pytest.raises(DataError, match="the id 'b' is in both the labelled and the pseudo-labelled"):
+        with pytest.raises(DataError, match="the id 'b' is in both the labeled and the pseudo-labeled"):
             MixedDataset(Numbered(2, ids=["a", "b"]), Numbered(2, ids=["c", "b"]))
 
     def test_no_numbers_that_both_have(self):
-        labels = PseudoLabelled(Numbered(2), MaskStore(), indices=[0, 1], ids=["0", "1"])
+        labels = PseudoLabeled(Numbered(2), MaskStore(), indices=[0, 1], ids=["0", "1"])
         assert len(MixedDataset(Numbered(2), Numbered(2))) == 4
         assert len(MixedDataset(Numbered(2, ids=["0", "1"]), labels)) == 4
 
-    def test_an_id_in_both_of_what_a_labeller_made(self):
+    def test_an_id_in_both_of_what_a_labeler_made(self):
         images = Numbered(2, ids=["0", "1"])
-        labels = PseudoLabelled(images, MaskStore(), indices=[0, 1], ids=["0", "1"])
+        labels = PseudoLabeled(images, MaskStore(), indices=[0, 1], ids=["0", "1"])
         with pytest.raises(DataError, match="the id '1' is in both"):
             MixedDataset(Numbered(2, ids=["1", "5"]), labels)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stseg.data.reading import ItemReader, check_folder, read_file
+from stseg.data._reading import ItemReader, check_folder, read_file
 from stseg.errors import DataError, UnreadableImageError
 
 RGB = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
@@ -71,7 +71,7 @@ def test_a_folder_is_none_of_these(files, tmp_path):
 
 
 def bitmap_tiff(values, bits):
-    """A grey TIFF of so many bits a pixel, written out byte by byte."""
+    """A gray TIFF of so many bits a pixel, written out byte by byte."""
     height, width = values.shape
     rows = b""
     for row in values:

@@ -34,8 +34,8 @@ def test_hold_all_classes_and_no_other():
     assert (counts > 0.02 * counts.sum()).all()
 
 
-def test_cannot_be_told_apart_by_colour():
-    """A pixel's colour alone gives a class far less often than the network of the demo finds it."""
+def test_cannot_be_told_apart_by_color():
+    """A pixel's color alone gives a class far less often than the network of the demo finds it."""
     pixels, classes = [], []
     scenes = SyntheticScenes(60, size=48, seed=5)
     for index in range(60):

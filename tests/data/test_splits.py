@@ -69,20 +69,20 @@ class TestSplitIds:
     @settings(derandomize=True, deadline=None)
     def test_counts_are_taken_at_their_word(self, ids, data):
         count = data.draw(st.integers(1, len(ids) - 1))
-        labelled, unlabelled = split_ids(ids, count, seed=3)
-        assert (labelled, unlabelled) == split_by_hand(ids, count, 3)
-        assert len(labelled) == count
-        assert sorted(labelled + unlabelled) == sorted(ids)
+        labeled, unlabeled = split_ids(ids, count, seed=3)
+        assert (labeled, unlabeled) == split_by_hand(ids, count, 3)
+        assert len(labeled) == count
+        assert sorted(labeled + unlabeled) == sorted(ids)
 
     @given(IDS, st.randoms(use_true_random=False), st.integers(0, 5))
     @settings(derandomize=True, deadline=None)
     def test_the_order_of_the_ids_does_not_change_the_draw(self, ids, random, seed):
         shuffled = ids[:]
         random.shuffle(shuffled)
-        labelled, unlabelled = split_ids(ids, 1, seed)
+        labeled, unlabeled = split_ids(ids, 1, seed)
         again, rest = split_ids(shuffled, 1, seed)
-        assert set(labelled) == set(again)
-        assert rest == [id for id in shuffled if id in unlabelled]
+        assert set(labeled) == set(again)
+        assert rest == [id for id in shuffled if id in unlabeled]
 
     def test_both_lists_keep_the_order_of_the_ids(self):
         ids = [f"{i:02d}" for i in reversed(range(40))]
@@ -93,8 +93,8 @@ class TestSplitIds:
     @settings(derandomize=True, deadline=None, max_examples=50)
     def test_shares_are_rounded_up_exactly(self, total, parts):
         expected = math.ceil(Fraction(total, parts))
-        labelled, _ = split_ids([str(i) for i in range(total)], 1 / parts)
-        assert len(labelled) == expected
+        labeled, _ = split_ids([str(i) for i in range(total)], 1 / parts)
+        assert len(labeled) == expected
 
     @pytest.mark.parametrize(("total", "share", "count"), [(30, 0.1, 3), (100, 0.07, 7), (10, 0.3, 3)])
     def test_rounding_of_floats_adds_no_image(self, total, share, count):
@@ -124,7 +124,7 @@ class TestSplitIds:
                 counts[id] += 1
         assert all(150 < count < 250 for count in counts.values())  # 200 expected, 4 deviations of 12
 
-    def test_smaller_labelled_sets_lie_within_larger_ones(self):
+    def test_smaller_labeled_sets_lie_within_larger_ones(self):
         ids = [str(i) for i in range(64)]
         sixteenth, eighth, quarter = (set(split_ids(ids, 1 / n, seed=5)[0]) for n in (16, 8, 4))
         assert sixteenth < eighth < quarter
@@ -134,15 +134,15 @@ class TestSplitIds:
         split_ids(["a", "b", "c"], 1)
         assert torch.equal(before, torch.get_rng_state())
 
-    @pytest.mark.parametrize("labelled", [0.0, 1.0, 1.5, -0.1, float("nan")])
-    def test_shares_outside_0_to_1_are_refused(self, labelled):
-        with pytest.raises(ValueError, match=r"labelled is .*; expected a share in \(0, 1\)"):
-            split_ids(["a", "b"], labelled)
+    @pytest.mark.parametrize("labeled", [0.0, 1.0, 1.5, -0.1, float("nan")])
+    def test_shares_outside_0_to_1_are_refused(self, labeled):
+        with pytest.raises(ValueError, match=r"labeled is .*; expected a share in \(0, 1\)"):
+            split_ids(["a", "b"], labeled)
 
-    @pytest.mark.parametrize("labelled", [0, -1, 3, 4, 0.9])
-    def test_splits_with_an_empty_side_are_refused(self, labelled):
+    @pytest.mark.parametrize("labeled", [0, -1, 3, 4, 0.9])
+    def test_splits_with_an_empty_side_are_refused(self, labeled):
         with pytest.raises(ValueError, match="of 3 ids; expected one or more on either side"):
-            split_ids(["a", "b", "c"], labelled)
+            split_ids(["a", "b", "c"], labeled)
 
     def test_too_few_ids_are_refused(self):
         with pytest.raises(ValueError, match="of 1 ids; expected one or more on either side"):
@@ -154,10 +154,10 @@ class TestSplitIds:
         with pytest.raises(DataError, match="the id 'b' occurs more than once"):
             split_ids(["a", "b", "c", "b"], 1)
 
-    @pytest.mark.parametrize("labelled", [True, "1/8", None])
-    def test_other_types_are_refused(self, labelled):
-        with pytest.raises(TypeError, match="labelled is"):
-            split_ids(["a", "b"], labelled)
+    @pytest.mark.parametrize("labeled", [True, "1/8", None])
+    def test_other_types_are_refused(self, labeled):
+        with pytest.raises(TypeError, match="labeled is"):
+            split_ids(["a", "b"], labeled)
 
     def test_a_path_is_no_sequence_of_ids(self):
         with pytest.raises(TypeError, match=r"ids is the string 'train\.txt'"):

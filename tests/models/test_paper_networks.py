@@ -49,7 +49,7 @@ def bilinear(x, height, width):
 
 
 def block(x, state, name, dilation=1):
-    """Convolution, batch normalisation in evaluation mode, ReLU; `name` is where both are."""
+    """Convolution, batch normalization in evaluation mode, ReLU; `name` is where both are."""
     weight = state[f"{name}.0.weight"]
     x = F.conv2d(x, weight, padding=dilation * (weight.shape[-1] // 2), dilation=dilation)
     mean, var, gain, shift = (

@@ -14,15 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stseg import tta
 from stseg.errors import NetworkError
-from stseg.models import IMAGENET_MEAN, IMAGENET_STD, Segmenter, as_segmenter
+from stseg.models import IMAGENET_MEAN, IMAGENET_STD, Segmenter, as_segmenter, multi_scale
 
 SIZES = [(97, 131), (64, 64), (321, 57), (33, 33)]
 
 
-def normalised(images):
-    """ImageNet's normalisation, channel by channel."""
+def normalized(images):
+    """ImageNet's normalization, channel by channel."""
     channels = [(images[:, c] - IMAGENET_MEAN[c]) / IMAGENET_STD[c] for c in range(3)]
     return torch.stack(channels, 1)
 
@@ -102,7 +101,7 @@ def test_a_padded_image_gets_the_logits_of_the_bare_network_on_the_padded_image(
     network = smp_network("FPN", "tu-mobilenetv3_small_050").eval()
     images = torch.rand(2, 3, 70, 129)
     with torch.no_grad():
-        expected = network(edge_padded(normalised(images), 96, 160))[:, :, :70, :129]
+        expected = network(edge_padded(normalized(images), 96, 160))[:, :, :70, :129]
         torch.testing.assert_close(Segmenter(network)(images), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -118,7 +117,7 @@ def test_networks_of_torchvision_give_what_they_keep_under_out(make):
     network = make(weights=None, weights_backbone=None, num_classes=3).eval()
     images = torch.rand(1, 3, 49, 66)
     with torch.no_grad():
-        expected = network(normalised(images))["out"]
+        expected = network(normalized(images))["out"]
         torch.testing.assert_close(Segmenter(network)(images), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -134,7 +133,7 @@ def test_networks_of_transformers_give_their_logits_at_the_size_of_the_image():
     network = transformers.SegformerForSemanticSegmentation(config).eval()
     images = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
-        quarter = network(normalised(images)).logits
+        quarter = network(normalized(images)).logits
         assert quarter.shape == (2, 6, 16, 24)
         expected = F.interpolate(quarter, size=(64, 96), mode="bilinear", align_corners=False)
         torch.testing.assert_close(Segmenter(network)(images), expected, rtol=1e-4, atol=1e-5)
@@ -160,14 +159,14 @@ def test_networks_of_transformers_give_their_logits_at_the_size_of_the_image():
 def test_logits_are_found_in_what_the_network_returns(function):
     network = Returns(function)
     images = torch.rand(2, 3, 7, 9)
-    torch.testing.assert_close(Segmenter(network)(images), network.conv(normalised(images)))
+    torch.testing.assert_close(Segmenter(network)(images), network.conv(normalized(images)))
 
 
 def test_select_picks_the_logits():
     network = Returns(lambda y: {"a": [y + 1], "b": [y]})
     images = torch.rand(2, 3, 7, 9)
     model = Segmenter(network, select=lambda output: output["b"][0])
-    torch.testing.assert_close(model(images), network.conv(normalised(images)))
+    torch.testing.assert_close(model(images), network.conv(normalized(images)))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +201,7 @@ def test_an_image_that_fits_gets_the_bare_network_s_logits():
     network = smp_network("Unet", "resnet18").eval()
     images = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
-        torch.testing.assert_close(Segmenter(network)(images), network(normalised(images)))
+        torch.testing.assert_close(Segmenter(network)(images), network(normalized(images)))
 
 
 def test_uint8_and_float_images_give_the_same():
@@ -212,7 +211,7 @@ def test_uint8_and_float_images_give_the_same():
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])
-def test_other_than_3_channels_are_normalised_by_the_average(channels):
+def test_other_than_3_channels_are_normalized_by_the_average(channels):
     model = Segmenter(nn.Identity())
     images = torch.rand(2, channels, 5, 6)
     expected = (images - np.mean(IMAGENET_MEAN)) / np.mean(IMAGENET_STD)
@@ -318,7 +317,7 @@ def test_trial_leaves_no_trace_on_a_network_in_training():
     images = torch.rand(2, 3, 20, 40)
     bare, wrapped = network(), Segmenter(network())
     torch.manual_seed(1)
-    expected = bare(edge_padded(normalised(images), 24, 40))[:, :, :20]
+    expected = bare(edge_padded(normalized(images), 24, 40))[:, :, :20]
     torch.manual_seed(1)
     torch.testing.assert_close(wrapped(images), expected)
     assert all(module.training for module in wrapped.modules())
@@ -329,7 +328,7 @@ def test_trial_leaves_no_trace_on_a_network_in_training():
 def test_logits_smaller_than_the_padded_image_are_resized_before_they_are_cropped():
     network = nn.Conv2d(3, 4, 8, stride=8)
     images = torch.rand(1, 3, 20, 33)
-    quarter = network(edge_padded(normalised(images), 24, 40))
+    quarter = network(edge_padded(normalized(images), 24, 40))
     expected = F.interpolate(quarter, size=(24, 40), mode="bilinear", align_corners=False)[:, :, :20, :33]
     torch.testing.assert_close(Segmenter(network, stride=8)(images), expected)
 
@@ -445,7 +444,7 @@ def test_a_bare_network_is_wrapped():
     assert model.network is network
 
 
-@pytest.mark.parametrize("wrap", [Segmenter, tta.MultiScaleFlip, lambda n: nn.DataParallel(Segmenter(n))])
+@pytest.mark.parametrize("wrap", [Segmenter, multi_scale.MultiScaleFlip, lambda n: nn.DataParallel(Segmenter(n))])
 def test_what_takes_images_stays_as_it_is(wrap):
     model = wrap(nn.Conv2d(3, 2, 1))
     assert as_segmenter(model) is model

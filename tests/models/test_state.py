@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from stseg.models.segmenter import Segmenter
-from stseg.models.state import cpu_state, device_of, digest, frozen
+from stseg.models.state import cpu_state, device_of, evaluating, fingerprint
 
 
 def small_network(seed=0):
@@ -40,14 +40,14 @@ def test_everything_evaluates_inside_and_is_as_before_afterwards(training):
     model = small_network().train(training)
     model[1].train(not training)
     before = modes(model)
-    with frozen(model):
+    with evaluating(model):
         assert not any(modes(model))
     assert modes(model) == before
 
 
 def test_modes_are_as_before_after_an_error():
     model = small_network().train()
-    with pytest.raises(KeyError), frozen(model):
+    with pytest.raises(KeyError), evaluating(model):
         raise KeyError
     assert all(modes(model))
 
@@ -56,15 +56,15 @@ def test_several_models_that_share_modules_are_as_before():
     shared = nn.BatchNorm2d(3).eval()
     one, other = nn.Sequential(shared, nn.Dropout()), nn.Sequential(shared)
     before = modes(one), modes(other)
-    with frozen(one, other):
+    with evaluating(one, other):
         assert not any(modes(one) + modes(other))
     assert (modes(one), modes(other)) == before
 
 
 def test_frozen_may_be_nested():
     model = small_network().train()
-    with frozen(model):
-        with frozen(model):
+    with evaluating(model):
+        with evaluating(model):
             pass
         assert not any(modes(model))
     assert all(modes(model))
@@ -112,59 +112,59 @@ def test_what_is_no_tensor_is_left_out():
 
 
 def test_equal_networks_have_equal_digests():
-    assert digest(small_network()) == digest(small_network())
+    assert fingerprint(small_network()) == fingerprint(small_network())
 
 
 def test_digest_does_not_change_with_use():
     model = Segmenter(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 2, 1)))
-    before = digest(model)
+    before = fingerprint(model)
     model(torch.rand(1, 3, 33, 47))
-    assert digest(model) == before
+    assert fingerprint(model) == before
 
 
 def test_digest_does_not_depend_on_mode_or_memory_format():
     model = small_network()
-    before = digest(model)
-    assert digest(model.eval().to(memory_format=torch.channels_last)) == before
+    before = fingerprint(model)
+    assert fingerprint(model.eval().to(memory_format=torch.channels_last)) == before
 
 
 def test_digest_survives_a_round_trip_through_a_state_dict():
     model, other = small_network(0), small_network(1)
-    assert digest(other) != digest(model)
+    assert fingerprint(other) != fingerprint(model)
     other.load_state_dict(cpu_state(model))
-    assert digest(other) == digest(model)
+    assert fingerprint(other) == fingerprint(model)
 
 
 def test_digest_tells_a_single_changed_value_apart():
     model = small_network()
-    before = digest(model)
+    before = fingerprint(model)
     with torch.no_grad():
         model[3].bias[1] = torch.nextafter(model[3].bias[1], torch.tensor(9.0))
-    assert digest(model) != before
+    assert fingerprint(model) != before
 
 
 def test_digest_tells_batch_statistics_apart():
     model = small_network()
-    before = digest(model)
+    before = fingerprint(model)
     model(torch.rand(2, 3, 8, 8))
-    assert digest(model) != before
+    assert fingerprint(model) != before
 
 
 def test_digest_tells_dtypes_apart():
     model = nn.Conv2d(3, 2, 1)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
-    assert len({digest(copy.deepcopy(model).to(d)) for d in (torch.float32, torch.float16, torch.bfloat16)}) == 3
+    assert len({fingerprint(copy.deepcopy(model).to(d)) for d in (torch.float32, torch.float16, torch.bfloat16)}) == 3
 
 
 def test_digest_tells_architectures_with_equal_weights_apart():
     convolution = nn.Conv2d(3, 2, 1)
-    assert digest(nn.Sequential(convolution, nn.ReLU())) != digest(nn.Sequential(convolution, nn.Tanh()))
+    assert fingerprint(nn.Sequential(convolution, nn.ReLU())) != fingerprint(nn.Sequential(convolution, nn.Tanh()))
 
 
-def test_digest_tells_normalisations_apart():
+def test_digest_tells_normalizations_apart():
     network = nn.Conv2d(3, 2, 1)
-    assert digest(Segmenter(network)) != digest(Segmenter(network, mean=None, std=None))
+    assert fingerprint(Segmenter(network)) != fingerprint(Segmenter(network, mean=None, std=None))
 
 
 def test_digest_does_not_depend_on_where_things_are_in_memory():
@@ -176,4 +176,4 @@ def test_digest_does_not_depend_on_where_things_are_in_memory():
         def extra_repr(self):
             return f"thing={self.thing!r}"
 
-    assert digest(Holder()) == digest(Holder())
+    assert fingerprint(Holder()) == fingerprint(Holder())

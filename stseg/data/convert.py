@@ -1,0 +1,185 @@
+"""Images and masks of any kind as tensors: ``(C, H, W)`` images, integer ``(H, W)`` masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stseg.errors import DataError, UnreadableImageError
+
+
+def image_of(item: Any, *, name: str) -> Tensor:
+    """The image of a data set's item; whatever stands behind it is ignored."""
+    if isinstance(item, (tuple, list)):
+        if not item:
+            raise DataError(f"item {name!r} is empty; expected an image, or a tuple that begins with one")
+        item = item[0]
+    return as_image(item, name=name)
+
+
+def pair_of(item: Any, *, name: str) -> tuple[Tensor, Tensor]:
+    """Image and mask of a labeled data set's item, checked to be of one size.
+
+    Raises:
+        DataError: if there is no mask, or its size is not the image's.
+    """
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise DataError(f"item {name!r} has no mask; expected (image, mask), got {type(item).__name__}")
+    image = as_image(item[0], name=name)
+    mask = as_mask(item[1], name=name)
+    if image.shape[-2:] != mask.shape:
+        (h, w), (mh, mw) = image.shape[-2:], mask.shape
+        turned = "; is the image (H, W, C)? Expected (C, H, W)" if image.shape[:2] == mask.shape else ""
+        raise DataError(
+            f"image and mask of {name!r} differ in size: image {h} x {w}, mask {mh} x {mw} (height x width){turned}"
+        )
+    return image, mask
+
+
+def as_image(image: Any, *, name: str = "image") -> Tensor:
+    """An image as a ``(C, H, W)`` tensor: uint8, or float32 in [0, 1].
+
+    Args:
+        image: uint8 or float ``(C, H, W)`` tensor, or a PIL image: gray gives one channel, palette and other
+            color spaces become RGB, 16-bit gray is scaled to 8 bits, transparency is kept as a last channel.
+        name: how error messages call it.
+
+    Raises:
+        TypeError: if it is something else.
+        DataError: if the shape is wrong, it has no pixels, or float values are not in [0, 1].
+        UnreadableImageError: if it is a PIL image whose file turns out to be broken.
+
+    Example:
+        >>> as_image(Image.new("L", (6, 4))).shape
+        torch.Size([1, 4, 6])
+    """
+    if isinstance(image, Image.Image):
+        array = np.array(eight_bits(image, name=name))
+        image = torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+    if not isinstance(image, Tensor):
+        hint = (
+            ": torch.from_numpy(array).permute(2, 0, 1) makes one of (H, W, C)" if isinstance(image, np.ndarray) else ""
+        )
+        raise TypeError(
+            f"image {name!r} is {type(image).__name__}; expected a PIL image or a (C, H, W) tensor, "
+            f"uint8 or float in [0, 1]{hint}"
+        )
+    if image.ndim != 3:
+        raise DataError(f"image {name!r} has shape {tuple(image.shape)}; expected (C, H, W)")
+    if image.numel() == 0:
+        raise DataError(f"image {name!r} has no pixels: shape {tuple(image.shape)}")
+    pixels: Tensor = image.detach().as_subclass(Tensor)
+    if pixels.dtype == torch.uint8:
+        return pixels
+    if not pixels.is_floating_point():
+        raise TypeError(f"image {name!r} is {pixels.dtype}; expected uint8, or float in [0, 1]")
+    low, high = (float(v) for v in torch.aminmax(pixels))
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also catches NaN
+        raise DataError(
+            f"image {name!r} holds values from {low:g} to {high:g}; expected floats in [0, 1] "
+            "(not normalized: stseg.Segmenter does that)"
+        )
+    return pixels.float()
+
+
+def eight_bits(image: Image.Image, *, name: str = "image") -> Image.Image:
+    """A PIL image of any mode as one of mode L, LA, RGB or RGBA; 16-bit gray is divided by 257.
+
+    Raises:
+        DataError: if it has no pixels, or values that are not integers of 16 bits.
+        UnreadableImageError: if its file turns out to be broken.
+    """
+    _load(image, f"image {name!r}")
+    if image.width == 0 or image.height == 0:
+        raise DataError(f"image {name!r} has no pixels: {image.width} x {image.height}")
+    mode = image.mode
+    if mode in ("L", "LA", "RGB", "RGBA"):
+        return image
+    if mode == "F":
+        raise DataError(f"image {name!r} is of PIL mode F; expected 8- or 16-bit integers")
+    if mode.startswith("I"):
+        gray = np.array(image).astype(np.int32)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise DataError(
+                f"image {name!r} holds values from {gray.min()} to {gray.max()}; expected 16 bits, 0..65535"
+            )
+        return Image.fromarray(((gray + 128) // 257).astype(np.uint8))
+    if mode in ("1", "La"):
+        return image.convert("L" if mode == "1" else "LA")
+    return image.convert("RGBA" if mode in ("PA", "RGBa") or "transparency" in image.info else "RGB")
+
+
+def as_mask(mask: Any, *, name: str = "mask") -> Tensor:
+    """A mask as an integer ``(H, W)`` tensor: uint8 if it comes as bool or uint8, else int32.
+
+    Args:
+        mask: ``(H, W)`` or ``(1, H, W)`` integer tensor or array, or a PIL image: 8-bit gray, palette (whose
+            indices are the classes), 16-bit gray, or black and white.
+        name: how error messages call it.
+
+    Raises:
+        TypeError: if it is no tensor, array or PIL image, or holds floats.
+        DataError: if the shape is wrong, it has no pixels, holds values beyond 32 bits, or is a color image.
+        UnreadableImageError: if it is a PIL image whose file turns out to be broken.
+
+    Example:
+        >>> as_mask(np.array([[0, 1], [2, 255]])).dtype
+        torch.int32
+    """
+    if isinstance(mask, Image.Image):
+        _load(mask, f"mask of {name!r}")
+        if mask.mode not in ("1", "L", "P") and not mask.mode.startswith("I"):
+            raise DataError(
+                f"mask of {name!r} is an image of mode {mask.mode}; expected class indices "
+                "(8-bit gray, palette or 16-bit gray)"
+            )
+        mask = np.array(mask)
+    if isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf":
+        mask = torch.from_numpy(mask.astype(mask.dtype.newbyteorder("="), order="C"))  # a copy, always
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask of {name!r} is {type(mask).__name__}; expected an integer (H, W) tensor, array or image")
+    classes: Tensor = mask.as_subclass(Tensor)
+    shape = tuple(classes.shape)
+    if classes.is_floating_point() or classes.is_complex():
+        raise TypeError(f"mask of {name!r} is {classes.dtype}; expected integer class indices")
+    if not (len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)):
+        raise DataError(f"mask of {name!r} has shape {shape}; expected (H, W)")
+    if 0 in shape:
+        raise DataError(f"mask of {name!r} has no pixels: shape {shape}")
+    classes = classes.reshape(shape[-2:])
+    if classes.dtype in (torch.bool, torch.uint8):
+        return classes.to(torch.uint8)
+    if classes.dtype.itemsize > 2 and classes.dtype != torch.int32:
+        # aminmax knows no unsigned integers of more than 8 bits
+        extremes = torch.aminmax(classes if classes.dtype.is_signed else classes.double())
+        low, high = (int(value) for value in extremes)
+        if low < -(2**31) or high >= 2**31:
+            raise DataError(f"mask of {name!r} holds values from {low} to {high}; expected class indices")
+    return classes.to(torch.int32)
+
+
+def check_mask_values(mask: Tensor, num_classes: int, ignore_index: int, *, name: str) -> None:
+    """Raise a ``DataError`` unless every value is a class or the ignore index.
+
+    Example:
+        >>> check_mask_values(torch.tensor([[0, 34]]), 21, 255, name="img_0042")
+        Traceback (most recent call last):
+        stseg.errors.DataError: mask of 'img_0042' holds the value 34; expected 0..20 or 255
+    """
+    if mask.dtype == torch.uint8:  # torch wraps a scalar that does not fit: 300 would be 44
+        mask = mask.to(torch.int32)
+    wrong = ((mask < 0) | (mask >= num_classes)) & (mask != ignore_index)
+    if wrong.any():
+        value = int(mask[wrong][0])
+        raise DataError(f"mask of {name!r} holds the value {value}; expected 0..{num_classes - 1} or {ignore_index}")
+
+
+def _load(image: Image.Image, what: str) -> None:
+    try:
+        image.load()
+    except Exception as error:  # PIL raises many kinds for a broken file
+        raise UnreadableImageError(f"{what} cannot be read: {error}") from error

@@ -1,0 +1,23 @@
+"""Work shared between the processes of ``torch.distributed``; all of it does nothing in a single process."""
+
+from stseg.distributed.batchnorm import synchronized_batchnorm
+from stseg.distributed.processes import (
+    all_gather,
+    all_reduce_sum,
+    barrier,
+    broadcast_buffers,
+    rank,
+    setup_device,
+    world_size,
+)
+
+__all__ = [
+    "all_gather",
+    "all_reduce_sum",
+    "barrier",
+    "broadcast_buffers",
+    "rank",
+    "setup_device",
+    "synchronized_batchnorm",
+    "world_size",
+]

@@ -1,0 +1,1 @@
+"""One durable training stage of any method."""

@@ -1,0 +1,30 @@
+"""Areas of classes, and means of IoU weighted by them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stseg.functional._checks import countable
+
+
+def mean_over_classes(common: Tensor, union: Tensor, counts: Tensor, power: float) -> Tensor:
+    """``(B,)`` means of the IoU of the classes that count, each weighted by the power of its area; all ``(B, K)``."""
+    # Areas as shares of the largest: their powers always fit into a float.
+    area = torch.where(counts, union.double(), 0.0)
+    weight = torch.where(counts, (area / area.amax(1, keepdim=True)) ** power, 0.0)
+    return (torch.where(counts, common / union, 0.0) * weight).sum(1) / weight.sum(1)
+
+
+def class_areas(mask: Tensor, num_classes: int) -> Tensor:
+    """``(B, K)`` int64: pixels of each class in each image of ``(B, H, W)``."""
+    offset = torch.arange(len(mask), device=mask.device)[:, None] * num_classes
+    cells = torch.bincount((mask.flatten(1) + offset).flatten(), minlength=len(mask) * num_classes)
+    return countable(cells).reshape(len(mask), num_classes)
+
+
+def check_power(power: float) -> None:
+    if not 0 <= power < math.inf:
+        raise ValueError(f"power is {power}; expected a finite number, 0 or more")

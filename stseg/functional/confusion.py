@@ -1,0 +1,81 @@
+"""Confusion matrix and intersection over union."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stseg.functional._checks import check_range, check_same_shape, countable, indices
+
+
+def confusion_matrix(
+    prediction: Tensor, target: Tensor, num_classes: int, *, ignore_index: int | None = None
+) -> Tensor:
+    """Count how often each class was predicted where each class is true.
+
+    Args:
+        prediction: integer class maps of any shape; values in ``[0, num_classes)`` wherever the target counts.
+        target: integer class maps of the same shape.
+        num_classes: number of classes.
+        ignore_index: target value of pixels that do not count.
+
+    Returns:
+        ``(num_classes, num_classes)`` int64: rows are the true class, columns the predicted one.
+
+    Raises:
+        ValueError: if shapes differ, or a value is no class or no integer.
+
+    Example:
+        >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2)
+        tensor([[1, 1],
+                [0, 1]])
+    """
+    check_same_shape("prediction", prediction, "target", target)
+    prediction, target = indices("prediction", prediction).flatten(), indices("target", target).flatten()
+    if ignore_index is not None:
+        counted = target != ignore_index
+        prediction, target = prediction[counted], target[counted]
+    check_range("prediction", prediction, num_classes)
+    check_range("target", target, num_classes)
+    cells = torch.bincount(target * num_classes + prediction, minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes)
+
+
+def iou(matrix: Tensor) -> Tensor:
+    """Intersection over union of each class.
+
+    Args:
+        matrix: ``(..., K, K)`` confusion matrices.
+
+    Returns:
+        ``(..., K)`` float64; NaN for classes that are neither true nor predicted anywhere.
+
+    Example:
+        >>> iou(torch.tensor([[1, 1], [0, 1]]))
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    matrix = countable(matrix).double()
+    intersection = matrix.diagonal(dim1=-2, dim2=-1)
+    return intersection / (matrix.sum(-1) + matrix.sum(-2) - intersection)
+
+
+def mean_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ignore_index: int | None = None) -> Tensor:
+    """Mean, over the classes that are true or predicted somewhere, of intersection over union.
+
+    Args:
+        prediction: integer class maps of any shape.
+        target: integer class maps of the same shape.
+        num_classes: number of classes.
+        ignore_index: target value of pixels that do not count.
+
+    Returns:
+        float64 scalar in [0, 1]; NaN if no pixel counts.
+
+    Raises:
+        ValueError: if shapes differ, or a value is no class or no integer.
+
+    Example:
+        >>> mean_iou(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 3)
+        tensor(0.5000, dtype=torch.float64)
+    """
+    return iou(confusion_matrix(prediction, target, num_classes, ignore_index=ignore_index)).nanmean()

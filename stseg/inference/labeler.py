@@ -1,0 +1,315 @@
+"""Pseudo-labels: what a trained network believes of images without masks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from stseg.data.convert import image_of
+from stseg.data.items import ids_of
+from stseg.distributed import all_gather, all_reduce_sum, barrier
+from stseg.errors import DataError
+from stseg.functional import PseudoLabels, pseudo_label
+from stseg.functional._checks import check_classes
+from stseg.functional.thresholds import STEPS, check_threshold, least_confidence, leaves_out, step_of
+from stseg.inference.fingerprints import image_checksums
+from stseg.inference.mask_store import MaskStore, check_store_id
+from stseg.inference.sweep import Skipped, batch_by_size, check_finite, load, local_share, predictor, progress_bar
+from stseg.models.segmenter import as_segmenter
+from stseg.models.state import device_of, evaluating, fingerprint
+from stseg.types import Precision
+
+
+class PseudoLabeled(Dataset[tuple[Tensor, Tensor]]):
+    """The data set that a labeler makes: items ``(image, mask)`` in the order of the images' data set.
+
+    Attributes:
+        ids: name of each item.
+        indices: where each item stands in the images' data set.
+        skipped: what could not be read, where the caller chose to go on.
+        store: where the masks are.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        store: MaskStore,
+        *,
+        indices: Sequence[int],
+        ids: Sequence[str],
+        skipped: Sequence[Skipped] = (),
+    ) -> None:
+        self.dataset = dataset
+        self.store = store
+        self.indices = list(indices)
+        self.ids = list(ids)
+        self.skipped = tuple(skipped)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        id = self.ids[position]
+        image = image_of(self.dataset[self.indices[position]], name=id)
+        mask = self.store.get(id)
+        if image.shape[-2:] != mask.shape:
+            raise DataError(
+                f"the pseudo-mask of {id!r} is {tuple(mask.shape)}, but its image {tuple(image.shape[-2:])}: "
+                "the image has changed since it was labeled"
+            )
+        return image, mask
+
+    def confidence(self, position: int) -> Tensor:
+        """``(H, W)`` float32 confidence of an item's mask.
+
+        Raises:
+            KeyError: if it was not asked for when labeling.
+        """
+        return self.store.confidence(self.ids[position])
+
+
+class PseudoLabeler:
+    """Labels images with a network, as the teacher of ST does (Yang et al., CVPR 2022, section 3.1).
+
+    Args:
+        model: a network or a wrapped one. For the paper's 10 views hand in ``stseg.MultiScaleFlip(model)``.
+            Runs where the model is; its mode is what it was afterwards.
+        num_classes: number of classes; at least 2.
+        threshold: pixels whose confidence is below it get ``ignore_index``; one value, or one for each class, such as
+            those of :meth:`class_thresholds`. The paper keeps all (0).
+        ignore_index: value of pixels that are left out.
+        batch_size: how many images of equal size at once; does not change the labels.
+        num_workers: processes that read images.
+        precision: ``"fp32"``, or ``"bf16"`` for speed.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: if an argument makes no sense.
+        NetworkError: when labeling, if the network does not give finite logits of ``num_classes`` classes.
+
+    Example:
+        >>> labeler = PseudoLabeler(nn.Conv2d(3, 4, 1), num_classes=4, progress=False)
+        >>> mask, confidence = labeler(torch.rand(2, 3, 8, 8))
+        >>> mask.shape, mask.dtype, confidence.dtype
+        (torch.Size([2, 8, 8]), torch.uint8, torch.float32)
+        >>> labeled = labeler.label([torch.rand(3, 8, 8), torch.rand(3, 5, 9)])
+        >>> [tuple(mask.shape) for image, mask in labeled]
+        [(8, 8), (5, 9)]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int,
+        threshold: float | Sequence[float] | Tensor = 0.0,
+        ignore_index: int = 255,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        precision: Precision = "fp32",
+        progress: bool = True,
+    ) -> None:
+        check_classes(num_classes, ignore_index)
+        threshold = check_threshold(threshold, num_classes)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+        self.model = as_segmenter(model)
+        self.num_classes = num_classes
+        self.threshold = threshold
+        self.ignore_index = ignore_index
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.precision = precision
+        self.progress = progress
+        self._predict = predictor(self.model, num_classes, precision)
+
+    def __call__(self, images: Tensor) -> PseudoLabels:
+        """Label a batch.
+
+        Args:
+            images: ``(B, C, H, W)`` uint8, or float in [0, 1].
+
+        Returns:
+            mask ``(B, H, W)`` uint8 (int32 where classes or ignore index do not fit) and confidence ``(B, H, W)``
+            float32, on the model's device.
+        """
+        with evaluating(self.model), torch.no_grad():
+            labels = self._label(images)
+        check_finite(bool(labels.confidence.isfinite().all()), name=f"a batch of shape {tuple(images.shape)}")
+        return labels
+
+    def label(
+        self,
+        dataset: Dataset[Any],
+        store: MaskStore | str | Path | None = None,
+        *,
+        confidence: bool = False,
+        skip_unreadable: bool = False,
+    ) -> PseudoLabeled:
+        """Label all images of a data set.
+
+        Batches of equal size are formed on the fly and need no more memory for many images than for few. Each mask is
+        in the store as soon as it is made; images that this same model has labeled in it before are not labeled
+        again. Under ``torch.distributed`` the processes share the images, and a folder must be one they all see.
+
+        Args:
+            dataset: items are images, or tuples that begin with one. Its ``ids`` name the masks, else their numbers do.
+            store: a folder, a store, or None for memory.
+            confidence: whether to keep the confidence beside each mask.
+            skip_unreadable: whether to go on where an image cannot be read, and list it in ``.skipped``.
+
+        Returns:
+            A data set of ``(image, mask)``, in the order and with the ids of ``dataset``.
+
+        Raises:
+            DataError: if there is no image, or an id would leave the store. Before any work.
+            WorkdirMismatchError: if the store was filled by another model or with other settings. Before any work.
+            UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false; the masks made
+                so far stay in the store.
+        """
+        ids = ids_of(dataset)
+        if not ids:
+            raise DataError("the data set to label is empty")
+        for id in ids:
+            check_store_id(id)
+        store = store if isinstance(store, MaskStore) else MaskStore(store)
+        if store.folder is not None and leaves_out(self.threshold):
+            check_stored(self.ignore_index)
+        store.claim(self._description(), images=image_checksums(dataset))
+        barrier()
+        mine = local_share(len(ids))
+        todo = [index for index in mine if not store.holds(ids[index], confidence=confidence)]
+        skipped: list[Skipped] = []
+        images = load(
+            dataset,
+            todo,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            skip=skipped.append if skip_unreadable else None,
+        )
+
+        def label_each(batch: Tensor) -> list[tuple[Tensor, bool, Tensor | None]]:
+            labels = self._label(batch)
+            finite = labels.confidence.isfinite().flatten(1).all(1).tolist()
+            kept = labels.confidence.cpu() if confidence else [None] * len(batch)
+            return list(zip(labels.mask.cpu(), finite, kept, strict=True))
+
+        results = batch_by_size(label_each, images, batch_size=self.batch_size, device=device_of(self.model))
+        # PNGs are written by threads beside the network, a bounded number of them waiting.
+        with evaluating(self.model), torch.no_grad(), ThreadPoolExecutor(4) as writers:
+            writing: deque[Future[None]] = deque()
+            for index, (mask, finite, kept) in progress_bar(
+                results, total=len(todo), title="label", show=self.progress
+            ):
+                check_finite(finite, name=f"image {ids[index]!r}")
+                writing.append(writers.submit(store.put, ids[index], mask, kept))
+                while len(writing) > 64:
+                    writing.popleft().result()
+            for job in writing:
+                job.result()
+        if store.folder is None:
+            _share_memory(store, [ids[index] for index in mine])
+        skipped = sorted((s for part in all_gather(skipped) for s in part), key=lambda s: s.index)
+        left_out = {s.index for s in skipped}
+        kept_indices = [index for index in range(len(ids)) if index not in left_out]
+        if not kept_indices:
+            raise DataError(f"none of the {len(ids)} images could be read; the first: {skipped[0].reason}")
+        return PseudoLabeled(dataset, store, indices=kept_indices, ids=[ids[i] for i in kept_indices], skipped=skipped)
+
+    def class_thresholds(
+        self, dataset: Dataset[Any], keep: float = 0.8, *, skip_unreadable: bool = False
+    ) -> tuple[float, ...]:
+        """Thresholds that keep the same share of the pixels of each class, for the images of a data set.
+
+        One threshold for all classes leaves most pixels of the hard ones out; these are balanced (the idea of CBST, Zou
+        et al., ECCV 2018). The network sees every image once more. Nothing of the images is kept but a histogram of the
+        confidence for each class, in steps that are finer the nearer it is to 1: within 0.1 % of ``1 - confidence``. So
+        of a class ``keep`` is kept, and beyond it at most what lies in the same step as the threshold. Under
+        ``torch.distributed`` the processes share the images, and each gets the same thresholds.
+
+        Args:
+            dataset: items are images, or tuples that begin with one.
+            keep: share of the pixels predicted as a class that shall keep it, in (0, 1].
+            skip_unreadable: whether to go on where an image cannot be read.
+
+        Returns:
+            A threshold for each class, for the ``threshold`` of a labeler of the same model; 0 for a class of which
+            all pixels are kept, or which is never predicted. The ``threshold`` of this one has no part in it.
+
+        Raises:
+            DataError: if there is no image.
+            NetworkError: if the logits of an image are not finite; names it.
+            UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false.
+            ValueError: if ``keep`` is no share.
+
+        Example:
+            >>> torch.manual_seed(0)
+            <...>
+            >>> labeler = PseudoLabeler(nn.Conv2d(3, 4, 1), num_classes=4, progress=False)
+            >>> images = [torch.rand(3, 8, 8) for _ in range(3)]
+            >>> thresholds = labeler.class_thresholds(images, keep=0.5)
+            >>> labels = PseudoLabeler(labeler.model, num_classes=4, threshold=thresholds, progress=False).label(images)
+            >>> kept = sum(int((mask != 255).sum()) for _, mask in labels)
+            >>> 0.5 <= kept / (3 * 8 * 8) < 0.55
+            True
+        """
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep is {keep}; expected a share in (0, 1]")
+        ids = ids_of(dataset)
+        if not ids:
+            raise DataError("the data set to find thresholds for is empty")
+        mine, device = local_share(len(ids)), device_of(self.model)
+        skip = (lambda _: None) if skip_unreadable else None
+        images = load(dataset, mine, batch_size=self.batch_size, num_workers=self.num_workers, skip=skip)
+        counts = torch.zeros(self.num_classes, STEPS, dtype=torch.int64, device=device)
+
+        def count_each(batch: Tensor) -> list[bool]:
+            mask, confidence = pseudo_label(self._predict(batch), ignore_index=self.ignore_index)
+            cells = (mask.long() * STEPS + step_of(confidence)).flatten()
+            counts.add_(torch.bincount(cells, minlength=counts.numel()).reshape(counts.shape))
+            finite: list[bool] = confidence.isfinite().flatten(1).all(1).tolist()
+            return finite
+
+        with evaluating(self.model), torch.no_grad():
+            results = batch_by_size(count_each, images, batch_size=self.batch_size, device=device)
+            for index, finite in progress_bar(results, total=len(mine), title="thresholds", show=self.progress):
+                check_finite(finite, name=f"image {ids[index]!r}")
+        return tuple(least_confidence(of_class.tolist(), keep) for of_class in all_reduce_sum(counts).cpu())
+
+    def _label(self, images: Tensor) -> PseudoLabels:
+        return pseudo_label(self._predict(images), threshold=self.threshold, ignore_index=self.ignore_index)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "model": fingerprint(self.model),
+            "num_classes": self.num_classes,
+            "threshold": self.threshold,
+            "ignore_index": self.ignore_index,
+            "precision": self.precision,
+        }
+
+
+def check_stored(ignore_index: int) -> None:
+    """Raise a ``ValueError`` if a store on disk cannot hold the value of pixels that are left out."""
+    if not 0 <= ignore_index <= 65535:
+        raise ValueError(f"ignore_index is {ignore_index}; a store on disk takes values in 0..65535")
+
+
+def _share_memory(store: MaskStore, mine: list[str]) -> None:
+    """Give every process the masks of all, some at a time: NCCL sends them through the memory of the GPU."""
+    made = [id for id in mine if id in store]
+    for start in range(0, max(all_gather(len(made))), 32):
+        part = []
+        for id in made[start : start + 32]:
+            certainty = store.confidence(id) if store.holds(id, confidence=True) else None
+            part.append((id, store.get(id), certainty))
+        for other in all_gather(part):
+            for id, mask, certainty in other:
+                store.put(id, mask, certainty)

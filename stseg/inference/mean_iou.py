@@ -1,0 +1,64 @@
+"""Mean intersection over union of a whole data set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stseg.distributed import all_reduce_sum
+from stseg.functional import confusion_matrix, iou
+from stseg.functional._checks import check_classes
+
+
+class MeanIoU:
+    """Mean IoU out of one confusion matrix over everything that was added.
+
+    Classes that are neither true nor predicted anywhere are left out of the mean. This is the evaluation of
+    the paper (Yang et al., CVPR 2022): not a mean over images.
+
+    Args:
+        num_classes: number of classes.
+        ignore_index: value of mask pixels that do not count.
+
+    Example:
+        >>> metric = MeanIoU(2)
+        >>> metric.update(torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 1, 0, 255]]))
+        >>> metric.compute()
+        0.5
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+        check_classes(num_classes, ignore_index)
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        """``(K, K)`` int64 on the CPU: rows are the true class, columns the predicted one."""
+
+    def update(self, pred: Tensor, mask: Tensor) -> None:
+        """Add predictions.
+
+        Args:
+            pred: integer class maps of any shape.
+            mask: the true classes, same shape.
+
+        Raises:
+            ValueError: if shapes differ or a value is neither a class nor the ignore index.
+        """
+        matrix = confusion_matrix(pred, mask, self.num_classes, ignore_index=self.ignore_index)
+        self.matrix += matrix.cpu()
+
+    def iou(self) -> Tensor:
+        """``(K,)`` float64: IoU of each class, NaN where it is neither true nor predicted."""
+        return iou(self.matrix)
+
+    def compute(self) -> float:
+        """The mean IoU in [0, 1]; NaN before anything was added."""
+        return float(self.iou().nanmean())
+
+    def reset(self) -> None:
+        """Forget everything that was added."""
+        self.matrix.zero_()
+
+    def merge_processes(self) -> None:
+        """Add up the counts of all processes of ``torch.distributed``, so that each has the whole."""
+        self.matrix = all_reduce_sum(self.matrix)

@@ -1,0 +1,152 @@
+"""Images from the most to the least reliable, and how they are cut into the two parts of ST++."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from stseg.errors import DataError
+from stseg.inference.sweep import Skipped
+from stseg.storage.files import write_atomically
+
+
+def reliable_count(images: int, fraction: float) -> int:
+    """How many of so many images are reliable: ``floor(images * fraction)``.
+
+    Example:
+        >>> reliable_count(100, 0.29)
+        29
+    """
+    return math.floor(images * fraction + 1e-9)  # 100 * 0.29 is 28.999... in floating point
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Images from the most to the least reliable.
+
+    Attributes:
+        indices: where each image stands in the ranked data set, best first; equal scores in the data set's order.
+        scores: the score of each, in step.
+        ids: the name of each, in step.
+        skipped: what could not be read, where the caller chose to go on.
+
+    Example:
+        >>> ranking = Ranking.from_scores([0.5, 0.9, 0.5, 0.7], ids=["a", "b", "c", "d"])
+        >>> ranking.ids
+        ('b', 'd', 'a', 'c')
+        >>> ranking.split(0.5)
+        ([1, 3], [0, 2])
+    """
+
+    indices: tuple[int, ...]
+    scores: tuple[float, ...]
+    ids: tuple[str, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("indices", "scores", "ids", "skipped"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not len(self.indices) == len(self.scores) == len(self.ids):
+            raise ValueError(
+                f"indices, scores and ids have {len(self.indices)}, {len(self.scores)} and {len(self.ids)} "
+                "values; expected as many of each"
+            )
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Sequence[float] | Tensor,
+        ids: Sequence[str],
+        *,
+        indices: Sequence[int] | None = None,
+        skipped: Sequence[Skipped] = (),
+    ) -> Ranking:
+        """Rank by score, highest first; equal scores keep their order.
+
+        Args:
+            scores: one for each image.
+            ids: name of each image.
+            indices: where each stands in its data set; by default 0, 1, 2, ...
+            skipped: what is left out.
+
+        Raises:
+            ValueError: if a score is NaN, or there are not as many of each.
+        """
+        values = [float(s) for s in scores]
+        places = list(range(len(values))) if indices is None else list(indices)
+        if not len(values) == len(ids) == len(places):
+            raise ValueError(
+                f"{len(values)} scores, {len(ids)} ids and {len(places)} indices; expected as many of each"
+            )
+        for value, id in zip(values, ids, strict=True):
+            if math.isnan(value):
+                raise ValueError(f"the score of {id!r} is NaN")
+        order = sorted(range(len(values)), key=lambda i: -values[i])  # stable
+        return cls(
+            indices=tuple(places[i] for i in order),
+            scores=tuple(values[i] for i in order),
+            ids=tuple(ids[i] for i in order),
+            skipped=tuple(skipped),
+        )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def split(self, fraction: float = 0.5) -> tuple[list[int], list[int]]:
+        """Cut into the reliable and the unreliable images.
+
+        Args:
+            fraction: share of reliable images; of n images the first ``floor(n * fraction)`` are (the paper: 0.5).
+
+        Returns:
+            Data-set indices of the reliable and of the unreliable images, each best first.
+
+        Raises:
+            ValueError: if the fraction is not in [0, 1].
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction is {fraction}; expected a share in [0, 1]")
+        cut = reliable_count(len(self), fraction)
+        return list(self.indices[:cut]), list(self.indices[cut:])
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write ``index,id,score`` lines, best first; scores survive exactly."""
+        # Left to itself, the writer does not quote carriage returns, but the reader ends lines there.
+        returns = any("\r" in id for id in self.ids)
+        text = io.StringIO("index,id,score\n")
+        text.seek(0, io.SEEK_END)
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+        writer.writerows((int(i), id, float(s)) for i, id, s in zip(self.indices, self.ids, self.scores, strict=True))
+        # Ids made of file names may hold surrogates, where a name is not valid UTF-8.
+        content = text.getvalue().encode(errors="surrogatepass")
+        write_atomically(Path(path), lambda file: file.write(content))
+
+    @classmethod
+    def from_csv(cls, path: str | Path) -> Ranking:
+        """Read what ``to_csv`` wrote.
+
+        Raises:
+            DataError: if the file is not such a table; names it.
+        """
+        with open(path, newline="", encoding="utf-8", errors="surrogatepass") as file:
+            try:
+                rows = list(csv.reader(file, strict=True))
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise DataError(f"{path} cannot be read as CSV: {error}") from None
+        if not rows or rows[0] != ["index", "id", "score"]:
+            raise DataError(f"{path} does not begin with the line index,id,score")
+        try:
+            columns = [(int(index), id, float(score)) for index, id, score in rows[1:]]
+        except ValueError as error:
+            raise DataError(f"{path} holds a line that is not index,id,score: {error}") from None
+        if (unranked := next((id for _, id, score in columns if math.isnan(score)), None)) is not None:
+            raise DataError(f"{path} gives {unranked!r} the score NaN")
+        return cls(
+            indices=tuple(c[0] for c in columns), scores=tuple(c[2] for c in columns), ids=tuple(c[1] for c in columns)
+        )

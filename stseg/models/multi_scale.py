@@ -1,0 +1,73 @@
+"""Test-time augmentation: the mean over scales and mirror images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stseg.models.segmenter import as_segmenter
+
+
+class MultiScaleFlip(nn.Module):
+    """A model that looks at each image at several scales, mirrored too, and averages the probabilities.
+
+    As the paper labels images (Yang et al., CVPR 2022): sides ``int(h * s)`` and ``int(w * s)``, softmax for each
+    view, resized back (bilinear, corners aligned), averaged. With the defaults these are 10 views.
+
+    Args:
+        model: a network or a wrapped one; a bare network is wrapped in :class:`stseg.Segmenter`.
+        scales: factors of height and width.
+        flip: whether every view comes with its mirror image.
+
+    Shape:
+        ``(B, C, H, W)`` uint8 or float in [0, 1] -> ``(B, K, H, W)`` log of the mean probability; its softmax is
+        the mean probability again, so this is a drop-in for the model.
+
+    Raises:
+        ValueError: if there is no scale, or one is not positive.
+
+    Example:
+        >>> model = MultiScaleFlip(nn.Conv2d(3, 4, 1), scales=(0.5, 1.0))
+        >>> model(torch.rand(2, 3, 30, 41)).exp().sum(1).allclose(torch.ones(2, 30, 41))
+        True
+    """
+
+    takes_images = True
+
+    def __init__(
+        self, model: nn.Module, scales: Sequence[float] = (0.5, 0.75, 1.0, 1.5, 2.0), flip: bool = True
+    ) -> None:
+        super().__init__()
+        self.scales = tuple(float(s) for s in scales)
+        if not self.scales or not all(0 < s < math.inf for s in self.scales):
+            raise ValueError(f"scales are {self.scales}; expected one or more positive factors")
+        self.model = as_segmenter(model)
+        self.flip = flip
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Log of the mean probability ``(B, K, H, W)`` of images ``(B, C, H, W)``."""
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        height, width = images.shape[-2:]
+        total: Tensor | float = 0.0
+        for scale in self.scales:
+            size = (max(1, int(height * scale)), max(1, int(width * scale)))
+            view = images if size == (height, width) else _resize(images, size)
+            total = total + _resize(self.model(view).softmax(1), (height, width))
+            if self.flip:
+                total = total + _resize(self.model(view.flip(-1)).softmax(1).flip(-1), (height, width))
+        assert isinstance(total, Tensor)
+        mean = total / (len(self.scales) * (2 if self.flip else 1))
+        return mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+
+    def extra_repr(self) -> str:
+        """What `repr` shows beside the model."""
+        return f"scales={self.scales}, flip={self.flip}"
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=True)

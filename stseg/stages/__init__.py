@@ -1,0 +1,1 @@
+"""A durable run of several steps."""

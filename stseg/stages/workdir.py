@@ -1,0 +1,89 @@
+"""The folder of a whole run: what it was made with, and which of its steps are done."""
+
+from __future__ import annotations
+
+import os
+import platform
+import weakref
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from stseg.distributed import all_gather, barrier, rank
+from stseg.errors import WorkdirInUseError, WorkdirMismatchError
+from stseg.storage.files import lock
+from stseg.storage.records import read_record, refuse_other, write_record
+
+
+class Workdir:
+    """``run.json`` and a folder for each step; with ``None`` for a folder, nothing is kept.
+
+    Args:
+        folder: made when there is something to write.
+        settings: of JSON's types. Another run's folder is refused.
+
+    Raises:
+        WorkdirMismatchError: if the folder was made with other settings.
+    """
+
+    def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"the work directory {self.folder} is a file; expected a folder")
+        self._run: dict[str, Any] = {"settings": settings, "versions": _versions(), "data": {}, "steps": {}}
+        if self.folder is not None and (found := read_record(self.folder / "run.json")) is not None:
+            parts = [found.get(part) for part in self._run]
+            if not all(isinstance(p, dict) for p in (*parts, *(found.get("steps") or {}).values())):
+                raise WorkdirMismatchError(
+                    f"{self.folder / 'run.json'} is not the record of a run; remove {self.folder} to begin anew"
+                )
+            refuse_other(found["settings"], settings, self.folder)
+            self._run = found
+
+    def claim(self, data: dict[str, Any]) -> None:
+        """Say what the run works on, once it has been looked at. From now on other processes are kept out.
+
+        Raises:
+            WorkdirMismatchError: if the folder was made with other data.
+            WorkdirInUseError: if another process is at work in it.
+        """
+        if self.folder is not None and self._run["data"]:
+            refuse_other(self._run["data"], data, self.folder)
+        self._keep_others_out()
+        self._run["data"] = data
+        self._write()
+
+    def path(self, *parts: str) -> Path | None:
+        """Where something of the run goes."""
+        return None if self.folder is None else self.folder.joinpath(*parts)
+
+    def facts(self, step: str) -> dict[str, Any] | None:
+        """What was noted when a step was done; None if it has not been done."""
+        facts: dict[str, Any] | None = self._run["steps"].get(step)
+        return facts
+
+    def done(self, step: str, **facts: Any) -> None:
+        """Note that a step is done."""
+        if step not in self._run["steps"]:
+            self._run["steps"][step] = facts
+            self._write()
+
+    def _keep_others_out(self) -> None:
+        """Until the run is over, which is when nothing refers to this object any more."""
+        descriptor = None
+        if self.folder is not None and rank() == 0:
+            descriptor = lock(self.folder / ".lock")
+            if descriptor is not None:
+                weakref.finalize(self, os.close, descriptor)
+        if self.folder is not None and all_gather(descriptor is not None)[0] is False:
+            raise WorkdirInUseError(f"{self.folder} is in use by another process; expected one run in it at a time")
+
+    def _write(self) -> None:
+        if self.folder is not None and rank() == 0:
+            write_record(self.folder / "run.json", self._run)
+        barrier()
+
+
+def _versions() -> dict[str, str]:
+    names = ("stseg", "torch", "torchvision", "segmentation-models-pytorch", "timm", "kornia", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -1,0 +1,1 @@
+"""Files and records that are written atomically."""

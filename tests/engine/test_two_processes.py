@@ -1,0 +1,139 @@
+"""Two processes train one network. This file is also the program that they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import stseg
+from stseg.distributed import all_gather
+from stseg.models.state import fingerprint
+
+STEPS = 12
+
+
+class Two(nn.Module):
+    """Without batch normalization, whose statistics each process keeps for itself; one part is not for the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.unused = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 3, 1), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x):
+        return {"out": self.last(self.first(x).relu())}
+
+
+class Normalized(nn.Module):
+    """With batch normalization: each process sees other statistics, but they must have one model in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def data(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, 3, 18, 20, generator=generator)
+    pairs = [(image, (image[0] > 0.5).byte() + (image[1] > 0.7)) for image in images]
+    pairs[0][1][:9] = 255  # so the processes have different numbers of pixels that count
+    return pairs
+
+
+def run(out: Path) -> None:
+    """``fit`` and all of ST++, with everything in ``out``."""
+    config = stseg.TrainConfig(steps=STEPS, batch_size=4, crop_size=16, base_size=20, lr=0.05)
+    torch.manual_seed(0)
+    val = data(5, seed=9)
+    fitted = stseg.fit(Two(), data(6, seed=1), config, val=val, snapshots=[4], workdir=out / "fit", progress=False)
+    trainer = stseg.SelfTrainer(Two, num_classes=3, config=config, strong=None, workdir=out / "run", progress=False)
+    result = trainer.fit(data(6, seed=1), [image for image, _ in data(9, seed=2)], val)
+    miou = stseg.evaluate(result.model, val, num_classes=3, progress=False).compute()
+    options = {"num_classes": 3, "config": config, "workdir": out / "normalized", "progress": False}
+    normalized = stseg.SelfTrainer(Normalized, **options)
+    final = normalized.fit(data(6, seed=1), [image for image, _ in data(9, seed=2)], val)
+    for model in (final.model, *final.stages["teacher"].snapshots):
+        assert len(set(all_gather(fingerprint(model)))) == 1
+    process = os.environ.get("RANK", "alone")
+    known = {
+        "history": fitted.history,
+        "ids": result.ranking.ids,
+        "miou": miou,
+        "labels": len(result.labels["reliable"]),
+    }
+    (out / f"{process}.json").write_text(json.dumps(known))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What one process and what two leave behind."""
+    alone, two = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "OMP_NUM_THREADS": "1"}
+    group = {**shared, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, __file__]
+    processes = [subprocess.Popen([*command, str(alone)], env=shared)]
+    processes += [
+        subprocess.Popen([*command, str(two)], env={**group, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
+    # Once more over the same folders, of which some results are lost: everything must still fit together.
+    for lost in ("ranking/ranking.csv", "student-2/model.safetensors", "run.json"):
+        (two / "normalized" / lost).unlink()
+    processes = [
+        subprocess.Popen([*command, str(two)], env={**group, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    return alone, two
+
+
+@pytest.mark.slow
+class TestTwoProcesses:
+    def test_come_to_the_weights_of_one(self, folders):
+        alone, two = (load_file(folder / "fit" / "model.safetensors") for folder in folders)
+        for name, value in alone.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+
+    def test_have_the_same_history(self, folders):
+        histories = [json.loads((folder / f"{name}.json").read_text())["history"] for folder, name in self.all(folders)]
+        for history in histories:
+            assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in histories[0]], rel=1e-4)
+            assert [row["miou"] for row in history] == pytest.approx([row["miou"] for row in histories[0]], abs=0.02)
+
+    def test_have_the_same_run(self, folders):
+        alone, first, second = (json.loads((folder / f"{name}.json").read_text()) for folder, name in self.all(folders))
+        assert first == {**second, "history": first["history"]}
+        assert sorted(first["ids"]) == sorted(alone["ids"])
+        assert first["labels"] == alone["labels"] == 4
+
+    def test_leave_the_same_files(self, folders):
+        files = [
+            {path.relative_to(folder / "run").as_posix() for path in (folder / "run").rglob("*") if path.is_file()}
+            for folder in folders
+        ]
+        masks = [{name for name in found if name.endswith(".png") and "masks" in name} for found in files]
+        assert len(masks[0]) == len(masks[1]) == 9
+        assert files[0] - masks[0] - {"ranking/scores"} == {
+            name for name in files[1] - masks[1] if not name.startswith("ranking/scores")
+        }
+
+    @staticmethod
+    def all(folders: tuple[Path, Path]) -> list[tuple[Path, str]]:
+        return [(folders[0], "alone"), (folders[1], "0"), (folders[1], "1")]
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))

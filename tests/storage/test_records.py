@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import stseg
+from stseg.errors import WorkdirMismatchError
+from stseg.storage.records import claim, describe, diff, read_record, refuse_other, write_record
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+RECORDS = st.dictionaries(st.text(max_size=4), PLAIN, max_size=4)
+
+
+class TestDiffering:
+    @given(RECORDS)
+    @settings(max_examples=40, deadline=None)
+    def test_finds_nothing_where_there_is_nothing(self, record):
+        assert diff(record, json.loads(json.dumps(record))) == []
+
+    def test_names_what_is_deep_inside(self):
+        found = {"config": {"lr": 0.1, "crop": [3, 4]}, "old": 1}
+        now = {"config": {"lr": 0.2, "crop": [3, 5]}, "new": 2}
+        assert diff(found, now) == [
+            "config.lr is 0.1 there and 0.2 now",
+            "config.crop is [3, 4] there and [3, 5] now",
+            "old is 1 there and None now",
+            "new is None there and 2 now",
+        ]
+
+
+def test_refusal_names_the_folder_and_takes_tuples_for_lists(tmp_path):
+    refuse_other({"scale": [0.5, 2.0]}, {"scale": (0.5, 2.0)}, tmp_path)
+    with pytest.raises(WorkdirMismatchError, match=f"{tmp_path} was made with other settings or data: scale is"):
+        refuse_other({"scale": [0.5, 2.0]}, {"scale": (0.5, 1.0)}, tmp_path)
+
+
+class TestFiles:
+    def test_are_written_once_and_compared_afterwards(self, tmp_path):
+        path = tmp_path / "deep" / "stage.json"
+        claim(path, {"a": 1})
+        claim(path, {"a": 1})
+        assert read_record(path) == {"a": 1}
+        with pytest.raises(WorkdirMismatchError, match="a is 1 there and 2 now"):
+            claim(path, {"a": 2})
+        assert read_record(path) == {"a": 1}
+
+    def test_that_are_not_there_are_none(self, tmp_path):
+        assert read_record(tmp_path / "run.json") is None
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
+    def test_that_are_damaged_say_what_to_do(self, tmp_path, content):
+        path = tmp_path / "run.json"
+        path.write_bytes(content)
+        with pytest.raises(WorkdirMismatchError, match=r"run\.json .*; remove .* to begin anew"):
+            read_record(path)
+
+    def test_are_replaced_whole(self, tmp_path):
+        write_record(tmp_path / "a.json", {"x": "ä"})
+        write_record(tmp_path / "a.json", {"x": [1, 2]})
+        assert read_record(tmp_path / "a.json") == {"x": [1, 2]}
+        assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+class TestDescribed:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: stseg.StrongAugment(),
+            lambda: nn.Sequential(nn.Conv2d(3, 2, 1)),
+            lambda: functools.partial(stseg.MultiScaleFlip, scales=(1.0,)),
+            object,
+        ],
+    )
+    def test_is_the_same_for_two_of_a_kind(self, make):
+        assert describe(make()) == describe(make())
+        assert " at 0x" not in describe(make())
+
+    def test_tells_settings_apart(self):
+        assert describe(stseg.StrongAugment()) != describe(stseg.StrongAugment(blur_p=0.1))
+        assert describe(torch.sin) != describe(torch.cos)
+        assert describe(None) == "None"
+
+        def scaled(factor):
+            return lambda images: images * factor
+
+        assert describe(scaled(2)) == describe(scaled(2)) != describe(scaled(3))
+        assert describe(lambda m: m) == describe(lambda m: m)
+        assert describe(lambda m: (m, 1)) != describe(lambda m: (m, 2))
