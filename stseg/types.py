@@ -22,5 +22,8 @@ PairTransform: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
 BatchAugmentation: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """``(images, masks, where) -> (images, masks)``, a whole batch on the device."""
 
+Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""``(logits, masks) -> loss``, a scalar: a function, or a module such as ``torch.nn.CrossEntropyLoss()``."""
+
 Precision: TypeAlias = Literal["fp32", "bf16"]
 """``"fp32"``, or ``"bf16"`` for bfloat16 autocast with float32 weights."""

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers and the learning-rate schedule."""
+"""Parameter groups and optimizers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,7 @@ import torch
 from torch import nn
 
 from stseg.engine.config import TrainConfig
-
-
-def polynomial_decay(step: int, total: int, power: float) -> float:
-    """Factor of the learning rate after ``step`` of ``total`` steps: ``(1 - step / total) ** power``.
-
-    Example:
-        >>> polynomial_decay(0, 100, 0.9), round(polynomial_decay(50, 100, 0.9), 4)
-        (1.0, 0.5359)
-    """
-    return float((1 - step / total) ** power)
+from stseg.functional.ramps import polynomial_decay as polynomial_decay
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

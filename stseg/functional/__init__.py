@@ -2,20 +2,46 @@
 
 from stseg.functional.confidence import expected_iou, mean_certainty, mean_confidence, mean_margin
 from stseg.functional.confusion import confusion_matrix, iou, mean_iou
+from stseg.functional.consistency import consistency_loss, consistency_target, sure_share
+from stseg.functional.losses import (
+    adversarial_loss,
+    cross_entropy,
+    entropy,
+    mean_over_processes,
+    ohem_cross_entropy,
+    squared_difference,
+    supervised_loss,
+    without_ignored,
+)
 from stseg.functional.pseudo_label import PseudoLabels, pseudo_label
+from stseg.functional.ramps import linear_rampup, polynomial_decay, sigmoid_rampup
 from stseg.functional.reliability import pixel_agreement, stability, weighted_stability
 
 __all__ = [
     "PseudoLabels",
+    "adversarial_loss",
     "confusion_matrix",
+    "consistency_loss",
+    "consistency_target",
+    "cross_entropy",
+    "entropy",
     "expected_iou",
     "iou",
+    "linear_rampup",
     "mean_certainty",
     "mean_confidence",
     "mean_iou",
     "mean_margin",
+    "mean_over_processes",
+    "ohem_cross_entropy",
     "pixel_agreement",
+    "polynomial_decay",
     "pseudo_label",
+    "sigmoid_rampup",
+    "squared_difference",
     "stability",
+    "supervised_loss",
+    "sure_share",
     "weighted_stability",
+    "without_ignored",
 ]

@@ -1,0 +1,93 @@
+"""Consistency of two views with confident labels: the target, its loss, and how much of it is used."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stseg.functional._checks import check_classes
+from stseg.functional.losses import mean_over_processes
+
+
+def consistency_target(
+    logits: Tensor, *, threshold: float, valid: Tensor | None = None, ignore_index: int = 255
+) -> Tensor:
+    """Make a target of the logits of one view for another view of the same pixels.
+
+    One integer map tells three kinds of pixels apart, so that augmentations move and blank it like any mask: those with
+    a class, those that are not confident enough ("unsure"; they count in the denominator alone), and ignored ones.
+
+    Args:
+        logits: ``(B, K, H, W)`` floats; no gradient flows back to them.
+        threshold: the confidence, probability of the most probable class, from which a pixel gets that class.
+        valid: ``(B, H, W)`` bool, False where there is no image, such as in padding; all valid if it is not given.
+        ignore_index: value of pixels that are not valid; no class.
+
+    Returns:
+        ``(B, H, W)`` int64: a class, or K (K + 1 if that is the ignore index) where unsure, or ``ignore_index``.
+
+    Raises:
+        ValueError: if the threshold is no probability, or the ignore index is a class.
+
+    Example:
+        >>> logits = torch.tensor([[9.0, 0.0, 9.0], [0.0, 0.0, 0.0]]).reshape(1, 2, 1, 3)
+        >>> consistency_target(logits, threshold=0.95, valid=torch.tensor([[[True, True, False]]]))
+        tensor([[[  0,   2, 255]]])
+    """
+    num_classes = logits.shape[1]
+    check_classes(num_classes, ignore_index)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; expected a probability in [0, 1]")
+    logits = logits.detach()
+    # Not the arg max of the softmax, whose rounding makes equal what is not.
+    target, confidence = logits.argmax(1), logits.float().softmax(1).amax(1)
+    unsure = num_classes + int(ignore_index == num_classes)
+    target = torch.where(confidence >= threshold, target, unsure)
+    return target if valid is None else torch.where(valid, target, ignore_index)
+
+
+def consistency_loss(logits: Tensor, target: Tensor, *, ignore_index: int = 255) -> Tensor:
+    """Compute the cross-entropy with the sure pixels of a target, by the number of all that are not ignored.
+
+    The unsupervised loss of FixMatch for segmentation as in UniMatch (Yang et al., CVPR 2023, section 3.1): the fewer
+    pixels are sure, the less it weighs.
+
+    Args:
+        logits: ``(B, K, H, W)`` floats.
+        target: ``(B, H, W)`` int64, of :func:`consistency_target`, augmented or not.
+        ignore_index: value of pixels that do not count.
+
+    Returns:
+        Scalar: the sum over sure pixels by the number of sure and unsure ones, of all processes; 0 if there is none.
+
+    Example:
+        >>> consistency_loss(torch.zeros(1, 2, 1, 3), torch.tensor([[[0, 2, 255]]]))  # log(2) / 2
+        tensor(0.3466)
+    """
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    learned = torch.where(_sure(target, logits.shape[1]), target.long(), ignore_index)
+    total = F.cross_entropy(logits, learned, ignore_index=ignore_index, reduction="sum")
+    return mean_over_processes(total, (target != ignore_index).sum())
+
+
+def sure_share(target: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
+    """Compute the share of the pixels with a class among those that are not ignored.
+
+    Args:
+        target: ``(B, H, W)`` int64, of :func:`consistency_target`.
+        num_classes: number of classes.
+        ignore_index: value of pixels that do not count.
+
+    Returns:
+        float32 scalar, whose mean over the processes is the share of all their pixels; 0 if none counts.
+
+    Example:
+        >>> sure_share(torch.tensor([[[0, 2, 255]]]), num_classes=2)
+        tensor(0.5000)
+    """
+    return mean_over_processes(_sure(target, num_classes).sum().float(), (target != ignore_index).sum())
+
+
+def _sure(target: Tensor, num_classes: int) -> Tensor:
+    return (target >= 0) & (target < num_classes)
