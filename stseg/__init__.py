@@ -1,7 +1,7 @@
 """Semi-supervised segmentation in PyTorch: ST and ST++ for any network, from primitives to the whole loop."""
 
 from stseg import data, functional, models
-from stseg.augment import Cutout, StrongAugment, WeakAugment
+from stseg.augment import CutMix, Cutout, StrongAugment, WeakAugment
 from stseg.engine.config import TrainConfig
 from stseg.errors import (
     DataError,
@@ -33,6 +33,7 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "ConfidenceRanker",
+    "CutMix",
     "Cutout",
     "DataError",
     "FitResult",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from stseg.augment._settings import check_batch, check_probability, ordered_range, uniform
-
-_TRIES = 256
+from stseg.augment._boxes import TRIES, draw_boxes
+from stseg.augment._settings import check_batch, check_probability, ordered_range
+from stseg.functional.mixing import box_mask
 
 
 @dataclass(frozen=True)
@@ -68,18 +67,8 @@ class Cutout:
             Rectangles ``(B, 4)`` int64, half-open: top, left, bottom, right, all 0 for none; and noise
             ``(B, C, H, W)`` float32.
         """
-        batch, _, height, width = images.shape
-        where: dict[str, Any] = {"generator": generator, "device": images.device}
-        area = uniform(torch.rand(batch, _TRIES, **where), *self.area) * (height * width)
-        ratio = uniform(torch.rand(batch, _TRIES, **where), *self.ratio)
-        top = torch.randint(height, (batch, _TRIES), **where)
-        left = torch.randint(width, (batch, _TRIES), **where)
-        bottom, right = top + (area * ratio).sqrt().long(), left + (area / ratio).sqrt().long()
-        fits = (bottom <= height) & (right <= width)
-        first = fits.int().argmax(1).view(-1, 1, 1).expand(-1, -1, 4)
-        boxes = torch.stack((top, left, bottom, right), 2).gather(1, first)[:, 0]
-        chosen = fits.any(1) & (torch.rand(batch, **where) < self.p)
-        return boxes * chosen[:, None], torch.rand(images.shape, **where)
+        boxes = draw_boxes(images, p=self.p, area=self.area, ratio=self.ratio, areas=TRIES, generator=generator)
+        return boxes, torch.rand(images.shape, generator=generator, device=images.device)
 
     def transform(
         self, images: Tensor, masks: Tensor, boxes: Tensor, noise: Tensor, where: Tensor | None = None
@@ -92,10 +81,7 @@ class Cutout:
         limits = torch.iinfo(masks.dtype)
         if not limits.min <= self.ignore_index <= limits.max:
             raise ValueError(f"ignore_index {self.ignore_index} of the cutout does not fit into masks of {masks.dtype}")
-        top, left, bottom, right = boxes.view(-1, 4, 1, 1).unbind(1)
-        row = torch.arange(masks.shape[1], device=masks.device)[:, None]
-        column = torch.arange(masks.shape[2], device=masks.device)
-        inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+        inside = box_mask(boxes, *masks.shape[1:])
         if where is not None:
             inside = inside & where[:, None, None]
         return torch.where(inside[:, None], noise.to(images.dtype), images), masks.masked_fill(

@@ -13,6 +13,7 @@ from stseg.functional.losses import (
     supervised_loss,
     without_ignored,
 )
+from stseg.functional.mixing import box_mask, paste
 from stseg.functional.pseudo_label import PseudoLabels, pseudo_label
 from stseg.functional.ramps import linear_rampup, polynomial_decay, sigmoid_rampup
 from stseg.functional.reliability import pixel_agreement, stability, weighted_stability
@@ -20,6 +21,7 @@ from stseg.functional.reliability import pixel_agreement, stability, weighted_st
 __all__ = [
     "PseudoLabels",
     "adversarial_loss",
+    "box_mask",
     "confusion_matrix",
     "consistency_loss",
     "consistency_target",
@@ -34,6 +36,7 @@ __all__ = [
     "mean_margin",
     "mean_over_processes",
     "ohem_cross_entropy",
+    "paste",
     "pixel_agreement",
     "polynomial_decay",
     "pseudo_label",

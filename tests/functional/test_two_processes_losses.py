@@ -65,7 +65,7 @@ def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
     wanted = losses(logits, masks)
     sum(wanted.values()).backward()
     for name, value in wanted.items():
-        assert (one["values"][name] + two["values"][name]) / 2 == pytest.approx(float(value), rel=1e-5), name
+        assert (one["values"][name] + two["values"][name]) / 2 == pytest.approx(float(value.detach()), rel=1e-5), name
     # Each process has the gradient of its own rows, times the two by which DistributedDataParallel divides.
     for process, found in enumerate((one, two)):
         torch.testing.assert_close(torch.tensor(found["gradient"]) / 2, logits.grad[process::2])
