@@ -1,6 +1,6 @@
 """Semi-supervised segmentation in PyTorch: ST and ST++ for any network, from primitives to the whole loop."""
 
-from stseg import data, functional, models
+from stseg import data, functional, models, modules
 from stseg.augment import CutMix, Cutout, StrongAugment, WeakAugment
 from stseg.engine.config import TrainConfig
 from stseg.errors import (
@@ -64,5 +64,6 @@ __all__ = [
     "fit",
     "functional",
     "models",
+    "modules",
     "write_report",
 ]

@@ -16,7 +16,7 @@ import stseg
 ROOT = Path(__file__).parents[1]
 PUBLIC = [
     *(getattr(stseg, name) for name in stseg.__all__),
-    *(getattr(module, name) for module in (stseg.data, stseg.models) for name in module.__all__),
+    *(getattr(module, name) for module in (stseg.data, stseg.models, stseg.modules) for name in module.__all__),
     *(
         thing
         for name, thing in vars(stseg.functional).items()

@@ -9,6 +9,7 @@ from torch import nn
 
 from stseg.engine.config import TrainConfig
 from stseg.functional.ramps import polynomial_decay as polynomial_decay
+from stseg.models.backbone import backbone_of
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -18,7 +19,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         ValueError: if ``config.backbone`` names no submodule, or nothing can be trained.
     """
     network = getattr(model, "network", model)
-    backbone = _backbone(network, config.backbone)
+    backbone = backbone_of(network, config.backbone)
     inside = set() if backbone is None else {id(p) for p in backbone.parameters()}
     trained = [p for p in network.parameters() if p.requires_grad]
     if not trained:
@@ -27,19 +28,6 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     head = [p for p in trained if backbone is not None and id(p) not in inside]
     groups = [(base, config.lr), (head, config.lr * config.head_lr_factor)]
     return [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
-
-
-def _backbone(network: nn.Module, name: str | None) -> nn.Module | None:
-    if name is not None:
-        try:
-            return network.get_submodule(name)
-        except AttributeError:
-            raise ValueError(
-                f"backbone is {name!r}; the network ({type(network).__name__}) has no such submodule"
-            ) from None
-    names = ("encoder", "backbone", getattr(network, "base_model_prefix", None) or "encoder")
-    found = (getattr(network, name, None) for name in names)
-    return next((module for module in found if isinstance(module, nn.Module)), None)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """Networks: the wrapper that makes any of them usable, and the three that the paper trained."""
 
+from stseg.models.backbone import backbone_of
 from stseg.models.deeplab import DeepLabV2, DeepLabV3Plus
 from stseg.models.pspnet import PSPNet
 from stseg.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter, as_segmenter
@@ -12,4 +13,5 @@ __all__ = [
     "PSPNet",
     "Segmenter",
     "as_segmenter",
+    "backbone_of",
 ]

@@ -86,6 +86,7 @@ class Segmenter(nn.Module):
         self.stride = stride
         self.select = select
         self._sides = None if stride is None else (stride, 1)  # what they are multiples of, and at least
+        self._rows_per_image = 1  # more where features are multiplied on their way (stseg.modules.perturbed_features)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(B, K, H, W)`` of images ``(B, C, H, W)``."""
@@ -126,15 +127,17 @@ class Segmenter(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         output = self.network(x)
         logits = self.select(output) if self.select is not None else _logits_in(output)
-        if (
-            not isinstance(logits, Tensor)
-            or not logits.is_floating_point()
-            or logits.ndim != 4
-            or len(logits) != len(x)
-        ):
+        rows = len(x) * self._rows_per_image
+        if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim != 4 or len(logits) != rows:
+            expected = "float logits (B, K, h, w) (see select= of stseg.Segmenter)"
+            if self._rows_per_image != 1:
+                expected = (
+                    f"{rows} rows of logits, as the features were multiplied (what returns them must be called as a "
+                    "module, and nothing behind it may look at the images)"
+                )
             raise NetworkError(
                 f"the network ({type(self.network).__name__}) returned {_described(logits)} for images of "
-                f"shape {tuple(x.shape)}; expected float logits (B, K, h, w) (see select= of stseg.Segmenter)"
+                f"shape {tuple(x.shape)}; expected {expected}"
             )
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 

@@ -1,0 +1,36 @@
+"""Where the backbone of a network is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def backbone_of(network: nn.Module, name: str | None = None) -> nn.Module | None:
+    """Find the submodule that turns images into features.
+
+    Args:
+        network: any network, not wrapped.
+        name: the submodule's dotted name; else what libraries call theirs is tried: ``encoder``, ``backbone``, and what
+            ``base_model_prefix`` names (Hugging Face).
+
+    Returns:
+        The submodule; None if no name is given and none is found.
+
+    Raises:
+        ValueError: if the network has no submodule of the name that is given.
+
+    Example:
+        >>> network = nn.ModuleDict({"backbone": nn.Conv2d(3, 8, 1), "head": nn.Conv2d(8, 2, 1)})
+        >>> backbone_of(network), backbone_of(network["head"])
+        (Conv2d(3, 8, kernel_size=(1, 1), stride=(1, 1)), None)
+    """
+    if name is not None:
+        try:
+            return network.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"backbone is {name!r}; the network ({type(network).__name__}) has no such submodule"
+            ) from None
+    names = ("encoder", "backbone", getattr(network, "base_model_prefix", None) or "encoder")
+    found = (getattr(network, name, None) for name in names)
+    return next((module for module in found if isinstance(module, nn.Module)), None)

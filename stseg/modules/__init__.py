@@ -1,0 +1,17 @@
+"""What training methods share: averaged weights, access to features, critics."""
+
+from stseg.modules.critics import ConvCritic, conv_critic, frozen
+from stseg.modules.ema import EMA
+from stseg.modules.features import captured, channel_dropout, map_features, perturbed_features, rewritten
+
+__all__ = [
+    "EMA",
+    "ConvCritic",
+    "captured",
+    "channel_dropout",
+    "conv_critic",
+    "frozen",
+    "map_features",
+    "perturbed_features",
+    "rewritten",
+]

@@ -1,0 +1,204 @@
+"""Features inside a network, read or rewritten without touching its code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stseg.errors import NetworkError
+from stseg.models.backbone import backbone_of
+from stseg.models.segmenter import Segmenter
+
+
+@contextmanager
+def captured(module: nn.Module) -> Iterator[list[Any]]:
+    """Collect what a module returns.
+
+    Args:
+        module: any submodule of a network.
+
+    Yields:
+        A list that gets the output of each call of the module.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+        >>> with captured(network[1]) as features:
+        ...     logits = network(torch.zeros(1, 3, 4, 4))
+        >>> features[0].shape
+        torch.Size([1, 8, 4, 4])
+    """
+    outputs: list[Any] = []
+    handle = module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def rewritten(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace what a module returns by a function of it.
+
+    Args:
+        module: any submodule of a network.
+        change: from the output to what takes its place.
+
+    Raises:
+        TypeError: when the module is called, if ``change`` returns None.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1, bias=False))
+        >>> with rewritten(network[0], torch.zeros_like):
+        ...     print(network(torch.rand(1, 3, 4, 4)).abs().max().item())
+        0.0
+    """
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        changed = change(output)
+        if changed is None:  # which for torch means "leave it as it is"
+            raise TypeError(f"{change!r} returned None; expected what takes the place of the output")
+        return changed
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def map_features(change: Callable[[Tensor], Any], features: Any) -> Any:
+    """Apply a function to every tensor of what a backbone returned.
+
+    Args:
+        change: from one tensor to what takes its place.
+        features: a tensor; or tensors in lists, tuples, named tuples or mappings, nested or not.
+
+    Returns:
+        The same structure. What is neither stays as it is.
+
+    Example:
+        >>> map_features(lambda x: tuple(x.shape), {"out": torch.zeros(1, 8, 4, 4), "levels": [torch.zeros(1, 2)]})
+        {'out': (1, 8, 4, 4), 'levels': [(1, 2)]}
+    """
+    if isinstance(features, Tensor):
+        return change(features)
+    if isinstance(features, Mapping):
+        changed: Any = copy.copy(features)  # of its own type: those of Hugging Face keep items as attributes too
+        for key, value in features.items():
+            changed[key] = map_features(change, value)
+        return changed
+    if isinstance(features, tuple) and hasattr(features, "_make"):
+        return features._make(map_features(change, value) for value in features)
+    if isinstance(features, (list, tuple)):
+        return type(features)(map_features(change, value) for value in features)
+    return features
+
+
+def channel_dropout(features: Tensor, p: float) -> Tensor:
+    """Zero whole channels at random, image by image, and scale the others by ``1 / (1 - p)``.
+
+    Args:
+        features: maps ``(B, C, H, W)``, tokens ``(B, N, C)``, all of which lose the same channels, or vectors
+            ``(B, C)``.
+        p: probability that a channel of an image is zeroed, from 0 to 1.
+
+    Returns:
+        Features of the same shape.
+
+    Raises:
+        ValueError: if the features have another number of dimensions, or ``p`` is no probability.
+
+    Example:
+        >>> dropped = channel_dropout(torch.ones(1, 100, 2, 2), p=0.5)
+        >>> sorted({*dropped.flatten().tolist()}), sorted({*dropped.sum((2, 3)).flatten().tolist()})
+        ([0.0, 2.0], [0.0, 8.0])
+    """
+    if features.ndim == 4:
+        return F.dropout2d(features, p)
+    if features.ndim == 3:
+        return F.dropout1d(features.mT, p).mT
+    if features.ndim == 2:
+        return F.dropout(features, p)
+    raise ValueError(
+        f"features have shape {tuple(features.shape)}; expected maps (B, C, H, W), tokens (B, N, C) or vectors (B, C)"
+    )
+
+
+@contextmanager
+def perturbed_features(
+    model: Segmenter, perturb: Callable[[Tensor], Tensor], *, backbone: str | None = None
+) -> Iterator[None]:
+    """Run the decoder of a network on its features and on perturbed ones, in one batch.
+
+    Inside, every feature ``f`` of the backbone becomes ``torch.cat([f, perturb(f)])``, and the model returns two rows
+    of logits for each image: first all clean ones, then all perturbed ones. The backbone runs once, and batch
+    normalization in the decoder sees both halves together, as in UniMatch (Yang et al., CVPR 2023, section 3.2). An
+    image that a backbone passes on among its features is repeated, not perturbed.
+
+    Args:
+        model: a wrapped network.
+        perturb: from features to features of the same shape, such as ``functools.partial(channel_dropout, p=0.5)``. It
+            is called once for each tensor that the backbone returns.
+        backbone: dotted name of the submodule that returns the features; else it is looked for as
+            :func:`stseg.models.backbone_of` does.
+
+    Raises:
+        TypeError: if the model is not wrapped.
+        NetworkError: if no backbone is found; when the model is called, if the backbone returns something other than
+            features with a row for each image, or the network does not return two rows of logits for each.
+        ValueError: if the network has no submodule of the name that is given.
+
+    Example:
+        >>> from functools import partial
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1))
+        >>> model = Segmenter(network)
+        >>> with perturbed_features(model, partial(channel_dropout, p=0.5), backbone="0"):
+        ...     clean, dropped = model(torch.rand(4, 3, 16, 16)).chunk(2)
+        >>> clean.shape, dropped.shape
+        (torch.Size([4, 2, 16, 16]), torch.Size([4, 2, 16, 16]))
+    """
+    if not isinstance(model, Segmenter):
+        raise TypeError(f"the model is {type(model).__name__}; expected stseg.Segmenter(network)")
+    network = type(model.network).__name__
+    module = backbone_of(model.network, backbone)
+    other = next((name for name, child in model.network.named_modules() if name and child is not module), "name")
+    way_out = f"name the submodule that returns them, as in perturbed_features(model, perturb, backbone={other!r})"
+    if module is None:
+        raise NetworkError(
+            f"no features are found in the network ({network}), as it has no encoder or backbone; {way_out}"
+        )
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if model._sides is None:  # the wrapper is still trying which sizes the network takes
+            return output
+        images = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        shapes: list[tuple[int, ...]] = []
+
+        def doubled(feature: Tensor) -> Tensor:
+            passed_on = any(feature is image for image in images)
+            return torch.cat([feature, feature if passed_on else perturb(feature)])
+
+        map_features(lambda feature: shapes.append(tuple(feature.shape)), output)
+        rows = len(images[0]) if images else 0
+        if not shapes or any(shape[:1] != (rows,) for shape in shapes):
+            found = f"tensors of the shapes {shapes}" if shapes else type(output).__name__
+            raise NetworkError(
+                f"the {type(module).__name__} of the network ({network}) returned {found} for {rows} images; expected "
+                f"features with a row for each image; {way_out}"
+            )
+        return map_features(doubled, output)
+
+    before = model._rows_per_image
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    model._rows_per_image = 2
+    try:
+        yield
+    finally:
+        model._rows_per_image = before
+        handle.remove()

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import stseg
+from stseg.models import DeepLabV3Plus, backbone_of
+from stseg.modules import captured, channel_dropout, map_features, perturbed_features, rewritten
+
+few = settings(max_examples=25, deadline=None)
+
+
+class Plain(nn.Module):
+    def __init__(self, features=lambda x: x, backbone="encoder"):
+        super().__init__()
+        self.name, self.features = backbone, features
+        setattr(self, backbone, nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()))
+        self.norm, self.head = nn.BatchNorm2d(16), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        return self.head(self.norm(getattr(self, self.name)(x)))
+
+
+@dataclass
+class Output(OrderedDict):
+    """Keeps its fields as items and as attributes, as the outputs of Hugging Face do."""
+
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple | None = None
+
+    def __post_init__(self):
+        for name in ("last_hidden_state", "hidden_states"):
+            if getattr(self, name) is not None:
+                super().__setitem__(name, getattr(self, name))
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+
+class LikeHuggingFace(nn.Module):
+    base_model_prefix = "segformer"
+
+    class Base(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 4, stride=4)
+
+        def forward(self, pixel_values=None):
+            maps = self.conv(pixel_values)
+            return Output(last_hidden_state=maps.flatten(2).mT, hidden_states=(maps,))
+
+    def __init__(self):
+        super().__init__()
+        self.segformer, self.head = self.Base(), nn.Conv2d(16, 5, 1)
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(logits=self.head(self.segformer(pixel_values=pixel_values).hidden_states[-1]))
+
+
+NETWORKS = {
+    "smp.Unet": lambda: smp.Unet("resnet18", encoder_weights=None, classes=5),
+    "smp.FPN": lambda: smp.FPN("tu-mobilenetv3_small_050", encoder_weights=None, classes=5),
+    "smp.DeepLabV3Plus": lambda: smp.DeepLabV3Plus("resnet18", encoder_weights=None, classes=5),
+    "smp.DPT": lambda: smp.DPT("tu-vit_tiny_patch16_224", encoder_weights=None, classes=5, dynamic_img_size=True),
+    "torchvision fcn": lambda: torchvision.models.segmentation.fcn_resnet50(
+        weights=None, weights_backbone=None, num_classes=5
+    ),
+    "torchvision deeplab": lambda: torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=5, aux_loss=True
+    ),
+    "DeepLabV3Plus": lambda: DeepLabV3Plus("resnet18", num_classes=5),
+    "one's own": Plain,
+    "Hugging Face": LikeHuggingFace,
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def model(request):
+    torch.manual_seed(0)
+    return stseg.Segmenter(NETWORKS[request.param]()).eval()
+
+
+class TestPerturbedFeatures:
+    def test_give_clean_logits_and_those_of_perturbed_features(self, model):
+        images = torch.rand(2, 3, 64, 64)
+        backbone = backbone_of(model.network)
+
+        def shifted(features):
+            return map_features(lambda f: f if f.shape[1] == 3 else f + 1, features)
+
+        with torch.no_grad():
+            wanted = model(images)
+            with rewritten(backbone, shifted):
+                wanted_perturbed = model(images)
+            with perturbed_features(model, lambda f: f + 1):
+                clean, perturbed = model(images).chunk(2)
+            after = model(images)
+        torch.testing.assert_close(clean, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(perturbed, wanted_perturbed, rtol=1e-4, atol=1e-4)
+        assert (perturbed - clean).abs().max() > 1e-3
+        assert torch.equal(after, wanted)
+
+    def test_run_the_backbone_once_and_the_rest_on_one_batch(self, model):
+        images, seen = torch.rand(2, 3, 64, 64), []
+        model(images)
+        backbone = backbone_of(model.network)
+        backbone.register_forward_hook(lambda module, inputs, output: seen.append(1))
+        logits = model.train()
+        with perturbed_features(model, partial(channel_dropout, p=0.5)):
+            logits = model(images)
+        assert logits.shape == (4, 5, 64, 64)
+        assert len(seen) == 1
+        logits[2:].square().mean().backward()
+        assert any(p.grad is not None and p.grad.any() for p in backbone.parameters())
+
+    def test_reach_features_of_a_name(self):
+        model = stseg.Segmenter(Plain(backbone="trunk"))
+        with perturbed_features(model, torch.zeros_like, backbone="trunk.0"):
+            clean, perturbed = model(torch.rand(2, 3, 8, 8)).chunk(2)
+        assert perturbed.std((0, 2, 3)).max() < 1e-6
+        assert clean.std((0, 2, 3)).max() > 1e-3
+
+    def test_draw_nothing_while_the_wrapper_tries_sizes(self):
+        calls = []
+        model = stseg.Segmenter(Plain())
+        with perturbed_features(model, lambda f: calls.append(len(f)) or f):
+            model(torch.rand(2, 3, 9, 9))
+        assert calls == [2]
+
+    def test_leave_nothing_behind_even_after_an_error(self):
+        model = stseg.Segmenter(Plain())
+        with pytest.raises(KeyError), perturbed_features(model, torch.zeros_like):
+            raise KeyError
+        assert model(torch.rand(2, 3, 8, 8)).shape == (2, 5, 8, 8)
+        assert not model.network.encoder._forward_hooks
+
+    def test_of_a_network_without_a_known_backbone_need_its_name(self):
+        model = stseg.Segmenter(Plain(backbone="trunk"))
+        message = r"network \(Plain\), as it has no encoder or backbone; .*perturbed_features\(.*backbone='trunk'\)"
+        with pytest.raises(stseg.NetworkError, match=message), perturbed_features(model, torch.zeros_like):
+            pass
+        with (
+            pytest.raises(ValueError, match=r"backbone is 'stem'; the network \(Plain\)"),
+            perturbed_features(model, torch.zeros_like, backbone="stem"),
+        ):
+            pass
+
+    def test_of_a_bare_network_are_refused(self):
+        with (
+            pytest.raises(TypeError, match=r"the model is Plain; expected stseg\.Segmenter"),
+            perturbed_features(Plain(), torch.zeros_like),
+        ):
+            pass
+
+    @pytest.mark.parametrize(
+        ("output", "came"),
+        [
+            (lambda x: SimpleNamespace(features=x), "returned SimpleNamespace for 2 images"),
+            (lambda x: x.flatten(2).permute(2, 0, 1), r"returned tensors of the shapes \[\(64, 2, 3\)\] for 2 images"),
+            (lambda x: [x, x.mean()], r"returned tensors of the shapes \[\(2, 3, 8, 8\), \(\)\] for 2 images"),
+        ],
+        ids=["no tensors", "tokens first", "a number"],
+    )
+    def test_need_features_with_a_row_for_each_image(self, output, came):
+        class Backbone(nn.Module):
+            def forward(self, x):
+                return output(x)
+
+        class Odd(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.backbone = Backbone()
+
+            def forward(self, x):
+                self.backbone(x)
+                return x
+
+        model = stseg.Segmenter(Odd(), stride=1)
+        with (
+            pytest.raises(
+                stseg.NetworkError, match=f"Backbone of the network .Odd. {came}; expected features with a row"
+            ),
+            perturbed_features(model, torch.zeros_like),
+        ):
+            model(torch.rand(2, 3, 8, 8))
+
+    def test_that_a_network_passes_by_are_an_error(self):
+        class Direct(Plain):
+            def forward(self, x):
+                return self.head(self.norm(self.encoder.forward(x)))
+
+        model = stseg.Segmenter(Direct())
+        with (
+            pytest.raises(stseg.NetworkError, match=r"Direct.*returned .*\(2, 5, 8, 8\).*expected 4 rows of logits"),
+            perturbed_features(model, torch.zeros_like),
+        ):
+            model(torch.rand(2, 3, 8, 8))
+
+
+def test_the_wrapper_still_wants_one_row_of_logits_for_each_image():
+    model = stseg.Segmenter(Plain())
+    with (
+        rewritten(model.network.encoder, lambda f: torch.cat([f, f])),
+        pytest.raises(stseg.NetworkError, match="expected float logits"),
+    ):
+        model(torch.rand(2, 3, 8, 8))
+
+
+class TestHooks:
+    def test_captured_collects_every_call_and_ends(self):
+        network = Plain()
+        with captured(network.encoder) as outputs:
+            network(torch.rand(1, 3, 4, 4))
+            network(torch.rand(2, 3, 4, 4))
+        network(torch.rand(3, 3, 4, 4))
+        assert [len(output) for output in outputs] == [1, 2]
+
+    def test_rewritten_replaces_what_the_next_module_sees(self):
+        network = Plain().eval()
+        x = torch.rand(1, 3, 4, 4)
+        with rewritten(network.encoder, lambda f: -f):
+            found = network(x)
+        torch.testing.assert_close(found, network.head(network.norm(-network.encoder(x))))
+
+    def test_rewritten_refuses_a_change_without_a_result(self):
+        network = Plain()
+        with rewritten(network.encoder, lambda f: None), pytest.raises(TypeError, match="returned None"):
+            network(torch.rand(1, 3, 4, 4))
+
+
+class TestMapFeatures:
+    def test_keeps_every_structure(self):
+        Pair = namedtuple("Pair", "low high")
+        x = torch.ones(2)
+        features = [x, (x, None), Pair(x, 3), OrderedDict(out=x), Output(last_hidden_state=x, hidden_states=(x,))]
+        found = map_features(lambda t: t + 1, features)
+        assert [type(f) for f in found] == [type(f) for f in features]
+        assert [f.tolist() for f in (found[0], found[1][0], found[2].low, found[3]["out"])] == [[2.0, 2.0]] * 4
+        assert (found[1][1], found[2].high) == (None, 3)
+        assert found[4].last_hidden_state is found[4]["last_hidden_state"]
+        assert found[4].hidden_states[0].tolist() == [2.0, 2.0]
+        assert features[4].last_hidden_state is x  # the input is left alone
+        assert x.tolist() == [1.0, 1.0]
+
+
+class TestChannelDropout:
+    @few
+    @given(st.sampled_from([(3, 40, 2, 3), (3, 5, 40), (3, 40)]), st.floats(0, 0.9), st.integers(0, 99))
+    def test_zeroes_channels_of_each_image_and_scales_the_others(self, shape, p, seed):
+        torch.manual_seed(seed)
+        features = torch.rand(shape) + 1
+        found = channel_dropout(features, p)
+        channel = 2 if len(shape) == 3 else 1
+        factor = (found / features).movedim(channel, 1).flatten(2) if len(shape) > 2 else (found / features)[..., None]
+        assert torch.equal(factor.amax(2) == 0, factor.amin(2) == 0)  # a channel is zeroed whole
+        kept = factor[factor != 0]
+        torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)))
+
+    def test_draws_for_each_image_as_often_as_told(self):
+        torch.manual_seed(0)
+        for shape, where in (((50, 400, 2, 2), (2, 3)), ((50, 4, 400), (1,))):
+            dropped = channel_dropout(torch.ones(shape), 0.3).sum(where) == 0
+            assert dropped.float().mean() == pytest.approx(0.3, abs=0.02)
+            assert len({tuple(row) for row in dropped.tolist()}) == 50
+
+    def test_keeps_the_dtype_and_with_p_zero_every_bit(self):
+        features = torch.randn(2, 8, 3, 3, dtype=torch.bfloat16)
+        assert torch.equal(channel_dropout(features, 0), features)
+        assert channel_dropout(features, 0.5).dtype == torch.bfloat16
+        assert not channel_dropout(features, 1).any()
+
+    def test_refuses_other_shapes_and_what_is_no_probability(self):
+        with pytest.raises(ValueError, match=r"features have shape \(3,\); expected maps"):
+            channel_dropout(torch.ones(3), 0.5)
+        with pytest.raises(ValueError, match=r"between 0 and 1"):
+            channel_dropout(torch.ones(1, 3, 2, 2), 1.5)
+
+
+class TestBackboneOf:
+    @pytest.mark.parametrize("name", ["encoder", "backbone"])
+    def test_finds_the_usual_names(self, name):
+        network = Plain(backbone=name)
+        assert backbone_of(network) is getattr(network, name)
+
+    def test_finds_what_hugging_face_names_and_dotted_names(self):
+        network = LikeHuggingFace()
+        assert backbone_of(network) is network.segformer
+        assert backbone_of(network, "segformer.conv") is network.segformer.conv
+
+    def test_finds_nothing_where_there_is_nothing(self):
+        assert backbone_of(nn.Conv2d(3, 2, 1)) is None
+        with pytest.raises(ValueError, match="has no such submodule"):
+            backbone_of(nn.Conv2d(3, 2, 1), "encoder")
