@@ -175,6 +175,9 @@ class TestNetworks:
     def test_of_other_classes(self):
         with pytest.raises(NetworkError, match="the network gives 3 classes; num_classes is 2"):
             trainer(make_model=lambda: Counted(3, 3, 1)).fit(pairs(), IMAGES)
+        message = r"gives 2 classes; num_classes is 3 \(one logit counts as two classes\)"
+        with pytest.raises(NetworkError, match=message):
+            trainer(make_model=lambda: Counted(3, 1, 1), num_classes=3).fit(pairs(), IMAGES)
         with pytest.raises(NetworkError, match="the network gives 3 classes; num_classes is 2"):
             stseg.PseudoLabeler(Counted(3, 3, 1), num_classes=2, progress=False).label(IMAGES)
         with pytest.raises(NetworkError, match="the network gives 3 classes; num_classes is 2"):
@@ -185,13 +188,13 @@ class TestNetworks:
         [
             (lambda x: x.softmax(1), "returns probabilities, which sum to 1 at every pixel; expected logits"),
             (lambda x: x.argmax(1), r"returned torch\.int64 of shape .*; expected float logits"),
-            (lambda x: x[:, :1], "gives 1 class; expected 2 or more"),
+            (lambda x: x[:, :0], r"returned torch\.float32 of shape .*0, .*; expected float logits"),
             (lambda x: x.mean((2, 3)), r"returned torch\.float32 of shape \(1, 2\)"),
             (lambda x: x * float("nan"), "NaN or infinite logits"),
             (lambda x: {"a": x, "b": x}, r"a mapping with the keys \['a', 'b'\]"),
             (lambda x: None, "returned NoneType"),
         ],
-        ids=["probabilities", "classes", "one class", "no map", "nan", "unknown mapping", "nothing"],
+        ids=["probabilities", "classes", "no channel", "no map", "nan", "unknown mapping", "nothing"],
     )
     def test_that_return_something_else_than_logits(self, output, message):
         class Odd(Counted):

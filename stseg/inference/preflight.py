@@ -115,10 +115,9 @@ def check_network(model: nn.Module, image: Tensor, num_classes: int | None = Non
         except Exception as error:  # each library has its own kinds
             raise NetworkError(f"the network cannot take an image of shape {tuple(image.shape)}: {error}") from error
     classes = int(logits.shape[1])
-    if classes < 2:
-        raise NetworkError("the network gives 1 class; expected 2 or more (foreground against background is 2)")
     if num_classes is not None and classes != num_classes:
-        raise NetworkError(f"the network gives {classes} classes; num_classes is {num_classes}")
+        hint = " (one logit counts as two classes)" if classes == 2 else ""
+        raise NetworkError(f"the network gives {classes} classes; num_classes is {num_classes}{hint}")
     if not logits.isfinite().all():
         raise NetworkError("the network returned NaN or infinite logits for the first image")
     if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones((), device=logits.device), atol=1e-4):

@@ -24,6 +24,10 @@ class Segmenter(nn.Module):
     picks the logits out of what the network returns, and resizes or crops them back to the image. Everything
     in stseg accepts a bare network and wraps it in this with its defaults.
 
+    A network that returns one channel ``z``, the logit of foreground, tells two classes apart: its logits are
+    ``(0, z)``. Their softmax is the sigmoid of ``z``, their cross-entropy its binary cross-entropy, and their arg max
+    is 1 where the sigmoid is above 0.5.
+
     Args:
         network: any module that maps ``(B, C, H, W)`` float images to logits ``(B, K, h, w)``, whether alone,
             first in a tuple or list, under ``"out"`` or ``"logits"`` in a mapping, or as an attribute
@@ -39,7 +43,7 @@ class Segmenter(nn.Module):
 
     Shape:
         ``(B, C, H, W)`` uint8 or float in [0, 1] -> ``(B, K, H, W)`` float32 logits (float64 from a float64
-        network). Any H and W.
+        network), K at least 2. Any H and W.
 
     Raises:
         NetworkError: when called, if what the network returns is no batch of logits.
@@ -128,7 +132,8 @@ class Segmenter(nn.Module):
         output = self.network(x)
         logits = self.select(output) if self.select is not None else _logits_in(output)
         rows = len(x) * self._rows_per_image
-        if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim != 4 or len(logits) != rows:
+        is_map = isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim == 4
+        if not is_map or len(logits) != rows or logits.shape[1] == 0:
             expected = "float logits (B, K, h, w) (see select= of stseg.Segmenter)"
             if self._rows_per_image != 1:
                 expected = (
@@ -139,6 +144,8 @@ class Segmenter(nn.Module):
                 f"the network ({type(self.network).__name__}) returned {_described(logits)} for images of "
                 f"shape {tuple(x.shape)}; expected {expected}"
             )
+        if logits.shape[1] == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits], 1)
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import stseg
 from stseg.errors import NetworkError
 from stseg.models import IMAGENET_MEAN, IMAGENET_STD, Segmenter, as_segmenter, multi_scale
 
@@ -215,7 +216,7 @@ def test_other_than_3_channels_are_normalized_by_the_average(channels):
     model = Segmenter(nn.Identity())
     images = torch.rand(2, channels, 5, 6)
     expected = (images - np.mean(IMAGENET_MEAN)) / np.mean(IMAGENET_STD)
-    torch.testing.assert_close(model(images), expected)
+    torch.testing.assert_close(model(images)[:, -channels:], expected)
 
 
 def test_one_value_of_mean_and_std_serves_all_channels():
@@ -473,3 +474,37 @@ def test_a_segmenter_is_not_wrapped_twice():
 def test_as_segmenter_refuses_what_is_no_module():
     with pytest.raises(TypeError, match="str"):
         as_segmenter("unet")
+
+
+class TestOneChannel:
+    @pytest.fixture
+    def binary(self):
+        torch.manual_seed(0)
+        return stseg.Segmenter(nn.Conv2d(3, 1, 3, stride=2, padding=1))
+
+    def test_is_two_classes_of_which_the_first_has_the_logit_zero(self, binary):
+        images = torch.rand(2, 3, 9, 7)
+        logits = binary(images)
+        assert logits.shape == (2, 2, 9, 7)
+        assert not logits[:, 0].any()
+        torch.testing.assert_close(logits.softmax(1)[:, 1], logits[:, 1].sigmoid())
+        assert torch.equal(logits.argmax(1) == 1, logits[:, 1] > 0)
+
+    def test_trains_with_binary_cross_entropy(self, binary):
+        images, masks = torch.rand(2, 3, 9, 7), torch.randint(2, (2, 9, 7))
+        two = nn.functional.cross_entropy(binary(images), masks)
+        one = nn.functional.binary_cross_entropy_with_logits(binary(images)[:, 1], masks.float())
+        torch.testing.assert_close(two, one)
+        (gradient,) = torch.autograd.grad(two, binary.network.weight)
+        (wanted,) = torch.autograd.grad(one, binary.network.weight)
+        torch.testing.assert_close(gradient, wanted)
+
+    def test_keeps_the_weights_of_one(self, binary):
+        assert binary.network.weight.shape[0] == 1
+        assert binary.state_dict()["network.weight"].shape[0] == 1
+
+    def test_is_labeled_and_evaluated_as_two(self, binary):
+        scenes = [(torch.rand(3, 8, 8), torch.randint(2, (8, 8))) for _ in range(3)]
+        assert stseg.evaluate(binary, scenes, num_classes=2, progress=False).iou().shape == (2,)
+        labeled = stseg.PseudoLabeler(binary, num_classes=2, progress=False).label([image for image, _ in scenes])
+        assert {int(value) for _, mask in labeled for value in mask.unique()} <= {0, 1}
