@@ -1,8 +1,26 @@
 """The augmentations of ST and ST++: weak ones per sample on the CPU, strong ones per batch on the device."""
 
+from stseg.augment.adapters import (
+    as_batch_augmentation,
+    as_pair_transform,
+    from_albumentations,
+    from_kornia,
+    from_torchvision,
+)
 from stseg.augment.cutout import Cutout
 from stseg.augment.mixing import CutMix
 from stseg.augment.strong import StrongAugment, StrongParameters
 from stseg.augment.weak import WeakAugment
 
-__all__ = ["CutMix", "Cutout", "StrongAugment", "StrongParameters", "WeakAugment"]
+__all__ = [
+    "CutMix",
+    "Cutout",
+    "StrongAugment",
+    "StrongParameters",
+    "WeakAugment",
+    "as_batch_augmentation",
+    "as_pair_transform",
+    "from_albumentations",
+    "from_kornia",
+    "from_torchvision",
+]

@@ -18,6 +18,9 @@ from stseg.types import ImageLike, MaskLike
 class WeakAugment:
     """Resize, pad, crop and mirror one sample, as every training image of ST is.
 
+    Images without an upright position, of the sky or of tissue, may be turned and mirrored vertically as well, which
+    the paper does not.
+
     The long side is drawn as an integer, uniformly from ``int(base_size * scale[0])`` to
     ``int(base_size * scale[1])`` inclusive, and the other side follows in proportion. The image is resized
     bilinearly with antialiasing, the mask by nearest neighbor, both as PIL does it. What is smaller than the
@@ -28,8 +31,11 @@ class WeakAugment:
         crop_size: side of the square that comes out, or ``(height, width)``, in pixels.
         base_size: long side that ``scale`` multiplies, in pixels; ``None`` takes that of each image.
         scale: smallest and largest factor.
-        flip: probability of the mirror image.
+        flip: probability of the mirror image, left and right exchanged.
         ignore_index: mask value of the padding.
+        vertical_flip: probability that top and bottom are exchanged.
+        quarter_turns: whether the image is turned by 0, 90, 180 or 270 degrees, each as probable, before it is
+            resized.
 
     Shape:
         Image, ``(C, H, W)`` uint8 or float in [0, 1] or PIL, and mask, integer ``(H, W)`` or PIL -> image
@@ -53,6 +59,8 @@ class WeakAugment:
     scale: tuple[float, float] = (0.5, 2.0)
     flip: float = 0.5
     ignore_index: int = 255
+    vertical_flip: float = 0.0
+    quarter_turns: bool = False
 
     def __post_init__(self) -> None:
         size = tuple(self.crop_size) if isinstance(self.crop_size, (tuple, list)) else (self.crop_size,) * 2
@@ -63,6 +71,7 @@ class WeakAugment:
             raise ValueError(f"base_size is {self.base_size}; expected a positive integer or None")
         object.__setattr__(self, "scale", ordered_range("scale", self.scale, low=0.0))
         check_probability("flip", self.flip)
+        check_probability("vertical_flip", self.vertical_flip)
         if not -(2**31) <= self.ignore_index < 2**31:
             raise ValueError(f"ignore_index is {self.ignore_index}; expected an integer of 32 bits")
 
@@ -72,6 +81,9 @@ class WeakAugment:
         pixels, classes = pair_of((image, mask), name="sample")
         if not 0 <= self.ignore_index <= 255:
             classes = classes.to(torch.int32)
+        if self.quarter_turns:
+            turns = _integer(0, 3)
+            pixels, classes = pixels.rot90(turns, (-2, -1)), classes.rot90(turns, (-2, -1))
         height, width = classes.shape
         base = self.base_size or max(height, width)
         low, high = (max(1, int(base * factor)) for factor in self.scale)
@@ -87,9 +99,11 @@ class WeakAugment:
         top = _integer(0, classes.shape[0] - crop_height)
         left = _integer(0, classes.shape[1] - crop_width)
         window = (..., slice(top, top + crop_height), slice(left, left + crop_width))
-        mirrored = bool(torch.rand((), device="cpu") < self.flip)
-        # Both branches copy: what leaves a worker must neither alias the data set nor drag along the image.
-        pixels, classes = (x[window].flip(-1) if mirrored else x[window].clone() for x in (pixels, classes))
+        mirrored = [-1] if torch.rand((), device="cpu") < self.flip else []
+        if self.vertical_flip > 0 and torch.rand((), device="cpu") < self.vertical_flip:
+            mirrored.append(-2)
+        # A flip copies, even along no axis: what leaves a worker must not alias the data set nor drag the image along.
+        pixels, classes = (x[window].flip(mirrored) for x in (pixels, classes))
         return pixels.contiguous(), classes.contiguous()
 
 

@@ -4,6 +4,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -363,3 +364,63 @@ class TestRefuses:
     def test_an_image_already_normalized(self):
         with pytest.raises(DataError, match=r"floats in \[0, 1\]"):
             WeakAugment(4)(torch.randn(3, 4, 6), torch.zeros(4, 6, dtype=torch.uint8))
+
+
+class TestWithoutAnUprightPosition:
+    image = torch.arange(1, 61, dtype=torch.uint8).reshape(1, 6, 10)
+    mask = torch.arange(1, 61, dtype=torch.uint8).reshape(6, 10)
+
+    def seen(self, weak, count=400):
+        """How often each result came, by its bytes."""
+        torch.manual_seed(0)
+        found = {}
+        for _ in range(count):
+            image, mask = weak(self.image, self.mask)
+            assert torch.equal(image[0], mask)
+            assert image.is_contiguous()
+            found[mask.numpy().tobytes()] = found.get(mask.numpy().tobytes(), 0) + 1
+        return found
+
+    def padded(self, mask):
+        return F.pad(mask, (0, 10 - mask.shape[1], 0, 10 - mask.shape[0]), value=0).numpy().tobytes()
+
+    def test_images_are_turned_by_every_quarter_alike(self):
+        weak = WeakAugment(10, scale=(1.0, 1.0), flip=0.0, quarter_turns=True, ignore_index=0)
+        found = self.seen(weak)
+        wanted = {self.padded(torch.rot90(self.mask, turns)) for turns in range(4)}
+        assert found.keys() == wanted
+        assert stats.chisquare(list(found.values())).pvalue > 1e-3
+
+    def test_images_are_mirrored_vertically_as_often_as_told(self):
+        weak = WeakAugment((6, 10), scale=(1.0, 1.0), flip=0.0, vertical_flip=0.3)
+        found = self.seen(weak)
+        assert found.keys() == {self.mask.numpy().tobytes(), self.mask.flip(0).numpy().tobytes()}
+        assert stats.binomtest(found[self.mask.flip(0).numpy().tobytes()], 400, 0.3).pvalue > 1e-3
+
+    def test_both_mirrors_are_independent(self):
+        weak = WeakAugment((6, 10), scale=(1.0, 1.0), flip=0.5, vertical_flip=0.5)
+        assert len(self.seen(weak)) == 4
+        assert stats.chisquare(list(self.seen(weak).values())).pvalue > 1e-3
+
+    def test_turns_fit_any_crop(self):
+        weak = WeakAugment((4, 7), quarter_turns=True, vertical_flip=1.0)
+        for _ in range(20):
+            image, mask = weak(torch.rand(3, 5, 30), torch.zeros(5, 30, dtype=torch.uint8))
+            assert image.shape == (3, 4, 7)
+            assert mask.shape == (4, 7)
+
+    def test_nothing_more_is_drawn_unless_asked_for(self):
+        results = []
+        for weak in (WeakAugment(8), WeakAugment(8, vertical_flip=0.0, quarter_turns=False)):
+            torch.manual_seed(5)
+            results.append((weak(self.image, self.mask)[1], torch.rand(())))
+        torch.manual_seed(5)
+        for low, high in ((5, 20), (0, 0), (0, 0)):
+            torch.randint(low, high + 1, ())
+        torch.rand(())
+        assert torch.equal(results[0][0], results[1][0])
+        assert results[0][1] == results[1][1] == torch.rand(())
+
+    def test_a_probability_out_of_range_is_refused(self):
+        with pytest.raises(ValueError, match=r"vertical_flip is 1\.5; expected a probability"):
+            WeakAugment(8, vertical_flip=1.5)
