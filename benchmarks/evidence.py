@@ -31,19 +31,16 @@ from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
-from evidence_data import CAMVID, Images, Source, folder_source, share_of
+from evidence_data import CAMVID, ImagesOnly, Selected, Source, folder_source, share_of
 from evidence_methods import METHODS, Case, Run
 from evidence_tables import Result, write_results
+from files import claim, read_json, write_json
 from pages import between, put
 from timing import conditions
 from torch import nn
-from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 import stseg
-from stseg.data.items import ids_of
-from stseg.storage.files import write_atomically
-from stseg.storage.records import claim, read_record
 
 IGNORED = 255
 
@@ -95,7 +92,7 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def write_all(out: Path, classes: Sequence[str]) -> list[Result]:
     """``results.csv``, ``results.md`` and the plots, of all runs that are done, now or earlier."""
-    found = [Result(**(read_record(path) or {})) for path in out.glob("*/seed_*/*/result.json")]
+    found = [Result(**(read_json(path) or {})) for path in out.glob("*/seed_*/*/result.json")]
     order = list(METHODS)
     found.sort(key=lambda r: (-share_of(r.fraction), order.index(r.method), r.seed))
     write_results(found, classes, {name: title for name, (title, _) in METHODS.items()}, out)
@@ -137,8 +134,7 @@ def run_one(
         seconds=sum(outcome.seconds.values()),
         conditions=conditions(),
     )
-    content = json.dumps(vars(result), indent=1).encode()
-    write_atomically(result_file(out, *job), lambda file: file.write(content))
+    write_json(result_file(out, *job), vars(result))
 
 
 def case_of(
@@ -152,12 +148,10 @@ def case_of(
 ) -> Case:
     """The data and settings of a fraction and a seed."""
     labeled, unlabeled = source.split(fraction, seed)
-    where = {id: index for index, id in enumerate(source.train.ids)}  # type: ignore[attr-defined]
-    few, many = (Subset(source.train, [where[id] for id in ids]) for ids in (labeled, unlabeled))
-    few.ids = labeled  # type: ignore[attr-defined]
+    few, many = Selected(source.train, labeled), Selected(source.train, unlabeled)
     return Case(
         labeled=few,
-        unlabeled=Images(many),
+        unlabeled=ImagesOnly(many),
         true=many,
         everything=source.train,
         val=source.val,
@@ -170,7 +164,7 @@ def case_of(
 
 def pseudo_quality(outcome: Run, source: Source, case: Case) -> dict[str, float]:
     """MIoU of the pseudo-labels of each step, pixels left out apart, with the true masks, which nothing else sees."""
-    where = {id: index for index, id in enumerate(source.train.ids)}  # type: ignore[attr-defined]
+    where = {id: index for index, id in enumerate(source.train.ids)}
     found = {}
     for step, labels in outcome.labels.items():
         metric = stseg.MeanIoU(case.num_classes)
@@ -241,9 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = stseg.TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,
-        crop_size=tuple(args.crop),
-        base_size=max(source.val[0][0].shape[-2:]),
-        scale=tuple(args.scale),
+        weak=stseg.WeakAugment(tuple(args.crop), base_size=max(source.val[0][0].shape[-2:]), scale=tuple(args.scale)),
         optimizer="adamw",
         lr=args.lr / 10 if pretrained else args.lr,
         head_lr_factor=10 if pretrained else 1,
@@ -256,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fractions = [fraction.replace("_", "/") for fraction in args.fractions]
     if args.page is not None:
         between(args.page, "evidence")
-    ids = [*ids_of(source.train), *ids_of(source.val)]
+    ids = [*source.train.ids, *source.val.ids]
     check_settings(
         args.out / "evidence.json", {**settings, "images": f"{len(ids)}, {zlib.crc32(repr(ids).encode()):08x}"}
     )

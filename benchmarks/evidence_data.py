@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision.transforms.v2 import functional as vision
 
 import stseg
 from stseg.data import SegmentationFolder, read_ids, split_ids
-from stseg.data.items import ids_of
 
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
 
@@ -25,13 +24,13 @@ class Source:
 
     Args:
         train: all training images with their masks, ``(image, mask)``, with ``ids``.
-        val: what every network is evaluated on.
+        val: what every network is evaluated on, likewise.
         classes: the name of each class.
         split: ``(fraction, seed) -> (labeled, unlabeled)`` ids of ``train``.
     """
 
-    train: Dataset[Any]
-    val: Dataset[Any]
+    train: Any
+    val: Any
     classes: tuple[str, ...]
     split: Callable[[str, int], tuple[list[str], list[str]]]
 
@@ -57,11 +56,20 @@ class Resized(Dataset[tuple[Tensor, Tensor]]):
         return self._read[index]
 
 
-class Images(Dataset[Tensor]):
+class Selected(Subset[Any]):
+    """Some items of a data set, under their ids."""
+
+    def __init__(self, dataset: Any, ids: Sequence[str]) -> None:
+        where = {id: index for index, id in enumerate(dataset.ids)}
+        super().__init__(dataset, [where[id] for id in ids])
+        self.ids = list(ids)
+
+
+class ImagesOnly(Dataset[Tensor]):
     """The images of a labeled data set without their masks."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset, self.ids = dataset, ids_of(dataset)
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.ids = dataset, dataset.ids
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,8 +82,8 @@ class Images(Dataset[Tensor]):
 class Renamed(Dataset[tuple[Tensor, Tensor]]):
     """The same images and masks under other names, ``name`` with the old one in the place of ``{}``."""
 
-    def __init__(self, dataset: Dataset[Any], name: str) -> None:
-        self.dataset, self.ids = dataset, [name.format(id) for id in ids_of(dataset)]
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset, self.ids = dataset, [name.format(id) for id in dataset.ids]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -104,8 +112,8 @@ def folder_source(root: Path, *, size: tuple[int, int] | None, classes: Sequence
         labeled = len(read_ids(others[0])) if others else share_of(fraction)
         return split_ids(train.ids, labeled=labeled, seed=seed)
 
-    images: Dataset[Any]
-    held_out: Dataset[Any]
+    images: Any
+    held_out: Any
     images, held_out = (dataset if size is None else Resized(dataset, size) for dataset in (train, val))
     if set(train.ids) & set(val.ids):
         held_out = Renamed(held_out, "val/{}")

@@ -15,7 +15,21 @@ from torch.utils.data import Dataset
 
 import stseg
 from stseg.data import MixedDataset
+from stseg.methods import (
+    CPS,
+    ST,
+    AdvSSL,
+    Baseline,
+    FixMatch,
+    Labeling,
+    MeanTeacher,
+    Recipe,
+    STPlusPlus,
+    Supervised,
+    UniMatch,
+)
 
+MakeModel = Callable[[], nn.Module]
 NOTHING: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0, "cutout": None}
 
 
@@ -30,20 +44,20 @@ class Case:
     everything: Dataset[Any]
     val: Dataset[Any]
     num_classes: int
-    make_model: Callable[[], nn.Module]
+    make_model: MakeModel
     config: stseg.TrainConfig
     folder: Path
 
-    def trainer(self, name: str, method: str, **options: Any) -> stseg.SelfTrainer:
-        """For a run in a folder of its own."""
-        config = options.pop("config", self.config)
+    def trainer(
+        self, name: str, method: Recipe | Callable[[MakeModel], stseg.Method], config: stseg.TrainConfig | None = None
+    ) -> stseg.SelfTrainer:
+        """Make the trainer of a run in a folder of its own."""
         return stseg.SelfTrainer(
             self.make_model,
             num_classes=self.num_classes,
-            config=config,
-            method=method,  # type: ignore[arg-type]
+            config=config or self.config,
+            method=method,
             workdir=self.folder / name,
-            **options,
         )
 
 
@@ -59,37 +73,44 @@ def longer(config: stseg.TrainConfig, times: int) -> stseg.TrainConfig:
 
 def supervised(case: Case, name: str, *, times: int = 1) -> Run:
     """On the labeled images, perhaps for longer."""
-    trainer = case.trainer(name, "supervised", config=longer(case.config, times))
+    trainer = case.trainer(name, Baseline(), longer(case.config, times))
     return trainer.fit(case.labeled, val=case.val)
 
 
 def ceiling(case: Case, name: str) -> Run:
     """On the masks of all images."""
-    return case.trainer(name, "supervised").fit(case.everything, val=case.val)
+    return case.trainer(name, Baseline()).fit(case.everything, val=case.val)
 
 
-def self_trained(case: Case, name: str, *, method: str, times: int = 1, rate: float = 1.0, **options: Any) -> Run:
+def self_trained(case: Case, name: str, *, recipe: Recipe, times: int = 1, rate: float = 1.0) -> Run:
     """ST or ST++ from the supervised network, which is trained now if that has not been done.
 
     The students train for ``times`` as many steps at ``rate`` times the learning rate.
     """
     teacher = supervised(case, "supervised").stages["teacher"]
     config = longer(replace(case.config, lr=rate * case.config.lr), times)
-    trainer = case.trainer(name, method, config=config, **options)
+    trainer = case.trainer(name, recipe, config)
     return trainer.fit(case.labeled, case.unlabeled, case.val, teacher=teacher)
+
+
+def in_one_stage(case: Case, name: str, *, make: Callable[[MakeModel, int], stseg.Method]) -> Run:
+    """A method that learns from both kinds of images at once, in as many steps as the supervised network takes."""
+
+    def make_method(make_model: MakeModel) -> stseg.Method:
+        return make(make_model, case.num_classes)
+
+    return case.trainer(name, make_method).fit(case.labeled, case.unlabeled, case.val)
 
 
 def on_true_masks(case: Case, name: str, *, strong: Dataset[Any]) -> Run:
     """A student's training on true masks; about half the draws are of ``strong``, under the strong augmentation."""
     torch.manual_seed(case.config.seed)
     stage = stseg.fit(
-        case.make_model(),
+        Supervised(case.make_model(), strong=stseg.StrongAugment()),
         MixedDataset(case.labeled, strong),
         case.config,
-        strong=stseg.StrongAugment(),
         val=case.val,
         workdir=case.folder / name / "teacher",
-        title=name,
     )
     return Run(
         model=stage.model,
@@ -120,23 +141,31 @@ METHODS: dict[str, tuple[str, Method]] = {
     "supervised": ("supervised", supervised),
     "supervised-2x": ("supervised, twice the steps", partial(supervised, times=2)),
     "supervised-strong": ("supervised, strong augmentation too", strongly_augmented),
-    "st": ("ST", partial(self_trained, method="st")),
-    "st++": ("ST++", partial(self_trained, method="st++")),
+    "st": ("ST", partial(self_trained, recipe=ST())),
+    "st++": ("ST++", partial(self_trained, recipe=STPlusPlus())),
     "st-true": ("ST, were all pseudo-labels right", rightly_labeled),
-    "st-plain": ("ST without strong augmentation", partial(self_trained, method="st", strong=None)),
-    "st-jitter": ("ST, color jitter alone", partial(self_trained, method="st", strong=only(jitter_p=0.8))),
-    "st-gray": ("ST, gray alone", partial(self_trained, method="st", strong=only(gray_p=0.2))),
-    "st-blur": ("ST, blur alone", partial(self_trained, method="st", strong=only(blur_p=0.5))),
-    "st-cutout": ("ST, cutout alone", partial(self_trained, method="st", strong=only(cutout=stseg.Cutout()))),
-    "st-2x": ("ST, student twice the steps", partial(self_trained, method="st", times=2)),
-    "st-warm": ("ST, student begins as its teacher", partial(self_trained, method="st", student_init="teacher")),
-    "st-balanced": ("ST, surest 80 % of each class", partial(self_trained, method="st", keep_per_class=0.8)),
-    "st-both": ("ST, `FROM_SCRATCH`", partial(self_trained, method="st", **stseg.FROM_SCRATCH)),
-    "st++-both": ("ST++, `FROM_SCRATCH`", partial(self_trained, method="st++", **stseg.FROM_SCRATCH)),
-    "st-gentle": (
-        "ST, `FROM_SCRATCH`, a quarter of the learning rate",
-        partial(self_trained, method="st", rate=0.25, **stseg.FROM_SCRATCH),
+    "st-plain": ("ST without strong augmentation", partial(self_trained, recipe=ST(strong=None))),
+    "st-jitter": ("ST, color jitter alone", partial(self_trained, recipe=ST(strong=only(jitter_p=0.8)))),
+    "st-gray": ("ST, gray alone", partial(self_trained, recipe=ST(strong=only(gray_p=0.2)))),
+    "st-blur": ("ST, blur alone", partial(self_trained, recipe=ST(strong=only(blur_p=0.5)))),
+    "st-cutout": ("ST, cutout alone", partial(self_trained, recipe=ST(strong=only(cutout=stseg.Cutout())))),
+    "st-2x": ("ST, student twice the steps", partial(self_trained, recipe=ST(), times=2)),
+    "st-warm": ("ST, student starts as its teacher", partial(self_trained, recipe=ST(student_init="teacher"))),
+    "st-balanced": (
+        "ST, surest 80 % of each class",
+        partial(self_trained, recipe=ST(labeling=Labeling(keep_per_class=0.8))),
     ),
+    "st-both": ("ST, `from_scratch()`", partial(self_trained, recipe=ST.from_scratch())),
+    "st++-both": ("ST++, `from_scratch()`", partial(self_trained, recipe=STPlusPlus.from_scratch())),
+    "st-gentle": (
+        "ST, `from_scratch()`, a quarter of the learning rate",
+        partial(self_trained, recipe=ST.from_scratch(), rate=0.25),
+    ),
+    "fixmatch": ("FixMatch", partial(in_one_stage, make=lambda model, classes: FixMatch(model()))),
+    "mean-teacher": ("Mean Teacher", partial(in_one_stage, make=lambda model, classes: MeanTeacher(model()))),
+    "unimatch": ("UniMatch", partial(in_one_stage, make=lambda model, classes: UniMatch(model()))),
+    "cps": ("CPS", partial(in_one_stage, make=lambda model, classes: CPS(model(), model()))),
+    "adv-ssl": ("AdvSSL", partial(in_one_stage, make=lambda model, classes: AdvSSL(model(), num_classes=classes))),
     "ceiling": ("supervised, all masks", ceiling),
 }
 """What can be asked for: by name, how tables call it and how it is run."""

@@ -8,13 +8,11 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from files import write
 from matplotlib.figure import Figure
-
-from stseg.storage.files import write_atomically
 
 T = TypeVar("T")
 
@@ -41,14 +39,20 @@ class Result:
 
 def write_results(results: Sequence[Result], classes: Sequence[str], titles: dict[str, str], out: Path) -> None:
     """``results.csv``, ``results.md``, ``methods.png`` and ``classes.png``."""
-    numbers, page = as_csv(results, classes).encode(), tables(results, classes, titles).encode()
-    write_atomically(out / "results.csv", lambda file: file.write(numbers))
-    write_atomically(out / "results.md", lambda file: file.write(page))
+    write(out / "results.csv", as_csv(results, classes).encode())
+    write(out / "results.md", tables(results, classes, titles).encode())
     methods, gains = Figure(layout="constrained"), Figure(layout="constrained")
     _draw_methods(methods, results, titles)
     _draw_gains(gains, results, classes, titles)
-    write_atomically(out / "methods.png", partial(methods.savefig, format="png", dpi=110))
-    write_atomically(out / "classes.png", partial(gains.savefig, format="png", dpi=110))
+    write(out / "methods.png", as_png(methods))
+    write(out / "classes.png", as_png(gains))
+
+
+def as_png(figure: Figure) -> bytes:
+    """Draw a figure as PNG."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    return image.getvalue()
 
 
 def as_csv(results: Sequence[Result], classes: Sequence[str]) -> str:

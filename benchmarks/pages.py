@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from stseg.storage.files import write_atomically
+from files import write
 
 
 def between(page: Path, mark: str) -> tuple[int, int]:
@@ -30,4 +30,4 @@ def put(page: Path, mark: str, text: str) -> None:
     begin, end = between(page, mark)
     before = page.read_text(encoding="utf-8")
     new = f"{before[:begin]}\n{text.strip()}\n{before[end:]}".encode()
-    write_atomically(page, lambda file: file.write(new))
+    write(page, new)

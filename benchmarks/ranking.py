@@ -13,31 +13,26 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from evidence import network_of
-from evidence_data import folder_source, share_of
+from evidence_data import Selected, folder_source, share_of
+from files import read_json
 from pages import between, put
 from scipy.stats import spearmanr
 from timing import conditions, device
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 import stseg
 from stseg import functional
-from stseg.data.convert import check_mask_values
-from stseg.data.items import ids_of
-from stseg.engine.checkpoint import load_weights
-from stseg.inference.sweep import batch_by_size, load, predictor, progress_bar
-from stseg.models.segmenter import as_segmenter
-from stseg.models.state import device_of, evaluating
-from stseg.storage.records import read_record
-from stseg.types import Precision
+from stseg.models import as_segmenter
 
 MaskScore = Callable[[Tensor, Tensor, int], Tensor]
 LogitScore = Callable[[Tensor], Tensor]
@@ -75,7 +70,7 @@ DRAWS = 200
 def measure(
     teacher: nn.Module,
     snapshots: Sequence[nn.Module],
-    dataset: Dataset[Any],
+    dataset: Any,
     *,
     num_classes: int,
     ignore_index: int = 255,
@@ -83,7 +78,7 @@ def measure(
     fraction: float = 0.5,
     batch_size: int = 8,
     num_workers: int = 0,
-    precision: Precision = "fp32",
+    precision: Literal["fp32", "bf16"] = "fp32",
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Compare rankings with the truth.
@@ -91,7 +86,8 @@ def measure(
     Args:
         teacher: labels the images.
         snapshots: two or more checkpoints of its training, in order.
-        dataset: items ``(image, mask)``: what stands for the unlabeled images, with their true masks.
+        dataset: items ``(image, mask)`` of tensors, with ``ids``: what stands for the unlabeled images, with their true
+            masks.
         num_classes: number of classes.
         ignore_index: value of mask pixels that do not count.
         tta: wraps the teacher for labeling; None labels at one scale.
@@ -114,20 +110,12 @@ def measure(
     labeler = as_segmenter(teacher if tta is None else tta(as_segmenter(teacher)))
     if len(snapshots) < 2:
         raise ValueError(f"got {len(snapshots)} snapshots; expected two or more")
-    networks = [*(as_segmenter(network) for network in snapshots), labeler]
-    predictors = [predictor(network, num_classes, precision) for network in networks]
-    where, ids = device_of(labeler), ids_of(dataset)
-    truth: dict[int, Tensor] = {}
-
-    def images() -> Any:
-        pairs = load(dataset, range(len(ids)), batch_size=batch_size, num_workers=num_workers, with_mask=True)
-        for index, (image, mask) in pairs:
-            check_mask_values(mask, num_classes, ignore_index, name=ids[index])
-            truth[index] = mask
-            yield index, image
+    networks = [*(as_segmenter(network).eval() for network in snapshots), labeler.eval()]
+    where = next(labeler.parameters()).device
 
     def score(batch: Tensor) -> list[tuple[Tensor, dict[str, float]]]:
-        *before, logits, views = (predict(batch) for predict in predictors)
+        with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"):
+            *before, logits, views = (network(batch) for network in networks)
         masks = torch.stack([values.argmax(1) for values in before])
         mask, label = logits.argmax(1), views.argmax(1)
         scores = {name: f(masks, mask, num_classes) for name, f in OF_CHECKPOINTS.items()}
@@ -139,19 +127,44 @@ def measure(
         listed = {name: values.tolist() for name, values in scores.items()}
         return [(one, {name: values[i] for name, values in listed.items()}) for i, one in enumerate(label.cpu())]
 
-    found: dict[str, list[float]] = {}
-    matrices: list[Tensor] = []
-    with evaluating(*networks), torch.no_grad():
-        results = batch_by_size(score, images(), batch_size=batch_size, device=where)
-        for index, (label, scores) in progress_bar(results, total=len(ids), title="rankings", show=progress):
-            matrix = functional.confusion_matrix(label, truth.pop(index), num_classes, ignore_index=ignore_index)
-            if matrix.sum():
-                matrices.append(matrix)
-                for name, value in scores.items():
-                    found.setdefault(name, []).append(value)
-    if not matrices:
-        raise stseg.DataError(f"none of the {len(ids)} images has a true pixel to measure with")
-    return compared(found, torch.stack(matrices), fraction=fraction)
+    rows: list[tuple[int, Tensor, dict[str, float]]] = []
+    with torch.no_grad(), tqdm(total=len(dataset), desc="rankings", disable=not progress, dynamic_ncols=True) as bar:
+        for indices, images, masks in batches(dataset, num_classes, ignore_index, batch_size, num_workers):
+            for index, true, (label, scores) in zip(indices, masks, score(images.to(where)), strict=True):
+                bar.update()
+                matrix = functional.confusion_matrix(label, true, num_classes, ignore_index=ignore_index)
+                if matrix.sum():
+                    rows.append((index, matrix, scores))
+    if not rows:
+        raise stseg.DataError(f"none of the {len(dataset)} images has a true pixel to measure with")
+    rows.sort(key=lambda row: row[0])
+    found = {name: [scores[name] for _, _, scores in rows] for name in rows[0][2]}
+    return compared(found, torch.stack([matrix for _, matrix, _ in rows]), fraction=fraction)
+
+
+def batches(
+    dataset: Any, num_classes: int, ignore_index: int, batch_size: int, num_workers: int
+) -> Iterator[tuple[list[int], Tensor, list[Tensor]]]:
+    """Indices, stacked images of equal size and their masks: a batch as soon as it is full, the others at the end."""
+    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, generator=torch.Generator())
+    waiting: dict[torch.Size, list[tuple[int, Tensor, Tensor]]] = {}
+    for index, (id, (image, mask)) in enumerate(zip(dataset.ids, loader, strict=True)):
+        unknown = mask[(mask != ignore_index) & ((mask < 0) | (mask >= num_classes))]
+        if len(unknown):
+            raise stseg.DataError(
+                f"mask of {id!r} holds the value {int(unknown[0])}; expected 0..{num_classes - 1} or {ignore_index}"
+            )
+        group = waiting.setdefault(image.shape, [])
+        group.append((index, image, mask))
+        if len(group) == batch_size:
+            yield _stacked(waiting.pop(image.shape))
+    for group in waiting.values():
+        yield _stacked(group)
+
+
+def _stacked(items: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[list[int], Tensor, list[Tensor]]:
+    indices, images, masks = zip(*items, strict=True)
+    return list(indices), torch.stack(images), list(masks)
 
 
 def compared(
@@ -219,7 +232,7 @@ def load_stage(folder: Path, make_network: Callable[[], nn.Module]) -> tuple[nn.
 
     def read(path: Path) -> nn.Module:
         network = as_segmenter(make_network()).to(device()).eval()
-        load_weights(network, path)
+        stseg.load_weights(network, path)
         return network
 
     snapshots = sorted((folder / "snapshots").glob("*.safetensors"), key=lambda path: int(path.stem))
@@ -245,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--page", type=Path, help="Markdown page to put the tables into, between its ranking marks")
     args = parser.parse_args(arguments)
-    settings, folders = read_record(args.runs / "evidence.json"), teachers(args.runs)
+    settings, folders = read_json(args.runs / "evidence.json"), teachers(args.runs)
     if settings is None or not folders:
         parser.error(f"--runs {args.runs} holds no supervised run of evidence.py that is done")
     if args.page is not None:
@@ -254,7 +267,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source = folder_source(
         args.data, size=None if made_with.size is None else tuple(made_with.size), classes=made_with.classes
     )
-    where = {id: index for index, id in enumerate(source.train.ids)}  # type: ignore[attr-defined]
     texts, figures = [], []
     for fraction, by_seed in folders.items():
         found = {}
@@ -263,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found[f"seed {seed}"] = measure(
                 teacher,
                 snapshots,
-                Subset(source.train, [where[id] for id in source.split(fraction, seed)[1]]),
+                Selected(source.train, source.split(fraction, seed)[1]),
                 num_classes=len(source.classes),
                 tta=None if args.no_tta else stseg.MultiScaleFlip,
                 batch_size=args.batch_size,

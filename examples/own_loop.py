@@ -1,47 +1,42 @@
-"""ST++ inside a plain PyTorch loop: the primitives of stseg, and everything else your own.
+"""ST++ (Yang et al., CVPR 2022) in a plain PyTorch loop: the primitives of stseg, and everything else your own.
 
     python examples/own_loop.py
 
-Yang et al., "ST++: Make Self-training Work Better for Semi-supervised Semantic Segmentation", CVPR 2022.
+For your own data put ``SegmentationFolder("images", "masks")`` and ``SegmentationFolder("more_images")`` of
+``stseg.data`` in place of ``labeled`` and ``unlabeled``; for your own network, any module from images to logits in
+``make_network``.
 """
 
 import copy
-from collections.abc import Iterator
-from itertools import chain, islice
 
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, Subset
 
 import stseg
 from stseg.data import MixedDataset, SyntheticScenes
 
-STEPS, BATCH, SIZE, CLASSES = 300, 8, 64, len(SyntheticScenes.classes)
-LABELED, UNLABELED, HELD_OUT = 20, 200, 50
+STEPS, BATCH, SIZE, CLASSES = 300, 8, 48, len(SyntheticScenes.classes)
+LABELED, UNLABELED, HELD_OUT = 20, 200, 100
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_network() -> nn.Module:
-    """Any network will do; Segmenter makes it take images in [0, 1] of any size."""
-    return stseg.Segmenter(smp.FPN("tu-test_resnet", encoder_weights=None, classes=CLASSES))
-
-
-def batches(dataset: MixedDataset) -> Iterator[list[Tensor]]:
-    """STEPS batches; a data set smaller than a batch gives smaller ones."""
-    loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=len(dataset) >= BATCH)
-    return islice(chain.from_iterable(iter(lambda: loader, None)), STEPS)
+    """Make a small network; Segmenter makes it take images in [0, 1] of any size."""
+    return stseg.Segmenter(smp.FPN("tu-test_resnet", encoder_weights=None, classes=CLASSES)).to(DEVICE)
 
 
 def train(dataset: MixedDataset, strong: nn.Module) -> list[nn.Module]:
-    """Your own loop. Returns checkpoints after a third, two thirds and all of the steps."""
-    network, checkpoints = make_network().to(DEVICE).train(), []
+    """Train a new network; return checkpoints after a third, two thirds and all of the steps."""
+    network, checkpoints = make_network().train(), []
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=STEPS, power=0.9)
-    for step, batch in enumerate(batches(dataset), start=1):
+    loader = DataLoader(dataset, BATCH, sampler=RandomSampler(dataset, num_samples=STEPS * BATCH))
+    for step, batch in enumerate(loader, start=1):
         images, masks, is_pseudo = (x.to(DEVICE) for x in batch)
-        images, masks = strong(images / 255, masks, is_pseudo)  # strong augmentation where the mask is a guess
+        images, masks = strong(images / 255, masks, is_pseudo)  # the rows whose mask was predicted
         loss = F.cross_entropy(network(images), masks.long(), ignore_index=255)
         optimizer.zero_grad()
         loss.backward()
@@ -54,11 +49,11 @@ def train(dataset: MixedDataset, strong: nn.Module) -> list[nn.Module]:
 
 
 def main() -> None:
-    """ST++ as section 3.3 of the paper tells it."""
-    scenes = SyntheticScenes(LABELED + UNLABELED, size=SIZE, seed=0)
-    labeled, unlabeled = Subset(scenes, range(LABELED)), Subset(scenes, range(LABELED, len(scenes)))
-    held_out = SyntheticScenes(HELD_OUT, size=SIZE, seed=1)
-    weak, strong = stseg.WeakAugment(SIZE, base_size=SIZE, scale=(0.75, 1.5)), stseg.StrongAugment()
+    """Run algorithm 2 of the paper, section 3.3."""
+    labeled = SyntheticScenes(LABELED, size=SIZE, seed=1)
+    unlabeled = SyntheticScenes(UNLABELED, size=SIZE, seed=2)  # their masks are not used
+    held_out = SyntheticScenes(HELD_OUT, size=SIZE, seed=3)
+    weak, strong = stseg.WeakAugment(SIZE, base_size=SIZE, scale=(0.67, 1.5)), stseg.StrongAugment()
 
     def label(network: nn.Module, indices: list[int]) -> stseg.PseudoLabeled:
         labeler = stseg.PseudoLabeler(stseg.MultiScaleFlip(network), num_classes=CLASSES)
@@ -72,7 +67,8 @@ def main() -> None:
     hard = label(student, unreliable)
     final = train(MixedDataset(labeled, easy + hard, transform=weak), strong)[-1]
     for name, network in {"supervised": checkpoints[-1], "ST++": final}.items():
-        print(f"{name}: mIoU {stseg.evaluate(network, held_out, num_classes=CLASSES).compute():.3f}")
+        metric = stseg.evaluate(network, held_out, num_classes=CLASSES, progress=False)
+        print(f"{name:10} mIoU {100 * metric.compute():.1f}")
 
 
 if __name__ == "__main__":

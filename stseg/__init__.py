@@ -1,10 +1,14 @@
 """Semi-supervised segmentation in PyTorch: ST and ST++ for any network, from primitives to the whole loop."""
 
-from stseg import data, functional, models, modules
+from stseg import data, functional, methods, models, modules
 from stseg.augment import CutMix, Cutout, StrongAugment, WeakAugment
+from stseg.engine.checkpoint import load_weights, save_weights
 from stseg.engine.config import TrainConfig
+from stseg.engine.loop import FitResult
+from stseg.engine.method import Batch, Losses, Method
 from stseg.errors import (
     DataError,
+    MethodError,
     NetworkError,
     StsegError,
     TrainingDivergedError,
@@ -19,51 +23,62 @@ from stseg.inference.mask_store import MaskStore
 from stseg.inference.mean_iou import MeanIoU
 from stseg.inference.rankers import ConfidenceRanker, StabilityRanker
 from stseg.inference.ranking import Ranking
-from stseg.inference.sweep import Skipped
-from stseg.models import IMAGENET_MEAN, IMAGENET_STD, Segmenter
-from stseg.models.multi_scale import MultiScaleFlip
-from stseg.self_trainer import FROM_SCRATCH, SelfTrainer
+from stseg.inference.reading import Skipped
+from stseg.models import IMAGENET_MEAN, IMAGENET_STD, MultiScaleFlip, Segmenter
+from stseg.self_trainer import SelfTrainer
 from stseg.stages.report import write_report
 from stseg.stages.result import SelfTrainingResult
-from stseg.training import FitResult, fit
+from stseg.training import fit
 from stseg.version import __version__
 
-__all__ = [
-    "FROM_SCRATCH",
+__all__ = [  # noqa: RUF022  grouped
+    # networks
+    "Segmenter",
+    "MultiScaleFlip",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
-    "ConfidenceRanker",
-    "CutMix",
+    # augmentation
+    "WeakAugment",
+    "StrongAugment",
     "Cutout",
-    "DataError",
-    "FitResult",
-    "MaskStore",
-    "MeanIoU",
-    "MultiScaleFlip",
-    "NetworkError",
-    "PseudoLabeled",
+    "CutMix",
+    # labeling, ranking, evaluation
     "PseudoLabeler",
+    "PseudoLabeled",
     "PseudoLabels",
+    "StabilityRanker",
+    "ConfidenceRanker",
     "Ranking",
-    "Segmenter",
+    "MaskStore",
+    "Skipped",
+    "MeanIoU",
+    "evaluate",
+    # training
+    "Method",
+    "Batch",
+    "Losses",
+    "TrainConfig",
+    "fit",
+    "FitResult",
+    "load_weights",
+    "save_weights",
     "SelfTrainer",
     "SelfTrainingResult",
-    "Skipped",
-    "StabilityRanker",
-    "StrongAugment",
+    "write_report",
+    # errors
     "StsegError",
-    "TrainConfig",
-    "TrainingDivergedError",
+    "DataError",
     "UnreadableImageError",
-    "WeakAugment",
-    "WorkdirInUseError",
+    "NetworkError",
+    "MethodError",
+    "TrainingDivergedError",
     "WorkdirMismatchError",
-    "__version__",
+    "WorkdirInUseError",
+    # modules
     "data",
-    "evaluate",
-    "fit",
     "functional",
+    "methods",
     "models",
     "modules",
-    "write_report",
+    "__version__",
 ]

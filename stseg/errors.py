@@ -8,7 +8,7 @@ class StsegError(Exception):
 
 
 class DataError(StsegError, ValueError):
-    """An image, a mask, an id or a data set is not what it has to be."""
+    """An image, a mask, an id or a data set is invalid."""
 
 
 class UnreadableImageError(DataError, OSError):
@@ -17,6 +17,10 @@ class UnreadableImageError(DataError, OSError):
 
 class NetworkError(StsegError, ValueError):
     """A network returned something other than the logits that were expected of it."""
+
+
+class MethodError(StsegError, RuntimeError):
+    """A training step fails, or a method does not keep to the interface of :class:`stseg.Method`."""
 
 
 class TrainingDivergedError(StsegError, RuntimeError):

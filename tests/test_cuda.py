@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small import Entropic, Stopped
 from torch import nn
 
 import stseg
+from stseg.methods import Supervised
 from stseg.models.state import device_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -50,7 +52,7 @@ def test_labels_and_ranking_are_those_of_the_cpu():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_whole_run_ends_on_the_gpu_and_leaves_the_earlier_stages_on_the_cpu(tmp_path, precision):
     pairs = [(image, (image[0] > 0.5).byte()) for image in images(3)]
-    config = stseg.TrainConfig(steps=6, batch_size=2, crop_size=16, precision=precision, num_workers=1)
+    config = stseg.TrainConfig(steps=6, batch_size=2, weak=stseg.WeakAugment(16), precision=precision, num_workers=1)
     trainer = stseg.SelfTrainer(network, num_classes=3, config=config, workdir=tmp_path, progress=False)
     result = trainer.fit(pairs, images(6), pairs)
     assert device_of(result.model).type == "cuda"
@@ -58,6 +60,29 @@ def test_a_whole_run_ends_on_the_gpu_and_leaves_the_earlier_stages_on_the_cpu(tm
     again = trainer.fit(pairs, images(6), pairs)
     assert again.ranking == result.ranking
     assert 0 <= stseg.evaluate(again.model, pairs, num_classes=3, progress=False).compute() <= 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_method_of_two_streams_trains_on_the_gpu(precision):
+    pairs = [(image, (image[0] > 0.5).byte()) for image in images(3)]
+    config = stseg.TrainConfig(steps=4, batch_size=2, weak=stseg.WeakAugment(16), precision=precision)
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]), ignore_index=255)
+    weighted = stseg.fit(Supervised(network(), loss=loss), pairs, config, progress=False)
+    result = stseg.fit(Entropic(network()), pairs, config, unlabeled=images(5), progress=False)
+    for each in (weighted, result):
+        assert device_of(each.model).type == "cuda"
+        assert all(value.isfinite().all() for value in each.model.state_dict().values())
+
+
+def test_a_stage_stopped_on_the_gpu_goes_on_to_about_the_same_weights(tmp_path):
+    pairs = [(image, (image[0] > 0.5).byte()) for image in images(3)]
+    config = stseg.TrainConfig(steps=6, batch_size=2, weak=stseg.WeakAugment(16), optimizer="adamw", save_every=0)
+    whole = stseg.fit(Stopped(network()), pairs, config, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        stseg.fit(Stopped(network(), after=3), pairs, config, workdir=tmp_path, progress=False)
+    rest = stseg.fit(Stopped(network()), pairs, config, workdir=tmp_path, progress=False)
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(rest.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_strong_augmentation_keeps_its_rows_and_its_device():

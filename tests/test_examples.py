@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,12 +15,27 @@ from PIL import Image
 import stseg
 from stseg.data import SyntheticScenes
 
-ROOT = Path(__file__).parents[1]
-CAMVID = Path(os.environ.get("STSEG_CAMVID", ROOT.parent / "shared" / "camvid"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = {"SIZE": 32, "LABELED": 3, "UNLABELED": 6, "HELD_OUT": 4, "STEPS": 3}
+COMPARISONS = {
+    "st": ("supervised", "ST"),
+    "st_plus_plus": ("supervised", "ST++"),
+    "own_method": ("supervised", "entropy minimization"),
+    "own_loop": ("supervised", "ST++"),
+    "fixmatch": ("supervised", "FixMatch"),
+    "mean_teacher": ("supervised", "Mean Teacher"),
+    "unimatch": ("supervised", "UniMatch"),
+    "cps": ("supervised", "CPS"),
+    "adv_ssl": ("supervised", "AdvSSL"),
+}
+TELLS_TWO_CLASSES_BY_ONE_LOGIT = stseg.Segmenter(torch.nn.Conv2d(3, 1, 1))(torch.rand(1, 3, 4, 4)).shape[1] == 2
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+def load(path: Path) -> ModuleType:
+    """Import a script; what lies beside it can be imported from it, as where it is run."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -30,18 +44,70 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def small(name: str, monkeypatch: pytest.MonkeyPatch, **constants: object) -> ModuleType:
+    module = load(EXAMPLES / f"{name}.py")
+    for constant, value in {**SMALL, **constants}.items():
+        monkeypatch.setattr(module, constant, value)
+    return module
+
+
 def run_main(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-    module.main()
+    with torch.random.fork_rng():
+        module.main()
 
 
-def test_quickstart_prints_a_table_and_draws_a_picture(
+def test_every_example_is_tested() -> None:
+    tested = {*COMPARISONS, "quickstart", "plots", "supervised", "binary"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_an_example_compares_supervised_training_with_its_method(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_main(small(name, monkeypatch), monkeypatch)
+    lines = [line.split(" mIoU ") for line in capsys.readouterr().out.splitlines() if " mIoU " in line]
+    assert tuple(title.strip() for title, _ in lines) == COMPARISONS[name]
+    assert all(0 <= float(value) <= 100 for _, value in lines)
+
+
+def test_supervised_prints_the_classes_for_few_and_for_all_masks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main(small("supervised", monkeypatch), monkeypatch)
+    head, few, every = capsys.readouterr().out.splitlines()
+    assert head.split() == ["mIoU", *SyntheticScenes.classes]
+    assert [line[:9] for line in (few, every)] == ["few masks", "all masks"]
+    assert len(few[9:].split()) == len(every[9:].split()) == 8
+
+
+@pytest.mark.skipif(not TELLS_TWO_CLASSES_BY_ONE_LOGIT, reason="one logit is not two classes yet")
+def test_binary_trains_a_network_with_one_logit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = small("binary", monkeypatch)
+    assert next(module.make_network().segmentation_head.parameters()).shape[0] == 1
+    run_main(module, monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["supervised", "ST"]
+    assert all("IoU of the foreground" in line for line in lines)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_a_page(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) < (130 if path.stem == "quickstart" else 80)
+    assert path.stem == "plots" or f"python examples/{path.stem}.py" in text
+
+
+def test_quickstart_prints_a_table_and_draws_a_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = load("quickstart")
-    monkeypatch.setattr(module, "LABELED", 3)
-    monkeypatch.setattr(module, "UNLABELED", 8)
-    monkeypatch.setattr(module, "HELD_OUT", 6)
+    module = load(EXAMPLES / "quickstart.py")
+    for name, value in {"LABELED": 3, "UNLABELED": 8, "HELD_OUT": 6}.items():
+        monkeypatch.setattr(module, name, value)
     run_main(module, monkeypatch, "--out", str(tmp_path), "--steps", "3")
     table = capsys.readouterr().out
     for word in ("mIoU", "supervised", "ST", "ST++", *SyntheticScenes.classes, "student-2"):
@@ -49,64 +115,7 @@ def test_quickstart_prints_a_table_and_draws_a_picture(
     picture = np.asarray(Image.open(tmp_path / "demo.png").convert("RGB"))
     assert picture.shape[0] > 500
     assert picture.std() > 10
-    # The second run finds everything done, and says the same of the networks.
+    # The second run finds everything done, and prints the same figures.
     run_main(module, monkeypatch, "--out", str(tmp_path), "--steps", "3")
     again = capsys.readouterr().out
     assert again.split("\n")[:4] == table.split("\n")[:4]
-
-
-def test_own_loop_trains_and_compares(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    module = load("own_loop")
-    monkeypatch.setattr(module, "STEPS", 3)
-    for name, value in {"BATCH": 2, "SIZE": 32, "LABELED": 3, "UNLABELED": 6, "HELD_OUT": 4}.items():
-        monkeypatch.setattr(module, name, value)
-    with torch.random.fork_rng():
-        module.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[-2:]] == ["supervised", "ST++"]
-    assert sum(line.startswith("step") for line in lines) == 9
-
-
-def test_own_loop_is_a_page() -> None:
-    assert len((ROOT / "examples" / "own_loop.py").read_text().splitlines()) < 80
-
-
-def check_camvid_run(out: Path, unlabeled: set[str]) -> None:
-    done = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert {"run.json", "teacher/model.safetensors", "teacher/history.jsonl", "ranking/ranking.csv"} <= done
-    labeled = {path.stem for step in ("reliable", "unreliable") for path in (out / step / "masks").glob("*.png")}
-    assert labeled == unlabeled
-    assert set(stseg.Ranking.from_csv(out / "ranking" / "ranking.csv").ids) == unlabeled
-    assert "report.html" in done
-    assert any(name.startswith("figures/") for name in done)
-
-
-def test_camvid_example_on_a_folder_of_its_layout(
-    camvid_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("--data", str(camvid_like), "--out", str(tmp_path / "run"), "--steps", "3", "--height", "24")
-    run_main(load("camvid"), monkeypatch, *arguments, "--arch", "FPN", "--encoder", "tu-test_resnet")
-    assert "student-2: mIoU" in capsys.readouterr().out
-    check_camvid_run(tmp_path / "run", {f"{i:03d}" for i in range(2, 8)})
-
-
-@pytest.mark.skipif(not CAMVID.is_dir(), reason=f"CamVid is not at {CAMVID} (set STSEG_CAMVID)")
-def test_camvid_example_on_camvid(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = tmp_path / "camvid"
-    ids = (CAMVID / "splits" / "1_8" / "seed_0" / "unlabeled.txt").read_text().split()
-    chosen = {"train": ids[:5], "val": sorted(path.stem for path in (CAMVID / "val" / "images").iterdir())[:2]}
-    for part, stems in chosen.items():
-        for kind, suffix in (("images", ".jpg"), ("masks", ".png")):
-            (data / part / kind).mkdir(parents=True)
-            for stem in stems:
-                (data / part / kind / f"{stem}{suffix}").symlink_to(CAMVID / part / kind / f"{stem}{suffix}")
-    split = data / "splits" / "few"
-    split.mkdir(parents=True)
-    (split / "labeled.txt").write_text("\n".join(ids[:3]))
-    (split / "unlabeled.txt").write_text("\n".join(ids[3:5]))
-    run = ("--data", str(data), "--split", "few", "--out", str(tmp_path / "run"), "--steps", "3", "--height", "48")
-    run_main(load("camvid"), monkeypatch, *run, "--arch", "FPN", "--encoder", "tu-test_resnet")
-    assert "student-2: mIoU" in capsys.readouterr().out
-    check_camvid_run(tmp_path / "run", set(ids[3:5]))

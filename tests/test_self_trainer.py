@@ -18,14 +18,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from small import Entropic, same
 from torch import nn
 
 import stseg
-from stseg import Ranking, SelfTrainer, TrainConfig, WorkdirMismatchError, fit
-from stseg.inference import labeler
-from stseg.models.state import cpu_state
+from stseg import Ranking, SelfTrainer, TrainConfig, WeakAugment, WorkdirMismatchError, fit
+from stseg.engine import loop
+from stseg.functional import ohem_cross_entropy
+from stseg.inference import sweep
+from stseg.methods import ST, Baseline, Labeling, STPlusPlus, Supervised
+from stseg.methods.st import thirds
 from stseg.seeds import derive_seed
-from stseg.self_trainer import thirds
 
 SEED = 5
 NORMAL = [torch.tensor(v)[:, None, None] for v in (stseg.IMAGENET_MEAN, stseg.IMAGENET_STD)]
@@ -57,7 +60,8 @@ def make_model() -> nn.Module:
     return nn.Sequential(first, nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
 
 
-CONFIG = TrainConfig(epochs=4, batch_size=3, crop_size=16, base_size=24, lr=0.05, seed=SEED)
+WEAK = WeakAugment(16, base_size=24)
+CONFIG = TrainConfig(epochs=4, batch_size=3, weak=WEAK, lr=0.05, seed=SEED)
 
 
 def trainer(**options) -> SelfTrainer:
@@ -65,9 +69,9 @@ def trainer(**options) -> SelfTrainer:
     return SelfTrainer(options.pop("make_model", make_model), **options)
 
 
-def same(one: nn.Module, other: nn.Module) -> bool:
-    a, b = cpu_state(one), cpu_state(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def own(make_model):
+    """Makes a method of a user's own."""
+    return Entropic(make_model())
 
 
 class Mixture(list):
@@ -79,17 +83,16 @@ class Mixture(list):
 
 
 def train_by_hand(
-    step: str, true, guessed=(), *, start: nn.Module | None = None, config: TrainConfig = CONFIG
+    step: str, true, guessed=(), *, start: nn.Module | None = None, config: TrainConfig = CONFIG, **options
 ) -> tuple[nn.Module, list[nn.Module]]:
     """A stage on its own: fresh weights (or those of another network), and the seed of that step."""
     torch.manual_seed(derive_seed(SEED, "init", step))
+    network = make_model() if start is None else copy.deepcopy(start)
     result = fit(
-        make_model() if start is None else copy.deepcopy(start),
+        Supervised(network, strong=stseg.StrongAugment() if guessed else None, **options),
         Mixture(true, guessed),
         config.with_seed(derive_seed(SEED, step)),
-        strong=stseg.StrongAugment() if guessed else None,
         snapshots=[4 // 3, 2 * 4 // 3, 4],
-        check=False,
         progress=False,
     )
     return result.model.network, [snapshot.network for snapshot in result.snapshots]
@@ -164,18 +167,17 @@ class TestAgainstTheSameByHand:
 
 class TestBeyondThePaper:
     def test_pseudo_weight(self):
-        config = dataclasses.replace(CONFIG, pseudo_weight=0.25)
-        result = trainer(method="st", config=config).fit(labeled(), unlabeled())
+        result = trainer(method=ST(pseudo_weight=0.25)).fit(labeled(), unlabeled())
         teacher, _ = train_by_hand("teacher", labeled())
         guessed = [(image, mask_by_hand(teacher, image)) for image in unlabeled()]
-        student, _ = train_by_hand("student", labeled(), guessed, config=config)
+        student, _ = train_by_hand("student", labeled(), guessed, pseudo_weight=0.25)
         assert same(result.stages["teacher"].model.network, teacher)
         assert same(result.model.network, student)
         assert not same(student, train_by_hand("student", labeled(), guessed)[0])
 
     @pytest.mark.parametrize("threshold", [0.4, (0.38, 0.42, 0.4)])
     def test_threshold(self, threshold):
-        result = trainer(method="st", threshold=threshold).fit(labeled(), unlabeled())
+        result = trainer(method=ST(labeling=Labeling(threshold=threshold))).fit(labeled(), unlabeled())
         teacher, _ = train_by_hand("teacher", labeled())
         guessed = []
         for image in unlabeled():
@@ -190,7 +192,7 @@ class TestBeyondThePaper:
 
     def test_keep_per_class_at_each_labeling(self):
         keep, data = 0.7, unlabeled()
-        result = trainer(keep_per_class=keep).fit(labeled(), data)
+        result = trainer(method=STPlusPlus(labeling=Labeling(keep_per_class=keep))).fit(labeled(), data)
         teacher, _ = train_by_hand("teacher", labeled())
         reliable, rest = result.ranking.split(0.5)
 
@@ -218,11 +220,11 @@ class TestBeyondThePaper:
                 assert not len(low) or low.max() <= high.min() + 1e-5
 
     def test_keep_per_class_of_one_is_the_paper(self):
-        kept = trainer(keep_per_class=1).fit(labeled(), unlabeled())
+        kept = trainer(method=STPlusPlus(labeling=Labeling(keep_per_class=1))).fit(labeled(), unlabeled())
         assert same(kept.model, trainer().fit(labeled(), unlabeled()).model)
 
     def test_student_init_teacher_in_st(self):
-        result = trainer(method="st", student_init="teacher").fit(labeled(), unlabeled())
+        result = trainer(method=ST(student_init="teacher")).fit(labeled(), unlabeled())
         teacher, _ = train_by_hand("teacher", labeled())
         guessed = [(image, mask_by_hand(teacher, image)) for image in unlabeled()]
         assert same(result.model.network, train_by_hand("student", labeled(), guessed, start=teacher)[0])
@@ -230,7 +232,7 @@ class TestBeyondThePaper:
 
     def test_student_init_teacher_in_st_plus_plus_is_the_network_that_labeled_last(self):
         data = unlabeled()
-        result = trainer(student_init="teacher").fit(labeled(), data)
+        result = trainer(method=STPlusPlus(student_init="teacher")).fit(labeled(), data)
         teacher, _ = train_by_hand("teacher", labeled())
         reliable, rest = result.ranking.split(0.5)
         easy = [(data[i], mask_by_hand(teacher, data[i])) for i in reliable]
@@ -240,11 +242,11 @@ class TestBeyondThePaper:
         assert same(result.stages["student-1"].model.network, student)
         assert same(result.model.network, final)
 
-    @pytest.mark.parametrize("method", ["st", "st++"])
+    @pytest.mark.parametrize("method", [ST, STPlusPlus])
     def test_student_init_teacher_with_a_teacher_that_is_handed_in(self, method, tmp_path):
         teacher = trainer(method="supervised").fit(labeled()).stages["teacher"]
         before = copy.deepcopy(teacher.model)
-        options = {"method": method, "student_init": "teacher"}
+        options = {"method": method(student_init="teacher")}
         handed = trainer(**options, workdir=tmp_path).fit(labeled(), unlabeled(), teacher=teacher)
         assert same(teacher.model, before)
         assert same(handed.model, trainer(**options).fit(labeled(), unlabeled()).model)
@@ -253,14 +255,14 @@ class TestBeyondThePaper:
 
     def test_student_init_teacher_needs_a_teacher_of_the_same_kind(self):
         other = fit(nn.Conv2d(3, 3, 1), labeled(), CONFIG, snapshots=[1, 4], progress=False)
-        for method in ("st", "st++"):
+        for method in (ST, STPlusPlus):
             with pytest.raises(
                 ValueError, match="student_init is 'teacher', but its weights do not fit the network of"
             ):
-                trainer(method=method, student_init="teacher").fit(labeled(), unlabeled(), teacher=other)
+                trainer(method=method(student_init="teacher")).fit(labeled(), unlabeled(), teacher=other)
 
     def test_pseudo_masks_of_which_nothing_is_left_are_no_nan(self):
-        result = trainer(threshold=1.0).fit(labeled(), unlabeled())
+        result = trainer(method=STPlusPlus(labeling=Labeling(threshold=1.0))).fit(labeled(), unlabeled())
         masks = [mask for name in ("reliable", "unreliable") for _, mask in result.labels[name]]
         assert all((mask == 255).all() for mask in masks)
         assert all(value.isfinite().all() for value in result.model.state_dict().values())
@@ -270,33 +272,84 @@ class TestBeyondThePaper:
         ("options", "message"),
         [
             ({"threshold": 1.5}, r"threshold is 1.5; expected a probability in \[0, 1\]"),
-            ({"threshold": [0.5, 0.5]}, r"threshold is \[0.5, 0.5\]; expected .* one for each of 3 classes"),
+            ({"threshold": [0.5, 0.5]}, r"threshold is .*0.5, 0.5.*; expected .* one for each of 3 classes"),
             ({"threshold": [0.5, math.nan, 0.5]}, "threshold of class 1 is nan"),
             ({"keep_per_class": 0}, r"keep_per_class is 0; expected a share in \(0, 1\], or None"),
             ({"keep_per_class": 1.5}, "keep_per_class is 1.5; expected a share"),
             ({"keep_per_class": math.nan}, "keep_per_class is nan; expected a share"),
             (
                 {"keep_per_class": 0.5, "threshold": 0.3},
-                "threshold is 0.3 and keep_per_class 0.5; expected one of the two",
+                "threshold is .*0.3.* and keep_per_class 0.5; expected one of the two",
             ),
-            ({"keep_per_class": 0.5, "ignore_index": -1, "workdir": "w"}, r"ignore_index is -1; .* 0\.\.65535"),
-            ({"threshold": 0.5, "ignore_index": -1, "workdir": "w"}, r"ignore_index is -1; .* 0\.\.65535"),
-            ({"student_init": "student"}, "student_init is 'student'; expected 'fresh' or 'teacher'"),
         ],
     )
-    def test_arguments_that_make_no_sense_are_named_at_once(self, options, message):
-        with pytest.raises(ValueError, match=message):
-            trainer(strong=None, **options)
+    def test_labelings_that_make_no_sense_are_named_at_once(self, options, message):
+        for method in (ST, STPlusPlus):
+            with pytest.raises(ValueError, match=message):
+                trainer(method=method(labeling=Labeling(**options)))
+
+    @pytest.mark.parametrize("options", [{"keep_per_class": 0.5}, {"threshold": 0.5}])
+    def test_pixels_left_out_need_an_ignore_index_that_masks_on_disk_can_hold(self, options, tmp_path):
+        config = TrainConfig(epochs=4, weak=WeakAugment(16, ignore_index=-1), ignore_index=-1)
+        plain = {"config": config, "method": ST(strong=None, labeling=Labeling(**options))}
+        with pytest.raises(ValueError, match=r"ignore_index is -1; .* 0\.\.65535"):
+            trainer(workdir=tmp_path, **plain)
+        trainer(**plain)
+
+    @pytest.mark.parametrize(
+        ("make", "error", "message"),
+        [
+            (
+                lambda: ST(student_init="student"),
+                ValueError,
+                "student_init is 'student'; expected 'fresh' or 'teacher'",
+            ),
+            (lambda: STPlusPlus(student_init="x"), ValueError, "student_init is 'x'; expected 'fresh' or 'teacher'"),
+            (lambda: STPlusPlus(reliable_fraction=0), ValueError, "reliable_fraction is 0; expected a share between 0"),
+            (lambda: STPlusPlus(reliable_fraction=1.0), ValueError, "reliable_fraction is 1.0; expected a share"),
+            (lambda: STPlusPlus(reliable_fraction=math.nan), ValueError, "reliable_fraction is nan; expected a share"),
+            (
+                lambda: STPlusPlus(ranker=42),
+                TypeError,
+                "ranker is 42; expected None or an object with the method 'rank'",
+            ),
+            (lambda: STPlusPlus(ranker="stability"), TypeError, "ranker is 'stability'"),
+            (lambda: Labeling(tta="flip"), TypeError, "tta is 'flip'; expected a function"),
+            (lambda: ST(pseudo_weight=-1), ValueError, "pseudo_weight is -1; expected 0 or more"),
+            (lambda: ST(pseudo_weight="1"), TypeError, "pseudo_weight is '1'; expected a number"),
+            (lambda: Baseline(double_below=-1), ValueError, "double_below is -1; expected 0 or more"),
+            (lambda: ST(labeling="flip"), TypeError, "labeling is 'flip'; expected a Labeling"),
+            (lambda: Baseline(teacher="fixmatch"), TypeError, "teacher is 'fixmatch'; expected a function make_model"),
+            (
+                lambda: ST(student=Supervised(make_model())),
+                TypeError,
+                "student is Supervised; expected a function make_",
+            ),
+            (
+                lambda: ST(student=Supervised),
+                TypeError,
+                "student is the class Supervised; expected a function make_model",
+            ),
+        ],
+    )
+    def test_recipes_refuse_nonsense_at_once(self, make, error, message):
+        with pytest.raises(error, match=message):
+            make()
 
 
 class TestThirds:
     @pytest.mark.parametrize("length", [3, 4, 5, 80, 240, 1000])
     def test_are_those_of_the_paper(self, length):
-        assert thirds(TrainConfig(epochs=length)) == [length // 3, 2 * length // 3, length]
-        assert thirds(TrainConfig(steps=length)) == [length // 3, 2 * length // 3, length]
+        assert thirds(length) == [length // 3, 2 * length // 3, length]
+
+    @pytest.mark.parametrize("config", [TrainConfig(epochs=5, weak=WEAK), TrainConfig(steps=5, weak=WEAK)])
+    def test_are_kept_of_the_teacher_alone(self, config, tmp_path):
+        trainer(config=config, workdir=tmp_path).fit(labeled(), unlabeled())
+        kept = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("snapshots/*")}
+        assert kept == {f"teacher/snapshots/{at}.safetensors" for at in (1, 3, 5)}
 
     def test_of_fewer_than_three_epochs_are_refused_for_st_plus_plus_alone(self):
-        short = TrainConfig(epochs=2, batch_size=3, crop_size=16)
+        short = TrainConfig(epochs=2, batch_size=3, weak=WEAK)
         with pytest.raises(ValueError, match="keeps three checkpoints of the teacher; expected 3 epochs"):
             trainer(config=short)
         trainer(config=short, method="st").fit(labeled(), unlabeled())
@@ -314,13 +367,13 @@ class TestTeacher:
 
     def test_best_trains_on_the_labels_of_the_best_weights(self):
         val = labeled(4, seed=9, prefix="val")
-        wild = TrainConfig(epochs=12, batch_size=3, crop_size=16, lr=1.0, seed=SEED)
-        result = trainer(method="st", teacher="best", config=wild).fit(labeled(), unlabeled(), val)
+        wild = TrainConfig(epochs=12, batch_size=3, weak=WeakAugment(16), lr=1.0, seed=SEED)
+        result = trainer(method="st", keep="best", config=wild).fit(labeled(), unlabeled(), val)
         for stage in result.stages.values():
             metric = stseg.evaluate(stage.model, val, num_classes=3, progress=False)
             assert metric.compute() == max(row["miou"] for row in stage.history)
-        with pytest.raises(ValueError, match="teacher='best' needs a validation set"):
-            trainer(teacher="best").fit(labeled(), unlabeled())
+        with pytest.raises(ValueError, match="keep='best' needs a validation set"):
+            trainer(keep="best").fit(labeled(), unlabeled())
 
     def test_final_lets_validation_choose_nothing(self):
         val = labeled(4, seed=9, prefix="val")
@@ -348,7 +401,7 @@ class TestUnlabeled:
         assert sorted(result.ranking.ids) == ["0", "1", "2", "3", "4"]
 
     def test_are_not_needed_for_supervised_alone(self):
-        with pytest.raises(ValueError, match=r"method 'st\+\+' needs unlabeled images"):
+        with pytest.raises(ValueError, match=r"STPlusPlus learns from unlabeled images; expected fit\("):
             trainer().fit(labeled())
 
     def test_of_which_none_would_be_reliable_are_refused(self):
@@ -361,7 +414,7 @@ def test_any_ranker_may_take_the_place_of_stability():
         def rank(self, dataset):
             return Ranking.from_scores(list(range(len(dataset))), dataset.ids)
 
-    result = trainer(ranker=Backwards(), reliable_fraction=0.4).fit(labeled(), unlabeled())
+    result = trainer(method=STPlusPlus(ranker=Backwards(), reliable_fraction=0.4)).fit(labeled(), unlabeled())
     assert result.labels["reliable"].ids == ["unlabeled/4", "unlabeled/3"]
     assert result.labels["unreliable"].ids == ["unlabeled/2", "unlabeled/1", "unlabeled/0"]
 
@@ -373,7 +426,7 @@ def test_a_ranker_that_names_images_that_are_not_there_is_refused(indices):
             return Ranking(indices, (0.5,) * len(indices), tuple(map(str, indices)))
 
     with pytest.raises(stseg.DataError, match=r"the ranker gives \d indices from .*; expected each of 0\.\.4"):
-        trainer(ranker=Wrong()).fit(labeled(), unlabeled())
+        trainer(method=STPlusPlus(ranker=Wrong())).fit(labeled(), unlabeled())
 
 
 def test_a_teacher_of_other_classes_is_refused():
@@ -383,7 +436,7 @@ def test_a_teacher_of_other_classes_is_refused():
 
 
 def test_labels_at_one_scale_where_asked_to():
-    result = trainer(method="st", tta=None).fit(labeled(), unlabeled())
+    result = trainer(method=ST(labeling=Labeling(tta=None))).fit(labeled(), unlabeled())
     teacher, _ = train_by_hand("teacher", labeled())
     for image, mask in result.labels["labels"]:
         with torch.no_grad():
@@ -460,15 +513,30 @@ class TestWorkdir:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"method": "st"}, r"method is 'st\+\+' there and 'st' now"),
+            ({"method": "st"}, r"method\.type is 'STPlusPlus' there and 'ST' now"),
             ({"config": CONFIG.with_seed(6)}, "config.seed is 5 there and 6 now"),
-            ({"reliable_fraction": 0.4}, "reliable_fraction is 0.5 there and 0.4 now"),
-            ({"strong": None}, "strong is 'StrongAugment.*' there and 'None' now"),
-            ({"tta": None}, "tta is '.*MultiScaleFlip' there and 'None' now"),
-            ({"threshold": 0.5}, "threshold is None there and 0.5 now"),
-            ({"keep_per_class": 0.5}, "keep_per_class is None there and 0.5 now"),
-            ({"student_init": "teacher"}, "student_init is None there and 'teacher' now"),
-            ({"config": dataclasses.replace(CONFIG, pseudo_weight=2)}, "config.pseudo_weight is None there and 2 now"),
+            ({"keep": "best"}, "keep is 'final' there and 'best' now"),
+            ({"method": STPlusPlus(reliable_fraction=0.4)}, "method.reliable_fraction is 0.5 there and 0.4 now"),
+            ({"method": STPlusPlus(strong=None)}, "method.strong is 'StrongAugment.*' there and None now"),
+            (
+                {"method": STPlusPlus(labeling=Labeling(tta=None))},
+                "method.labeling.tta is '.*MultiScaleFlip' there and None now",
+            ),
+            (
+                {"method": STPlusPlus(labeling=Labeling(threshold=0.5))},
+                "method.labeling.threshold is 0.0 there and 0.5 now",
+            ),
+            (
+                {"method": STPlusPlus(labeling=Labeling(keep_per_class=0.5))},
+                "method.labeling.keep_per_class is None there and 0.5 now",
+            ),
+            ({"method": STPlusPlus(student_init="teacher")}, "method.student_init is 'fresh' there and 'teacher' now"),
+            ({"method": STPlusPlus(pseudo_weight=2)}, "method.pseudo_weight is 1.0 there and 2 now"),
+            (
+                {"method": STPlusPlus(loss=ohem_cross_entropy)},
+                "method.loss is None there and '.*ohem_cross_entropy.*'",
+            ),
+            ({"method": STPlusPlus(student=own)}, "method.student is None there and '.*own.*' now"),
             ({"make_model": lambda: nn.Conv2d(3, 3, 1)}, "network is '.*' there and '.*' now"),
         ],
     )
@@ -476,17 +544,11 @@ class TestWorkdir:
         trainer(workdir=tmp_path).fit(labeled(), unlabeled())
         before = content(tmp_path)
         with pytest.raises(WorkdirMismatchError, match=message):
-            trainer(workdir=tmp_path, **options).fit(labeled(), unlabeled())
+            trainer(workdir=tmp_path, **options).fit(labeled(), unlabeled(), labeled(2, seed=9, prefix="val"))
         assert content(tmp_path) == before
 
-    def test_is_described_as_before_where_nothing_goes_beyond_the_paper(self, tmp_path):
-        trainer(workdir=tmp_path).fit(labeled(), unlabeled())
-        settings = json.loads((tmp_path / "run.json").read_text())["settings"]
-        beyond = {"threshold", "keep_per_class", "student_init", "pseudo_weight", "sync_batchnorm"}
-        assert beyond.isdisjoint({*settings, *settings["config"]})
-
     def test_of_a_run_beyond_the_paper_goes_on_to_the_same(self, tmp_path, monkeypatch):
-        options = {"keep_per_class": 0.6, "student_init": "teacher"}
+        options = {"method": STPlusPlus(labeling=Labeling(keep_per_class=0.6), student_init="teacher")}
         trainer(workdir=tmp_path / "whole", **options).fit(labeled(), unlabeled())
         times, left = 0, 0
 
@@ -500,47 +562,49 @@ class TestWorkdir:
 
             return counted
 
-        # Once for each training step, and for each image that is labeled or looked at for its confidence.
-        monkeypatch.setattr(stseg.training, "training_step", interrupted(stseg.training.training_step))
-        monkeypatch.setattr(labeler, "check_finite", interrupted(labeler.check_finite))
+        # Once for each training step, and for each image that is ranked, labeled or looked at for its confidence.
+        monkeypatch.setattr(loop, "training_step", interrupted(loop.training_step))
+        monkeypatch.setattr(sweep, "check_finite", interrupted(sweep.check_finite))
         folder = tmp_path / "killed"
         while not (folder / "student-2" / "model.safetensors").exists():
             times, left = times + 1, 5
             with suppress(KeyboardInterrupt):
-                trainer(workdir=folder, save_every=0.0, **options).fit(labeled(), unlabeled())
+                trainer(workdir=folder, config=dataclasses.replace(CONFIG, save_every=0.0), **options).fit(
+                    labeled(), unlabeled()
+                )
         assert times > 5
         assert content(folder) == content(tmp_path / "whole")
         assert {path.parent.name for path in folder.rglob("thresholds.json")} == {"reliable", "unreliable"}
 
     def test_of_thresholds_that_were_found_does_not_find_them_again(self, tmp_path, monkeypatch):
-        first = trainer(method="st", workdir=tmp_path, keep_per_class=0.6).fit(labeled(), unlabeled())
+        first = trainer(method=ST(labeling=Labeling(keep_per_class=0.6)), workdir=tmp_path).fit(labeled(), unlabeled())
         monkeypatch.delattr(stseg.PseudoLabeler, "class_thresholds")
-        again = trainer(method="st", workdir=tmp_path, keep_per_class=0.6).fit(labeled(), unlabeled())
+        again = trainer(method=ST(labeling=Labeling(keep_per_class=0.6)), workdir=tmp_path).fit(labeled(), unlabeled())
         assert same(first.model, again.model)
         record = json.loads((tmp_path / "labels" / "thresholds.json").read_text())
         of_masks = json.loads((tmp_path / "labels" / "masks" / "labels.json").read_text())
-        assert (record["keep_per_class"], record["thresholds"]) == (0.6, of_masks["threshold"])
+        assert (record["keep_per_class"], record["result"]) == (0.6, of_masks["threshold"])
 
     def test_with_damaged_or_foreign_thresholds_says_which_file(self, tmp_path):
-        trainer(method="st", workdir=tmp_path, keep_per_class=0.6).fit(labeled(), unlabeled())
+        trainer(method=ST(labeling=Labeling(keep_per_class=0.6)), workdir=tmp_path).fit(labeled(), unlabeled())
         path = tmp_path / "labels" / "thresholds.json"
         record = json.loads(path.read_text())
         for change, message in (
-            ({"thresholds": [0.1, 0.2]}, r"thresholds\.json is damaged"),
-            ({"thresholds": [0.1, 0.2, 7]}, r"thresholds\.json is damaged"),
-            ({"thresholds": None}, r"thresholds\.json is damaged"),
-            ({"thresholds": ["a", 0.2, 0.3]}, r"thresholds\.json is damaged"),
-            ({"thresholds": [0.1, 0.2, 0.3]}, "threshold is .* there and"),
-            ({"model": "another"}, r"thresholds\.json was made .*: model is 'another' there and"),
-            ({"keep_per_class": 0.9}, r"thresholds\.json was made .*: keep_per_class is 0.9 there and 0.6 now"),
+            ({"result": [0.1, 0.2]}, r"thresholds\.json is damaged"),
+            ({"result": [0.1, 0.2, 7]}, r"thresholds\.json is damaged"),
+            ({"result": None}, r"thresholds\.json is damaged"),
+            ({"result": ["a", 0.2, 0.3]}, r"thresholds\.json is damaged"),
+            ({"result": [0.1, 0.2, 0.3]}, "threshold is .* there and"),
+            ({"model": "another"}, r"labels was made .*: model is 'another' there and"),
+            ({"keep_per_class": 0.9}, r"labels was made .*: keep_per_class is 0.9 there and 0.6 now"),
         ):
             path.write_text(json.dumps({**record, **change}))
             with pytest.raises((stseg.DataError, WorkdirMismatchError), match=message):
-                trainer(method="st", workdir=tmp_path, keep_per_class=0.6).fit(labeled(), unlabeled())
+                trainer(method=ST(labeling=Labeling(keep_per_class=0.6)), workdir=tmp_path).fit(labeled(), unlabeled())
 
     @pytest.mark.parametrize("student_init", ["fresh", "teacher"])
     def test_of_another_teacher_under_a_finished_student_is_refused(self, tmp_path, student_init):
-        options = {"method": "st", "workdir": tmp_path, "student_init": student_init}
+        options = {"method": ST(student_init=student_init), "workdir": tmp_path}
         trainer(**options).fit(labeled(), unlabeled())
         path = tmp_path / "teacher" / "model.safetensors"
         weights = load_file(path)
@@ -597,8 +661,8 @@ class TestWorkdir:
 
     def test_of_other_workers_or_bars_is_the_same_run(self, tmp_path):
         trainer(workdir=tmp_path).fit(labeled(), unlabeled())
-        busy = TrainConfig(**{**CONFIG.__dict__, "num_workers": 1})
-        trainer(workdir=tmp_path, config=busy, save_every=5.0).fit(labeled(), unlabeled())
+        busy = dataclasses.replace(CONFIG, num_workers=1, save_every=5.0, eval_batch_size=3)
+        trainer(workdir=tmp_path, config=busy).fit(labeled(), unlabeled())
 
 
 KILLED = """
@@ -611,8 +675,8 @@ pairs = [(image, (image[0] > 0.5).byte()) for image in images[:4]]
 def make_model():
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
 
-config = stseg.TrainConfig(steps=60, batch_size=4, crop_size=24, lr=0.01)
-options = {"workdir": sys.argv[1], "save_every": 0.02, "progress": False}
+config = stseg.TrainConfig(steps=60, batch_size=4, weak=stseg.WeakAugment(24), lr=0.01, save_every=0.02)
+options = {"workdir": sys.argv[1], "progress": False}
 stseg.SelfTrainer(make_model, num_classes=2, config=config, **options).fit(pairs, list(images[4:]))
 """
 
@@ -643,8 +707,124 @@ def test_killed_at_any_moment_a_run_comes_to_the_same_result(tmp_path):
     assert {name: value for name, value in ours.items() if not name.endswith(".part")} == theirs
 
 
-def test_from_scratch_are_options_of_the_trainer():
-    made = trainer(**stseg.FROM_SCRATCH)
-    assert (made.settings.student_init, made.settings.keep_per_class) == ("teacher", 0.8)
-    with pytest.raises(TypeError):
-        stseg.FROM_SCRATCH["student_init"] = "fresh"
+@pytest.mark.parametrize("recipe", [ST, STPlusPlus])
+def test_from_scratch_are_options_of_the_recipe(recipe):
+    made = recipe.from_scratch(pseudo_weight=0.5)
+    assert made == recipe(student_init="teacher", labeling=Labeling(keep_per_class=0.8), pseudo_weight=0.5)
+    assert recipe.from_scratch(student_init="fresh").student_init == "fresh"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.student_init = "fresh"
+
+
+class TestAnyMethod:
+    def test_trains_in_one_stage_as_fit_does(self, tmp_path):
+        result = trainer(method=own, workdir=tmp_path).fit(labeled(), unlabeled())
+        torch.manual_seed(derive_seed(SEED, "init", "train"))
+        config = CONFIG.with_seed(derive_seed(SEED, "train"))
+        by_hand = fit(Entropic(make_model()), labeled(), config, unlabeled=unlabeled(), progress=False)
+        assert list(result.stages) == ["train"]
+        assert same(result.model, by_hand.model)
+        assert [row["entropy"] for row in result.stages["train"].history] == [row["entropy"] for row in by_hand.history]
+        assert same(trainer(method=own, workdir=tmp_path).fit(labeled(), unlabeled()).model, result.model)
+
+    def test_may_be_the_teacher_of_st(self):
+        result = trainer(method=ST(teacher=own)).fit(labeled(), unlabeled())
+        torch.manual_seed(derive_seed(SEED, "init", "teacher"))
+        config = CONFIG.with_seed(derive_seed(SEED, "teacher"))
+        twice = Mixture(labeled(), [])
+        teacher = fit(Entropic(make_model()), twice, config, unlabeled=unlabeled(), progress=False).model.network
+        assert same(result.stages["teacher"].model.network, teacher)
+        guessed = [(image, mask_by_hand(teacher, image)) for image in unlabeled()]
+        assert same(result.model.network, train_by_hand("student", labeled(), guessed)[0])
+
+    def test_may_be_the_student_of_st_plus_plus(self):
+        result = trainer(method=STPlusPlus(student=own)).fit(labeled(), unlabeled())
+        assert "entropy" not in result.stages["teacher"].history[0]
+        for step in ("student-1", "student-2"):
+            assert all(math.isfinite(row["entropy"]) for row in result.stages[step].history)
+        assert same(result.stages["teacher"].model.network, train_by_hand("teacher", labeled())[0])
+
+    def test_may_start_a_student_from_its_teacher(self):
+        made = []
+
+        def first_weights(make_model):
+            made.append(copy.deepcopy(model := make_model()))
+            return Entropic(model)
+
+        result = trainer(method=ST(student=first_weights, student_init="teacher")).fit(labeled(), unlabeled())
+        assert same(made[-1], result.stages["teacher"].model.network)
+
+    def test_needs_unlabeled_images_where_it_learns_from_them(self):
+        for method in (own, Baseline(teacher=own)):
+            with pytest.raises(
+                ValueError, match=r"Entropic learns from unlabeled images; expected fit\(labeled, unlab"
+            ):
+                trainer(method=method).fit(labeled())
+
+    def test_that_makes_something_else_is_refused(self):
+        with pytest.raises(TypeError, match=r"method of step 'train' is Sequential; expected a stseg\.Method"):
+            trainer(method=lambda make_model: make_model()).fit(labeled(), unlabeled())
+
+    @pytest.mark.parametrize(
+        ("method", "message"),
+        [
+            ("st+", r"method is 'st\+'; expected 'supervised', 'st', 'st\+\+', a recipe such as"),
+            ("fixmatch", "method is 'fixmatch'; expected .* or a function such as lambda make_model: stseg"),
+            (
+                STPlusPlus,
+                r"method is the class STPlusPlus; expected .* a recipe such as stseg\.methods\.STPlusPlus\(\)",
+            ),
+            (Entropic, "method is the class Entropic; expected .* lambda make_model"),
+            (Supervised(nn.Conv2d(3, 3, 1)), "method is Supervised; expected .* lambda make_model"),
+            (None, "method is NoneType; expected"),
+            (3, "method is int; expected"),
+        ],
+    )
+    def test_mistakes_are_named_at_once(self, method, message):
+        with pytest.raises(ValueError, match=message):
+            trainer(method=method)
+
+    def test_has_no_teacher(self):
+        teacher = trainer(method="supervised").fit(labeled()).stages["teacher"]
+        with pytest.raises(ValueError, match=r"trains no teacher; expected fit.* without teacher="):
+            trainer(method=own).fit(labeled(), unlabeled(), teacher=teacher)
+
+
+def test_log_gets_the_rows_of_each_step_under_its_name():
+    rows = []
+    result = trainer(method=ST(student=own), log=rows.append).fit(labeled(), unlabeled())
+    expected = [
+        {f"{step}/{name}": value for name, value in row.items()}
+        for step in ("teacher", "student")
+        for row in result.stages[step].history
+    ]
+    assert rows == expected
+    assert {"teacher/loss", "teacher/lr"} <= rows[0].keys()
+    assert "student/entropy" in rows[-1]
+
+
+@pytest.mark.parametrize("recipe", [ST, STPlusPlus])
+def test_a_step_of_the_student_is_tried_before_the_teacher_is_trained(recipe, tmp_path):
+    def strong(images, masks, where):
+        assert where.all(), "in the place of pseudo-labeled images"
+        raise ZeroDivisionError("the strong augmentation")
+
+    with pytest.raises(stseg.MethodError, match=r"Supervised fails .* ZeroDivisionError: the strong augmentation"):
+        trainer(method=recipe(strong=strong), workdir=tmp_path).fit(labeled(), unlabeled())
+    assert not list(tmp_path.rglob("history.jsonl"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(stseg.MethodError, match="the strong augmentation"):  # and again, where the folder is known
+        trainer(method=recipe(strong=strong), workdir=tmp_path).fit(labeled(), unlabeled())
+
+
+def test_unreadable_images_are_left_out_of_the_unlabeled_stream():
+    class Broken(Named):
+        def __getitem__(self, index):
+            if index == 2:
+                raise stseg.UnreadableImageError("2.png cannot be read")
+            return super().__getitem__(index)
+
+    images = Broken(list(unlabeled()), "u")
+    for method in (own, ST(student=own), STPlusPlus(teacher=own)):
+        result = trainer(method=method, skip_unreadable=True).fit(labeled(), images)
+        assert [skipped.id for skipped in result.skipped] == ["u/2"]

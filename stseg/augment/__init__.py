@@ -1,4 +1,4 @@
-"""The augmentations of ST and ST++: weak ones per sample on the CPU, strong ones per batch on the device."""
+"""Augmentations: weak ones per sample on the CPU, strong ones and mixing per batch on the device."""
 
 from stseg.augment.adapters import (
     as_batch_augmentation,
@@ -10,6 +10,7 @@ from stseg.augment.adapters import (
 from stseg.augment.cutout import Cutout
 from stseg.augment.mixing import CutMix
 from stseg.augment.strong import StrongAugment, StrongParameters
+from stseg.augment.views import strong_view
 from stseg.augment.weak import WeakAugment
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "from_albumentations",
     "from_kornia",
     "from_torchvision",
+    "strong_view",
 ]

@@ -13,11 +13,6 @@ def uniform(unit: Tensor, low: float, high: float) -> Tensor:
     return unit * (high - low) + low
 
 
-def check_probability(name: str, p: float) -> None:
-    if not 0 <= p <= 1:
-        raise ValueError(f"{name} is {p}; expected a probability in [0, 1]")
-
-
 def ordered_range(name: str, bounds: Sequence[float], *, low: float, high: float = math.inf) -> tuple[float, float]:
     """The two bounds as floats; above ``low``, in order, and finite."""
     pair = isinstance(bounds, Sequence) and len(bounds) == 2

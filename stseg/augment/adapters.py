@@ -18,15 +18,15 @@ from stseg.data.convert import pair_of
 from stseg.types import BatchAugmentation, ImageLike, MaskLike, PairTransform
 
 
-def from_torchvision(transform: nn.Module) -> PairTransform:
+def from_torchvision(transform: nn.Module, *, ignore_index: int = 255) -> PairTransform:
     """Turn a transform of ``torchvision.transforms.v2`` into one of images and their masks.
 
-    Geometry moves both, masks by nearest neighbor; colors change in the image alone. What comes into the mask from
-    outside is 0 unless the transform is told otherwise, and 0 is a class:
-    ``v2.RandomRotation(15, fill={tv_tensors.Image: 0, tv_tensors.Mask: 255})``.
+    Geometry moves both, masks by nearest neighbor; colors change in the image alone. What the transform fills with 0
+    in the mask, such as padding or the corners of a rotated image, becomes ``ignore_index``; another ``fill`` stays.
 
     Args:
         transform: a transform, a ``v2.Compose`` or an ``nn.Sequential`` of them.
+        ignore_index: mask value of pixels that come from outside.
 
     Returns:
         ``(image, mask) -> (image, mask)``, tensors ``(C, H, W)`` and ``(H, W)``; the random numbers are torch's.
@@ -35,13 +35,13 @@ def from_torchvision(transform: nn.Module) -> PairTransform:
         TypeError: if it is something else, such as a transform of the older ``torchvision.transforms``.
 
     Example:
-        >>> flip = from_torchvision(v2.RandomHorizontalFlip(p=1.0))
-        >>> flip(torch.zeros(3, 1, 2), torch.tensor([[0, 1]], dtype=torch.uint8))[1]
-        tensor([[1, 0]], dtype=torch.uint8)
+        >>> pad = from_torchvision(v2.Pad([1, 0, 0, 0]))
+        >>> pad(torch.zeros(3, 1, 2), torch.tensor([[0, 1]], dtype=torch.uint8))[1]
+        tensor([[255,   0,   1]], dtype=torch.uint8)
     """
     if not _is_torchvision(transform):
         raise TypeError(f"the transform is {_described(transform)}; expected one of torchvision.transforms.v2")
-    return _FromTorchvision(transform)
+    return _FromTorchvision(transform, ignore_index)
 
 
 def from_albumentations(pipeline: Callable[..., Any]) -> PairTransform:
@@ -107,12 +107,13 @@ def from_kornia(augmentation: nn.Module, *, ignore_index: int = 255) -> BatchAug
     return _FromKornia(augmentation, ignore_index)
 
 
-def as_pair_transform(transform: Any) -> PairTransform | None:
+def as_pair_transform(transform: Any, *, ignore_index: int = 255) -> PairTransform | None:
     """Take what a user gives as the augmentation of single samples.
 
     Args:
         transform: None; a function ``(image, mask) -> (image, mask)``, such as :class:`stseg.WeakAugment`; or a
             transform of ``torchvision.transforms.v2``, which is adapted.
+        ignore_index: mask value of pixels that do not count, in the data.
 
     Returns:
         None or a function.
@@ -122,12 +123,12 @@ def as_pair_transform(transform: Any) -> PairTransform | None:
 
     Example:
         >>> as_pair_transform(v2.RandomHorizontalFlip())
-        from_torchvision(RandomHorizontalFlip(p=0.5))
+        from_torchvision(RandomHorizontalFlip(p=0.5), ignore_index=255)
     """
     if transform is None:
         return None
     if _is_torchvision(transform):
-        return from_torchvision(transform)
+        return from_torchvision(transform, ignore_index=ignore_index)
     _refuse_albumentations(transform)
     if _is_kornia(transform):
         raise TypeError(
@@ -172,27 +173,38 @@ def as_batch_augmentation(augmentation: Any, *, ignore_index: int = 255) -> Batc
             f"strong is {_described(augmentation)}, which augments one sample: expected weak={_name(augmentation)}(...)"
         )
     function: BatchAugmentation = _function("strong", augmentation, "StrongAugment")
-    for what, owner in (("strong", augmentation), ("the cutout of strong", getattr(augmentation, "cutout", None))):
+    name = "from_kornia" if isinstance(augmentation, _FromKornia) else _name(augmentation)
+    cutout = getattr(augmentation, "cutout", None)
+    for what, owner, expected in (
+        ("strong", augmentation, f"{name}(..., ignore_index={ignore_index})"),
+        ("the cutout of strong", cutout, f"{name}(cutout={_name(cutout)}(ignore_index={ignore_index}))"),
+    ):
         written = getattr(owner, "ignore_index", ignore_index)
         if written != ignore_index:
             raise ValueError(
-                f"{what} writes {written} into masks, but ignore_index is {ignore_index}; expected "
-                f"{_name(owner)}(ignore_index={ignore_index})"
+                f"{what} writes {written} into masks, but ignore_index is {ignore_index}; expected strong={expected}"
             )
     return function
 
 
 class _FromTorchvision:
-    def __init__(self, transform: nn.Module) -> None:
-        self.transform = transform
+    def __init__(self, transform: nn.Module, ignore_index: int) -> None:
+        self.transform, self.ignore_index = transform, ignore_index
 
-    def __call__(self, image: ImageLike, mask: MaskLike) -> tuple[Any, Any]:
+    def __call__(self, image: ImageLike, mask: MaskLike) -> tuple[Tensor, Tensor]:
         pixels, classes = pair_of((image, mask), name="sample")
-        # One argument, a pair: nn.Sequential takes no two.
-        return _plain(*self.transform((tv_tensors.Image(pixels.clone()), tv_tensors.Mask(classes.clone()))))
+        if not 0 <= self.ignore_index <= 255:
+            classes = classes.to(torch.int32)
+        # One argument, a tuple: nn.Sequential takes no more. The second mask is 0 where the first was filled with 0.
+        inside = tv_tensors.Mask(torch.ones_like(classes))
+        new, moved, inside = self.transform(
+            (tv_tensors.Image(pixels.clone()), tv_tensors.Mask(classes.clone()), inside)
+        )
+        new, moved, inside = (x.as_subclass(Tensor) for x in (new, moved, inside))
+        return new, moved.masked_fill(inside == 0, self.ignore_index)
 
     def __repr__(self) -> str:
-        return f"from_torchvision({_stable(self.transform)})"
+        return f"from_torchvision({_stable(self.transform)}, ignore_index={self.ignore_index})"
 
 
 class _FromAlbumentations:
@@ -277,10 +289,6 @@ def _function(name: str, thing: Any, example: str) -> Any:
     if not callable(thing):
         raise TypeError(f"{name} is {thing!r}; expected a {example}, another function, or None")
     return thing
-
-
-def _plain(image: Any, mask: Any) -> tuple[Any, Any]:
-    return tuple(x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in (image, mask))  # type: ignore[return-value]
 
 
 def _own(array: Any) -> Any:

@@ -8,7 +8,8 @@ import torch
 from torch import Generator, Tensor
 
 from stseg.augment._boxes import TRIES, draw_boxes
-from stseg.augment._settings import check_batch, check_probability, ordered_range
+from stseg.augment._settings import check_batch, ordered_range
+from stseg.checks import check_probability
 from stseg.functional.mixing import box_mask
 
 

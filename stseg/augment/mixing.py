@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 
 from stseg.augment._boxes import draw_boxes
-from stseg.augment._settings import check_probability, ordered_range
+from stseg.augment._settings import ordered_range
+from stseg.checks import check_probability
 from stseg.functional.mixing import box_mask, paste
 
 

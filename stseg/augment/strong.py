@@ -13,8 +13,9 @@ from kornia.color import rgb_to_grayscale
 from kornia.filters import get_gaussian_kernel1d
 from torch import Generator, Tensor, nn
 
-from stseg.augment._settings import check_batch, check_probability, ordered_range, uniform
+from stseg.augment._settings import check_batch, ordered_range, uniform
 from stseg.augment.cutout import Cutout
+from stseg.checks import check_probability
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _ELEMENTS_PER_PASS = 2**19

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from stseg.augment._settings import check_probability, ordered_range
+from stseg.augment._settings import ordered_range
+from stseg.checks import check_probability
 from stseg.data.convert import pair_of
 from stseg.types import ImageLike, MaskLike
 

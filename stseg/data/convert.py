@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from stseg.errors import DataError, UnreadableImageError
 
 
 def image_of(item: Any, *, name: str) -> Tensor:
-    """The image of a data set's item; whatever stands behind it is ignored."""
-    if isinstance(item, (tuple, list)):
+    """Return the image of an item: the item itself, its first element, or what a mapping holds as ``image``."""
+    if isinstance(item, Mapping):
+        item = _value(item, "image", name)
+    elif isinstance(item, (tuple, list)):
         if not item:
             raise DataError(f"item {name!r} is empty; expected an image, or a tuple that begins with one")
         item = item[0]
@@ -22,11 +25,13 @@ def image_of(item: Any, *, name: str) -> Tensor:
 
 
 def pair_of(item: Any, *, name: str) -> tuple[Tensor, Tensor]:
-    """Image and mask of a labeled data set's item, checked to be of one size.
+    """Return image and mask of a labeled item: its first two elements, or ``image`` and ``mask`` of a mapping.
 
     Raises:
         DataError: if there is no mask, or its size is not the image's.
     """
+    if isinstance(item, Mapping):
+        item = _value(item, "image", name), _value(item, "mask", name)
     if not isinstance(item, (tuple, list)) or len(item) < 2:
         raise DataError(f"item {name!r} has no mask; expected (image, mask), got {type(item).__name__}")
     image = as_image(item[0], name=name)
@@ -38,6 +43,14 @@ def pair_of(item: Any, *, name: str) -> tuple[Tensor, Tensor]:
             f"image and mask of {name!r} differ in size: image {h} x {w}, mask {mh} x {mw} (height x width){turned}"
         )
     return image, mask
+
+
+def _value(item: Mapping[Any, Any], key: str, name: str) -> Any:
+    if key not in item:
+        raise DataError(
+            f"item {name!r} is a mapping with the keys {sorted(map(str, item))}; expected {key!r} among them"
+        )
+    return item[key]
 
 
 def as_image(image: Any, *, name: str = "image") -> Tensor:

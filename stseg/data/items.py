@@ -1,104 +1,135 @@
-"""The items of a data set: how many there are, and their ids."""
+"""The items of any data set: how many there are, what they are called, and what they hold."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from stseg.data.convert import image_of, pair_of
 from stseg.errors import DataError
 
 
-def ids_of(dataset: Dataset[Any]) -> list[str]:
-    """The ids of a data set's items, in order.
+class Items(Dataset[Any]):
+    """Wraps a map-style data set at the door: length and names are resolved once.
 
-    ``dataset.ids`` where there is one; a ``Subset`` or ``ConcatDataset`` asks the data sets it is made of;
-    everything else is numbered ``"0"``, ``"1"``, ...
+    The ids are ``dataset.ids`` where there are any; a ``Subset`` or ``ConcatDataset`` asks the data sets it is made
+    of; all others are numbered ``"0"``, ``"1"``, ...
+
+    Args:
+        dataset: any map-style data set.
+
+    Attributes:
+        dataset: the data set.
+        names: what messages call the items: the ids, or ``dataset.item_names`` (of a data set that repeats items, whose
+            names are not unique).
+        has_ids: whether the items have ids of their own. Numbered ones, also of another data set in ``.dataset``, do
+            not: equal numbers do not mean equal images.
 
     Raises:
-        DataError: if ``ids`` and the data set differ in length, or an id occurs twice.
+        TypeError: if the data set has no length.
+        DataError: if names and items differ in number.
 
     Example:
-        >>> ids_of([object(), object()])
-        ['0', '1']
+        >>> items = Items([object(), object(), object()])
+        >>> len(items), items.ids, items.subset([2]).ids
+        (3, ['0', '1', '2'], ['2'])
     """
-    ids = _named(dataset, "ids")
-    twice = duplicate(ids)
-    if twice is not None:
-        raise DataError(f"the id {twice!r} occurs more than once in the data set; ids must be unique")
-    return ids
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+        length = _length(dataset)
+        ids = _names(dataset, "ids")
+        self._ids = [str(index) for index in range(length)] if ids is None else ids
+        names = _names(dataset, "item_names", "ids")
+        self.names = self._ids if names is None or names == ids else names
+        for found in (self._ids, self.names):
+            if len(found) != length:
+                raise DataError(f"the data set has {length} items but {len(found)} ids")
+        self.has_ids = _has_ids(dataset)
+        self._indices: Sequence[int] = range(length)
+        self._only_images = False
+
+    @classmethod
+    def of(cls, dataset: Dataset[Any]) -> Items:
+        """Wrap a data set, unless it is wrapped already."""
+        return dataset if isinstance(dataset, Items) else cls(dataset)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The ids of the items.
+
+        Raises:
+            DataError: if one occurs twice.
+        """
+        if (twice := duplicate(self._ids)) is not None:
+            raise DataError(f"the id {twice!r} occurs more than once in the data set; ids must be unique")
+        return self._ids
+
+    def subset(self, indices: Sequence[int], *, only_images: bool = False) -> Items:
+        """Return some of the items under their names; of ``only_images`` nothing but the image is ever handed on."""
+        part = object.__new__(Items)
+        part.dataset, part.has_ids = self.dataset, self.has_ids
+        part._ids = [self._ids[index] for index in indices]
+        part.names = part._ids if self.names is self._ids else [self.names[index] for index in indices]
+        part._indices = [self._indices[index] for index in indices]
+        part._only_images = only_images or self._only_images
+        return part
+
+    def image(self, index: int) -> Tensor:
+        """Return an item's image, ``(C, H, W)`` uint8 or float32 in [0, 1]."""
+        return image_of(self.dataset[self._indices[index]], name=self.names[index])
+
+    def pair(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return an item's image and its mask, ``(H, W)`` uint8 or int32."""
+        return pair_of(self[index], name=self.names[index])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.image(index) if self._only_images else self.dataset[self._indices[index]]
 
 
-def names_of(dataset: Dataset[Any]) -> list[str]:
-    """What error messages call the items: like the ids, but several may be called the same.
-
-    ``dataset.item_names`` where there is one (a data set that repeats items has no unique ids), else as in
-    ``ids_of``.
-
-    Raises:
-        DataError: if the names and the data set differ in length.
-    """
-    return _named(dataset, "item_names", "ids")
+def _length(dataset: Any) -> int:
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError):
+        raise TypeError(f"expected a map-style data set with a length, got {type(dataset).__name__}") from None
 
 
-def has_ids(dataset: Dataset[Any]) -> bool:
-    """Whether the items have names of their own.
-
-    Otherwise they are numbered, and so are those of a data set made from them (which it holds as
-    ``.dataset``): equal ids do not mean equal images then.
-    """
-    if isinstance(dataset, ConcatDataset):
-        return all(has_ids(part) for part in dataset.datasets)
-    ids, source = _find(dataset, "ids"), getattr(dataset, "dataset", None)
-    if ids is None or source is None or has_ids(source):
-        return ids is not None
-    return not all(id.isdecimal() for id in ids)
-
-
-def _named(dataset: Dataset[Any], *attributes: str) -> list[str]:
-    length = len_of(dataset)
-    names = _find(dataset, *attributes)
-    if names is None:
-        return [str(index) for index in range(length)]
-    if len(names) != length:
-        raise DataError(f"the data set has {length} items but {len(names)} ids")
-    return names
-
-
-def _find(dataset: Any, *attributes: str) -> list[str] | None:
+def _names(dataset: Any, *attributes: str) -> list[str] | None:
+    if isinstance(dataset, Items):
+        return dataset.names if "item_names" in attributes else dataset._ids
     for attribute in attributes:
         own = getattr(dataset, attribute, None)
         if own is not None and not callable(own):
             return [str(name) for name in own]
     if isinstance(dataset, Subset):
-        inner = _find(dataset.dataset, *attributes)
-        return None if inner is None else [inner[i] for i in dataset.indices]
+        inner = _names(dataset.dataset, *attributes)
+        return None if inner is None else [inner[index] for index in dataset.indices]
     if isinstance(dataset, ConcatDataset):
-        names: list[str] = []
-        for part in dataset.datasets:
-            found = _find(part, *attributes)
-            if found is None:
-                return None
-            names += found
-        return names
+        parts = [_names(part, *attributes) for part in dataset.datasets]
+        return None if None in parts else [name for part in parts for name in part or ()]
     return None
 
 
-def len_of(dataset: Dataset[Any]) -> int:
-    """Length of a map-style data set.
-
-    Raises:
-        TypeError: if it has no length (an ``IterableDataset``, or not a data set at all).
-    """
-    try:
-        return len(dataset)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        raise TypeError(f"expected a map-style data set with a length, got {type(dataset).__name__}") from None
+def _has_ids(dataset: Any) -> bool:
+    if isinstance(dataset, Items):
+        return dataset.has_ids
+    if isinstance(dataset, ConcatDataset):
+        return all(_has_ids(part) for part in dataset.datasets)
+    ids, source = _names(dataset, "ids"), getattr(dataset, "dataset", None)
+    if ids is None or source is None or _has_ids(source):
+        return ids is not None
+    return not all(id.isdecimal() for id in ids)
 
 
 def duplicate(ids: Sequence[str]) -> str | None:
-    """The first of ``ids`` that has occurred before."""
+    """Return the first of ``ids`` that has occurred before."""
     seen: set[str] = set()
     for id in ids:
         if id in seen:
@@ -107,7 +138,7 @@ def duplicate(ids: Sequence[str]) -> str | None:
     return None
 
 
-def repeated(ids: Sequence[str], others: Sequence[str]) -> str | None:
-    """The first of ``ids`` that also stands in ``others``."""
+def shared(ids: Sequence[str], others: Sequence[str]) -> str | None:
+    """Return the first of ``ids`` that is also among ``others``."""
     known = set(others)
-    return next((i for i in ids if i in known), None)
+    return next((id for id in ids if id in known), None)

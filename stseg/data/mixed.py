@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stseg.data.convert import pair_of
-from stseg.data.items import has_ids, len_of, names_of, repeated
+from stseg.data.items import Items, shared
 from stseg.errors import DataError
 from stseg.types import PairTransform
 
@@ -56,41 +56,35 @@ class MixedDataset(Dataset[tuple[Tensor, Tensor, bool]]):
         transform: PairTransform | None = None,
         repeat: int | None = None,
     ) -> None:
-        self.labeled = labeled
-        self.pseudo = pseudo
-        self.transform = transform
-        self._count = _count(labeled, "labeled")
-        others = 0 if pseudo is None else _count(pseudo, "pseudo-labeled")
-        self.repeat = max(1, -(-others // self._count)) if repeat is None else operator.index(repeat)
+        annotated, predicted = _items(labeled, "labeled"), None if pseudo is None else _items(pseudo, "pseudo-labeled")
+        others = 0 if predicted is None else len(predicted)
+        self.repeat = max(1, -(-others // len(annotated))) if repeat is None else operator.index(repeat)
         if self.repeat < 1:
             raise ValueError(f"repeat is {repeat}; expected 1 or more")
-        names = names_of(labeled)
-        pseudo_names = [] if pseudo is None else names_of(pseudo)
-        if pseudo is not None and has_ids(labeled) and has_ids(pseudo):
-            both = repeated(names, pseudo_names)
+        if predicted is not None and annotated.has_ids and predicted.has_ids:
+            both = shared(annotated.names, predicted.names)
             if both is not None:
                 raise DataError(f"the id {both!r} is in both the labeled and the pseudo-labeled data set")
-        self.item_names = names * self.repeat + pseudo_names
+        self.labeled, self.pseudo, self.transform = annotated, predicted, transform
+        self.item_names = annotated.names * self.repeat + (predicted.names if predicted is not None else [])
 
     def __len__(self) -> int:
         return len(self.item_names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
         position = range(len(self))[index]
-        name = self.item_names[position]
-        from_pseudo = position - self._count * self.repeat
+        from_pseudo = position - len(self.labeled) * self.repeat
         if from_pseudo < 0 or self.pseudo is None:
-            item = self.labeled[position % self._count]
+            image, mask = self.labeled.pair(position % len(self.labeled))
         else:
-            item = self.pseudo[from_pseudo]
-        image, mask = pair_of(item, name=name)
+            image, mask = self.pseudo.pair(from_pseudo)
         if self.transform is not None:
-            image, mask = pair_of(self.transform(image, mask), name=name)
+            image, mask = pair_of(self.transform(image, mask), name=self.item_names[position])
         return image, mask, from_pseudo >= 0
 
 
-def _count(dataset: Dataset[Any], name: str) -> int:
-    count = len_of(dataset)
-    if count == 0:
+def _items(dataset: Dataset[Any], name: str) -> Items:
+    items = Items.of(dataset)
+    if not len(items):
         raise DataError(f"the {name} data set is empty")
-    return count
+    return items

@@ -1,13 +1,15 @@
-"""Which samples make which batch, with which random numbers.
+"""The labeled and the unlabeled stream: which samples make which batch, with which random numbers.
 
-Everything here is a function of the seed and of the number of the step or of the draw. So a run that was killed goes
-on as if nothing had happened, and neither the number of workers nor that of processes changes what is drawn.
+Everything here is a function of the seed, the stream and the number of the step or of the draw. So a run that was
+killed resumes as if nothing had happened, and neither the number of workers nor that of processes changes what is
+drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,140 +17,244 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stseg.data.convert import check_mask_values, pair_of
+from stseg.data.items import Items
 from stseg.distributed import rank, world_size
 from stseg.engine.config import TrainConfig
-from stseg.errors import DataError
+from stseg.engine.method import Batch, weak_crop
+from stseg.errors import DataError, StsegError
 from stseg.seeds import derive_seed, fixed_seed
 from stseg.types import PairTransform
 
-Draw = tuple[int, int]
-"""The number of a draw, counted over the whole training, and the index of the sample that is drawn."""
+StreamName = Literal["labeled", "unlabeled"]
+
+
+class Draw(NamedTuple):
+    """A sample of a stream: ``number`` counts the draws over the whole training."""
+
+    stream: StreamName
+    number: int
+    item: int
 
 
 class BatchSampler(Sampler[list[Draw]]):
-    """The draws of each batch of this process, from one step of a training to its end.
+    """The draws of this process for each step.
 
-    Each epoch is a permutation of its own; its last incomplete batch is dropped. A data set smaller than a batch
-    is repeated to fill one.
+    Each pass over a stream is a permutation of its own, whose last incomplete batch is dropped; a stream smaller than
+    its batch is repeated to fill one. The shorter of two streams is passed over more often.
 
     Args:
-        samples: size of the data set.
-        batch_size: size of a batch, over all processes.
-        steps: which steps, counted from 0.
-        seed: what the permutations come from.
+        sizes: number of items and batch size over all processes of each stream.
+        steps: which steps, from 0.
+        seed: seed of the permutations.
 
     Raises:
         ValueError: if the processes cannot share a batch equally.
 
     Example:
-        >>> [len(batch) for batch in BatchSampler(10, 4, range(5), seed=0)]
-        [4, 4, 4, 4, 4]
+        >>> sampler = BatchSampler({"labeled": (3, 2), "unlabeled": (10, 4)}, range(5), seed=0)
+        >>> [len(batch) for batch in sampler]
+        [6, 6, 6, 6, 6]
     """
 
-    def __init__(self, samples: int, batch_size: int, steps: range, *, seed: int) -> None:
-        if batch_size % world_size():
-            raise ValueError(
-                f"batch_size is {batch_size} over all processes; expected a multiple of their number, {world_size()}"
-            )
-        self.samples, self.batch_size, self.steps, self.seed = samples, batch_size, steps, seed
+    def __init__(self, sizes: Mapping[StreamName, tuple[int, int]], steps: range, *, seed: int) -> None:
+        for stream, (_, batch_size) in sizes.items():
+            if batch_size % world_size():
+                name = "batch_size" if stream == "labeled" else "unlabeled_batch_size"
+                raise ValueError(
+                    f"{name} is {batch_size} over all processes; expected a multiple of their number, {world_size()}"
+                )
+        self.sizes, self.steps, self.seed = dict(sizes), steps, seed
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        per_epoch = steps_per_epoch(self.samples, self.batch_size)
-        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        orders: dict[StreamName, tuple[int, Tensor]] = {}
         for step in self.steps:
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = self._order(epoch)
-            start = step % per_epoch * self.batch_size
-            batch = order[start : start + self.batch_size].tolist()
-            draws = [(step * self.batch_size + place, index) for place, index in enumerate(batch)]
-            yield draws[rank() :: world_size()]
+            draws: list[Draw] = []
+            for stream, (items, batch_size) in self.sizes.items():
+                number, place = divmod(step, steps_per_pass(items, batch_size))
+                if stream not in orders or orders[stream][0] != number:
+                    orders[stream] = number, self._order(stream, number)
+                start = place * batch_size
+                indices = orders[stream][1][start : start + batch_size].tolist()
+                batch = [Draw(stream, step * batch_size + row, index) for row, index in enumerate(indices)]
+                draws += batch[rank() :: world_size()]
+            yield draws
 
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-        rounds = -(-self.batch_size // self.samples)  # more than one where the data set does not fill a batch
-        return torch.cat([torch.randperm(self.samples, generator=generator) for _ in range(rounds)])
+    def _order(self, stream: StreamName, number: int) -> Tensor:
+        items, batch_size = self.sizes[stream]
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, *_key("order", stream), number))
+        rounds = -(-batch_size // items)  # more than one where the items do not fill a batch
+        return torch.cat([torch.randperm(items, generator=generator) for _ in range(rounds)])
 
 
-def steps_per_epoch(samples: int, batch_size: int) -> int:
-    """Complete batches of an epoch; one where there are fewer samples than that.
+def _key(name: str, stream: StreamName) -> tuple[str, ...]:
+    return (name,) if stream == "labeled" else (name, stream)
+
+
+def steps_per_pass(items: int, batch_size: int) -> int:
+    """Return the number of complete batches of so many items; 1 where there are fewer items than that.
 
     Example:
-        >>> steps_per_epoch(366, 16), steps_per_epoch(3, 16)
+        >>> steps_per_pass(366, 16), steps_per_pass(3, 16)
         (22, 1)
     """
-    return max(1, samples // batch_size)
+    return max(1, items // batch_size)
 
 
-class AugmentedSamples(Dataset[tuple[Tensor, Tensor, bool]]):
-    """Augmented samples by draw: image, mask, and whether the mask is a pseudo-mask.
+class Streams(Dataset[tuple[StreamName, Any]]):
+    """The augmented samples of both streams, by draw, and the batches made of them.
 
     Args:
-        dataset: items ``(image, mask)`` or ``(image, mask, is_pseudo)``.
-        names: what messages call them.
-        transform: ``(image, mask) -> (image, mask)``, or None.
-        seed: with the number of the draw, what all random numbers of a sample come from.
+        labeled: items ``(image, mask)`` or ``(image, mask, is_pseudo)``.
+        unlabeled: items are images; None for none.
+        config: the settings.
+        view: what the method sees of an unlabeled image; see :meth:`stseg.Method.view`.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], names: Sequence[str], transform: PairTransform | None, *, seed: int
+        self,
+        labeled: Items,
+        unlabeled: Items | None,
+        config: TrainConfig,
+        view: Callable[[Tensor, PairTransform], tuple[Any, Tensor | None]] = weak_crop,
     ) -> None:
-        self.dataset, self.names, self.transform, self.seed = dataset, names, transform, seed
-        self._values: tuple[int, int] | None = None
+        self.items: dict[StreamName, Items] = {"labeled": labeled}
+        self.sizes: dict[StreamName, tuple[int, int]] = {"labeled": (len(labeled), config.batch_size)}
+        if unlabeled is not None:
+            self.items["unlabeled"] = unlabeled
+            self.sizes["unlabeled"] = len(unlabeled), config.unlabeled_batch_size or config.batch_size
+        self.config, self.view = config, view
+        self.num_classes: int | None = None
 
-    def check_masks(self, num_classes: int, ignore_index: int) -> None:
-        """From now on, refuse masks with other values."""
-        self._values = num_classes, ignore_index
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of a pass over the longer stream."""
+        return max(steps_per_pass(*size) for size in self.sizes.values())
+
+    def description(self) -> str:
+        """Describe the labeled items by number and names."""
+        names = list(self.items["labeled"].names)
+        return f"{len(names)} samples, {zlib.crc32(repr(names).encode()):08x}"
 
     def __len__(self) -> int:
-        return len(self.names)
+        return sum(len(items) for items in self.items.values())
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, bool]:
-        number, index = draw
-        name = self.names[index]
-        with fixed_seed(derive_seed(self.seed, "sample", number)):
-            item = self.dataset[index]
+    def __getitem__(self, draw: Draw) -> tuple[StreamName, Any]:
+        items, name = self.items[draw.stream], self.items[draw.stream].names[draw.item]
+        with fixed_seed(derive_seed(self.config.seed, *_key("sample", draw.stream), draw.number)):
+            if draw.stream == "unlabeled":
+                view, valid = self.view(items.image(draw.item), self._augment(name))
+                return draw.stream, (_map(view, Tensor.cpu), None if valid is None else valid.cpu())
+            item = items[draw.item]
             image, mask = pair_of(item, name=name)
-            if self._values is not None:
-                check_mask_values(mask, *self._values, name=name)
-            if self.transform is not None:
-                image, mask = pair_of(self.transform(image, mask), name=name)
-        return image.cpu(), mask.cpu(), len(item) > 2 and _is_true(item[2])
+            if self.num_classes is not None:
+                check_mask_values(mask, self.num_classes, self.config.ignore_index, name=name)
+            image, mask = self._augment(name)(image, mask)
+        return draw.stream, (image.cpu(), mask.cpu(), _is_pseudo(item))
+
+    def _augment(self, name: str) -> PairTransform:
+        """The weak augmentation, whose results are checked to be an image and a mask."""
+        weak = self.config.weak
+
+        def augment(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            if weak is None:
+                return image, mask
+            try:
+                return pair_of(weak(image, mask), name=name)
+            except StsegError:
+                raise
+            except Exception as error:  # each library has its own kinds
+                raise DataError(f"the weak augmentation {weak!r} fails for {name!r}: {error}") from error
+
+        return augment
+
+    def loader(self, steps: range, *, num_workers: int = 0, pin_memory: bool = False) -> DataLoader[Any]:
+        """Return the collated batches of some steps, read ahead by workers."""
+        return DataLoader(
+            self,
+            batch_sampler=BatchSampler(self.sizes, steps, seed=self.config.seed),
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # of its own, or it would advance the caller's
+        )
+
+    def batches(self, steps: range, total: int, device: torch.device, *, num_workers: int) -> Iterator[Batch]:
+        """Yield the batches of some steps out of ``total``, on a device, images as floats in [0, 1]."""
+        loader = self.loader(steps, num_workers=num_workers, pin_memory=device.type == "cuda")
+        for step, collated in zip(steps, loader, strict=True):
+            (images, masks, is_pseudo), (unlabeled, valid) = collated
+
+            def move(tensor: Tensor) -> Tensor:
+                tensor = tensor.to(device, non_blocking=True)
+                return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor
+
+            yield Batch(
+                images=move(images),
+                masks=masks.to(device, non_blocking=True).long(),
+                is_pseudo=is_pseudo.to(device, non_blocking=True),
+                unlabeled=_map(unlabeled, move),
+                valid=None if valid is None else valid.to(device, non_blocking=True),
+                step=step,
+                steps=total,
+                ignore_index=self.config.ignore_index,
+            )
 
 
-def _is_true(value: Any) -> bool:
-    """Whether it is a bool, of Python, numpy or torch, and true; what else may stand in third place is nothing."""
-    is_bool = isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool)
-    return is_bool and bool(value)
+def collate(samples: Sequence[tuple[StreamName, Any]]) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, Any]]:
+    """Stack the samples of each stream.
 
-
-def collate(samples: Sequence[tuple[Tensor, Tensor, bool]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Images ``(B, C, H, W)``, masks ``(B, H, W)`` and ``(B,)`` bool.
+    Returns:
+        Images ``(B, C, H, W)``, masks ``(B, H, W)`` and ``(B,)`` bool of the labeled stream; views and validity of the
+        unlabeled one, None without it.
 
     Raises:
-        DataError: if the images of a batch differ in shape.
+        DataError: if the samples of a batch differ in shape or in structure.
     """
-    images, masks, is_pseudo = zip(*samples, strict=True)
-    shapes = {tuple(image.shape) for image in images}
-    if len(shapes) > 1:
-        raise DataError(f"a batch holds images of the shapes {sorted(shapes)}; expected one (C, H, W)")
-    if len({image.dtype for image in images}) > 1:
-        images = tuple(image / 255 if image.dtype == torch.uint8 else image for image in images)
+    labeled = [sample for stream, sample in samples if stream == "labeled"]
+    images, masks, is_pseudo = zip(*labeled, strict=True)
     if len({mask.dtype for mask in masks}) > 1:
         masks = tuple(mask.to(torch.int32) for mask in masks)
-    return torch.stack(images), torch.stack(masks), torch.tensor(is_pseudo)
+    batch = _stack(images), torch.stack(masks), torch.tensor(is_pseudo)
+    unlabeled = [sample for stream, sample in samples if stream == "unlabeled"]
+    return batch, tuple(_stack(column) for column in zip(*unlabeled, strict=True)) if unlabeled else (None, None)
 
 
-def build_loader(samples: AugmentedSamples, config: TrainConfig, steps: range, *, pin_memory: bool) -> DataLoader[Any]:
-    """The batches of some steps of a training, read ahead by workers."""
-    return DataLoader(
-        samples,
-        batch_sampler=BatchSampler(len(samples), config.batch_size, steps, seed=config.seed),
-        num_workers=config.num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # of its own, or it would advance the caller's
-    )
+def _stack(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {key: _stack([value[key] for value in values]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return [_stack(column) for column in zip(*values, strict=True)]
+    if not isinstance(first, Tensor):
+        return torch.tensor(values) if isinstance(first, (bool, int, float)) else first
+    if len(shapes := {tuple(value.shape) for value in values}) > 1:
+        raise DataError(
+            f"a batch holds images of the shapes {sorted(shapes)}; expected one (C, H, W) "
+            "(a weak augmentation that crops, such as weak=stseg.WeakAugment(321), makes them equal)"
+        )
+    if len({value.dtype for value in values}) > 1:
+        values = [value / 255 if value.dtype == torch.uint8 else value for value in values]
+    return torch.stack(list(values))
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor of nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map(each, function) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_map(each, function) for each in value]
+    return value
+
+
+def _is_pseudo(item: Any) -> bool:
+    """Whether the third element of an item is true; anything there but a bool of Python, numpy or torch is ignored."""
+    if isinstance(item, Mapping) or len(item) < 3:
+        return False
+    value = item[2]
+    is_bool = isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    return is_bool and bool(value)

@@ -1,4 +1,4 @@
-"""Weights on disk, and the folder in which a training stage can be killed at any moment and go on."""
+"""Weights on disk, and the folder in which a stage can be killed at any moment and resumed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
+from torch.optim import Optimizer
 
 from stseg.distributed import barrier, rank
+from stseg.engine.method import Method
 from stseg.errors import DataError
 from stseg.models.segmenter import Segmenter
 from stseg.models.state import cpu_state
@@ -23,63 +26,101 @@ from stseg.storage.files import write_atomically
 from stseg.storage.records import claim, read_record, write_record
 
 Row = dict[str, float]
-"""A line of a history: epoch, step, lr (of the backbone), loss (mean since the line before), miou (with validation) and
-seconds (since the beginning)."""
+"""A row of a history: epoch, step, lr (of the backbone), loss and what the method logged (means since the row before),
+miou (with validation) and seconds (since the start)."""
+
+RESERVED = ("epoch", "step", "lr", "loss", "miou", "seconds")
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the state dict of a network, or of the network inside a :class:`stseg.Segmenter`, as safetensors."""
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write the weights of a network as safetensors.
+
+    Args:
+        model: a network; of a :class:`stseg.Segmenter` the network inside, so that the file does not depend on stseg.
+        path: file to write; it appears when it is complete.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> save_weights(nn.Conv2d(3, 2, 1), path)
+        >>> sorted(load_file(path))
+        ['bias', 'weight']
+    """
     content = save(cpu_state(_bare(model)))
-    write_atomically(path, lambda file: file.write(content))
+    write_atomically(Path(path), lambda file: file.write(content))
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Read what ``save_weights`` wrote into a network of the same architecture.
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load the weights of a file, such as ``model.safetensors`` of a work directory, into a network.
+
+    Args:
+        model: a network of the same architecture, bare or in a :class:`stseg.Segmenter`; changed in place.
+        path: file that :func:`stseg.save_weights`, :func:`stseg.fit` or :class:`stseg.SelfTrainer` wrote.
 
     Raises:
-        DataError: if the file is broken or belongs to another architecture.
+        DataError: if the file is missing, damaged or of another architecture.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> one, other = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1)
+        >>> save_weights(one, path)
+        >>> load_weights(other, path)
+        >>> torch.equal(one.weight, other.weight)
+        True
     """
     try:
         _bare(model).load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as error:
         kind = type(_bare(model)).__name__
         raise DataError(
-            f"{path} cannot be loaded into a {kind}: {error} (if it is damaged, remove it to train its stage anew)"
+            f"{path} cannot be loaded into a {kind}: {error} "
+            "(if the file is damaged, delete it to train its stage again)"
         ) from error
 
 
-def copy_on_cpu(model: nn.Module) -> nn.Module:
-    """A copy that shares nothing with the model, on the CPU, in evaluation mode and without gradients."""
+def copy_to_cpu(model: nn.Module) -> nn.Module:
+    """Return a copy that shares nothing with the model, on the CPU, in evaluation mode and without gradients."""
     return copy.deepcopy(model).to("cpu").eval().requires_grad_(False)
 
 
 @dataclass
 class StageState:
-    """How far a stage has come."""
+    """Progress of a stage."""
 
     step: int = 0
     seconds: float = 0.0
     best: float = -math.inf
-    losses: list[float] = field(default_factory=list)
-    """Those since the last row of the history."""
+    logged: dict[str, list[float]] = field(default_factory=dict)
+    """The loss and what the method logged, for each step since the last row of the history."""
     history: list[Row] = field(default_factory=list)
 
-    def add_row(self, *, epoch: float, lr: float, miou: float | None, seconds: float) -> None:
-        """Close a part of the training: the mean of its losses goes into the history."""
-        row = {"epoch": epoch, "step": self.step, "lr": lr, "loss": math.fsum(self.losses) / len(self.losses)}
-        self.history.append({**row, **({} if miou is None else {"miou": miou}), "seconds": seconds})
-        self.losses.clear()
+    def record(self, numbers: dict[str, float]) -> None:
+        """Count a step and keep its numbers for the next row."""
+        self.step += 1
+        for name, number in numbers.items():
+            self.logged.setdefault(name, []).append(number)
 
-    def shown(self, loss: float) -> dict[str, str]:
-        """What a progress bar tells: the last loss, and the last mIoU in per cent."""
+    def add_row(self, *, epoch: float, lr: float, miou: float | None, seconds: float) -> Row:
+        """Add a row to the history: the means of the numbers since the row before."""
+        means = {name: math.fsum(numbers) / len(numbers) for name, numbers in self.logged.items()}
+        row = {"epoch": epoch, "step": float(self.step), "lr": float(lr), **means}
+        self.history.append({**row, **({} if miou is None else {"miou": miou}), "seconds": seconds})
+        self.logged.clear()
+        return self.history[-1]
+
+    def shown(self, numbers: dict[str, float]) -> dict[str, str]:
+        """Return what a progress bar shows: the last numbers, and the last mIoU in per cent."""
         miou = self.history[-1].get("miou") if self.history else None
-        return {"loss": f"{loss:.3f}"} | ({} if miou is None else {"mIoU": f"{100 * miou:.1f}"})
+        shown = {name: f"{number:.3f}" for name, number in numbers.items()}
+        return shown | ({} if miou is None else {"mIoU": f"{100 * miou:.1f}"})
 
 
 class StageCheckpoint:
     """What a stage keeps: in a folder, or in memory where that is None.
 
-    ``model.safetensors`` comes last, so where it is, the stage is done. Of several processes the first one writes.
+    ``model.safetensors`` is written last, so a folder that has it holds a finished stage. Of several processes the
+    first one writes.
 
     Args:
         folder: made when there is something to write.
@@ -96,7 +137,7 @@ class StageCheckpoint:
             claim(self.folder / "stage.json", record)
 
     def finished(self, model: nn.Module) -> StageState | None:
-        """Load the weights of the stage into the model if it is done."""
+        """Load the weights of the stage into the model if it is finished."""
         if self.folder is None or not (self.folder / "model.safetensors").exists():
             return None
         load_weights(model, self.folder / "model.safetensors")
@@ -106,46 +147,49 @@ class StageCheckpoint:
         try:
             return StageState(**(read_record(path) or {"missing": path}))
         except TypeError:
-            raise DataError(f"{path} is missing or damaged; remove {self.folder} to train this stage anew") from None
+            raise DataError(f"{path} is missing or damaged; delete {self.folder} to train this stage again") from None
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> StageState:
+    def resume(self, method: Method, optimizers: Sequence[Optimizer]) -> StageState:
         """Load the last state that was saved, if there is one."""
         if self.folder is None or not (path := self.folder / "state" / "latest.pt").exists():
             return StageState()
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            _bare(model).load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            return StageState(**state["progress"])
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            method.load_state_dict(saved["method"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            return StageState(**saved["progress"])
         except Exception as error:  # torch raises many kinds for a broken file, with advice that does not fit here
-            raise DataError(f"{path} is damaged ({type(error).__name__}); remove it to begin the stage anew") from error
+            raise DataError(
+                f"{path} is damaged ({type(error).__name__}); delete it to start the stage from its beginning"
+            ) from error
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: StageState) -> None:
+    def save(self, method: Method, optimizers: Sequence[Optimizer], state: StageState) -> None:
         """Replace the saved state."""
         if self.folder is None or rank() != 0:
             return
-        state = {
-            "model": _bare(model).state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "progress": asdict(progress),
+        content = {
+            "method": method.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "progress": asdict(state),
         }
-        write_atomically(self.folder / "state" / "latest.pt", lambda file: torch.save(state, file))
+        write_atomically(self.folder / "state" / "latest.pt", lambda file: torch.save(content, file))
 
-    def log(self, progress: StageState) -> None:
-        """Write the history as it is."""
+    def write_history(self, state: StageState) -> None:
+        """Replace the history by what it is now."""
         if self.folder is not None and rank() == 0:
-            lines = "".join(json.dumps(row) + "\n" for row in progress.history)
+            lines = "".join(json.dumps(row) + "\n" for row in state.history)
             write_atomically(self.folder / "history.jsonl", lambda file: file.write(lines.encode()))
 
     def add_snapshot(self, model: nn.Module, at: int) -> nn.Module:
         """Keep a copy of the model as it is."""
         if self.folder is not None and rank() == 0:
             save_weights(model, self._snapshot(at))
-        return copy_on_cpu(model)
+        return copy_to_cpu(model)
 
     def snapshot(self, model: nn.Module, at: int) -> nn.Module:
-        """A copy of the model with the weights that were kept."""
-        copied = copy_on_cpu(model)
+        """Return a copy of the model with the weights that were kept."""
+        copied = copy_to_cpu(model)
         load_weights(copied, self._snapshot(at))
         return copied
 
@@ -164,11 +208,11 @@ class StageCheckpoint:
         elif self._best is not None:
             model.load_state_dict(self._best)
 
-    def finish(self, model: nn.Module, progress: StageState) -> None:
+    def finish(self, model: nn.Module, state: StageState) -> None:
         """Write the result and remove what was only needed on the way."""
         barrier()  # all have read the best weights by now
         if self.folder is not None and rank() == 0:
-            write_record(self.folder / "progress.json", asdict(progress))
+            write_record(self.folder / "progress.json", asdict(state))
             save_weights(model, self.folder / "model.safetensors")
             shutil.rmtree(self.folder / "state", ignore_errors=True)
         barrier()

@@ -1,80 +1,98 @@
-"""How a stage is trained: the settings of the paper, and what may differ from them."""
+"""Settings of a training stage: its length and batches, its optimization, its execution."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from numbers import Real
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeAlias
 
-from stseg.augment import WeakAugment
-from stseg.types import Precision
+import torch
+
+from stseg.augment import WeakAugment, as_pair_transform
+from stseg.checks import check_choice, check_nonnegative, check_number
+from stseg.storage.records import describe
+from stseg.types import PairTransform, Precision
+
+ParameterGroups: TypeAlias = list[dict[str, Any]]
+"""Parameters with their learning rates, as torch's optimizers take them: ``[{"params": [...], "lr": 0.001}, ...]``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of one training stage.
 
+    Length and batches:
+
     Args:
-        epochs: how often the data set is gone through. Either this or ``steps``.
-        steps: number of iterations in its place, so that stages of different sizes can be given equal work.
-        batch_size: images of a step, over all devices together.
-        crop_size: what the weak augmentation crops: a side or ``(height, width)``, in pixels.
-        base_size: long side that ``scale`` multiplies, in pixels; ``None`` takes that of each image.
-        scale: smallest and largest factor of the weak augmentation.
-        flip: its probability of a mirror image.
-        lr: learning rate of the backbone. It falls by ``(1 - step / steps) ** power`` after every step.
-        head_lr_factor: the rest of the network learns at ``head_lr_factor * lr``. A network in which no
-            backbone is found learns at ``lr`` as a whole.
-        backbone: name of the submodule that is the backbone, such as ``"model.encoder"``; ``None`` takes
-            ``encoder``, ``backbone`` or what ``base_model_prefix`` names.
-        optimizer: ``"sgd"`` or ``"adamw"``.
-        momentum: of SGD.
-        weight_decay: of either.
-        power: exponent of the schedule.
-        pseudo_weight: lambda, the weight of the pixels of pseudo-labeled images in the loss
-            ``(sum over labeled pixels + lambda * sum over pseudo-labeled pixels) / number of pixels``, in which all
-            pixels of the batch are counted that are not ignored, over all devices. At 1, the paper's, it is the one
-            mean over the mixed batch; at 0 only true masks are learned from.
-        sync_batchnorm: whether batch normalization takes its statistics from the images of all processes; the paper
-            leaves it open. Changes nothing in a single process.
-        precision: ``"fp32"``, or ``"bf16"`` for bfloat16 autocast with float32 weights.
-        double_below: a supervised stage with fewer labeled images than this takes each twice an epoch.
-        num_workers: processes that read and augment, per device. They do not change the result.
+        epochs: passes over the data set, of two streams over the longer one. Either this or ``steps``.
+        steps: number of iterations instead, so that stages of different sizes can be given equal work.
+        batch_size: images of a step, over all processes together.
+        unlabeled_batch_size: of the unlabeled stream; None takes ``batch_size``.
+        weak: augmentation of every training image: a :class:`stseg.WeakAugment`, a torchvision v2 transform,
+            :func:`stseg.augment.from_albumentations`, or any function ``(image, mask) -> (image, mask)``. All images
+            must come out in one size. None takes items as they are.
+        ignore_index: mask value of pixels without a label.
         seed: of everything random in the stage.
+        optimizer: ``"sgd"``, ``"adamw"``, or a function of parameter groups that returns an optimizer, such as
+            ``functools.partial(torch.optim.RAdam, weight_decay=0.01)``.
+        lr: learning rate of the backbone.
+        head_lr_factor: everything that is not backbone learns at ``head_lr_factor * lr``. A network in which no
+            backbone is found learns at ``lr`` as a whole.
+        backbone: name of the submodule that is the backbone, such as ``"model.encoder"``; None takes ``encoder``,
+            ``backbone`` or what ``base_model_prefix`` names.
+        momentum: momentum of ``"sgd"``.
+        weight_decay: weight decay of ``"sgd"`` and ``"adamw"``.
+        power: exponent of the schedule: all learning rates are multiplied by ``(1 - step / steps) ** power``.
+        schedule: ``(step, steps) -> factor`` instead of that.
+        sync_batchnorm: whether batch normalization takes its statistics from the images of all processes. Changes
+            nothing in a single process.
+        precision: ``"fp32"``, or ``"bf16"`` for bfloat16 autocast with float32 weights.
+        num_workers: processes that read and augment, per device. They do not change the result.
+        eval_batch_size: images of equal size that are evaluated, labeled or ranked at once.
+        eval_every: a row of the history, with validation, each so many epochs (steps where the length is given in
+            steps) and at the end; None: every epoch, or about twenty rows.
+        save_every: seconds between saves of the state of a training that is under way.
 
     Raises:
-        ValueError: if a setting makes no sense; it names the setting.
+        ValueError: if a setting is out of its range; names it.
 
     Example:
-        >>> TrainConfig(steps=6000, batch_size=8, crop_size=(96, 128), lr=1e-3, optimizer="adamw").epochs is None
+        >>> config = TrainConfig(steps=6000, batch_size=8, weak=WeakAugment((96, 128)), lr=1e-3, optimizer="adamw")
+        >>> config.epochs is None
         True
     """
 
+    # Length and batches
     epochs: int | None = None
     steps: int | None = None
     batch_size: int = 16
-    crop_size: int | tuple[int, int] = 321
-    base_size: int | None = None
-    scale: tuple[float, float] = (0.5, 2.0)
-    flip: float = 0.5
+    unlabeled_batch_size: int | None = None
+    weak: PairTransform | None = WeakAugment(321)  # noqa: RUF009  frozen
+    ignore_index: int = 255
+    seed: int = 0
+
+    # Optimization
+    optimizer: Literal["sgd", "adamw"] | Callable[[ParameterGroups], torch.optim.Optimizer] = "sgd"
     lr: float = 0.001
     head_lr_factor: float = 10.0
     backbone: str | None = None
-    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
     power: float = 0.9
-    pseudo_weight: float = 1.0
+    schedule: Callable[[int, int], float] | None = None
+
+    # Execution
     sync_batchnorm: bool = False
     precision: Precision = "fp32"
-    double_below: int = 200
-    num_workers: int = 0
-    seed: int = 0
+    num_workers: int = field(default=0, metadata={"record": False})
+    eval_batch_size: int = field(default=8, metadata={"record": False})
+    eval_every: int | None = None
+    save_every: float = field(default=60.0, metadata={"record": False})
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"epochs is {self.epochs} and steps is {self.steps}; expected one of the two")
-        for name in ("epochs", "steps", "batch_size", "base_size"):
+        for name in ("epochs", "steps", "batch_size", "unlabeled_batch_size", "eval_batch_size", "eval_every"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} is {value!r}; expected a positive integer")
@@ -82,58 +100,59 @@ class TrainConfig:
             raise ValueError(
                 f"seed is {self.seed!r} and num_workers {self.num_workers!r}; expected integers, workers >= 0"
             )
-        for name in ("lr", "head_lr_factor", "momentum", "weight_decay", "power", "pseudo_weight", "double_below"):
-            if not isinstance(getattr(self, name), Real):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; expected a number")
         for name in ("lr", "head_lr_factor"):
+            check_number(name, getattr(self, name))
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
-        for name in ("momentum", "weight_decay", "power", "pseudo_weight", "double_below"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        if not isinstance(self.sync_batchnorm, bool):
-            raise ValueError(f"sync_batchnorm is {self.sync_batchnorm!r}; expected True or False")
-        if self.optimizer not in ("sgd", "adamw"):
-            raise ValueError(f"optimizer is {self.optimizer!r}; expected 'sgd' or 'adamw'")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision is {self.precision!r}; expected 'fp32' or 'bf16'")
+        for name in ("momentum", "weight_decay", "power", "save_every"):
+            check_nonnegative(name, getattr(self, name))
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "optimizer is an optimizer; expected a function that makes one of parameter groups, "
+                "such as functools.partial(torch.optim.RAdam, weight_decay=0.01)"
+            )
+        if self.optimizer not in ("sgd", "adamw") and not callable(self.optimizer):
+            raise ValueError(
+                f"optimizer is {self.optimizer!r}; expected 'sgd', 'adamw' or a function of parameter groups, "
+                "such as functools.partial(torch.optim.RAdam, weight_decay=0.01)"
+            )
+        check_choice("precision", self.precision, "fp32", "bf16")
+        written = getattr(self.weak, "ignore_index", self.ignore_index)
+        if written != self.ignore_index:
+            raise ValueError(
+                f"weak pads masks with {written}, but ignore_index is {self.ignore_index}; "
+                f"expected weak=WeakAugment(..., ignore_index={self.ignore_index})"
+            )
+        object.__setattr__(self, "weak", as_pair_transform(self.weak, ignore_index=self.ignore_index))
 
-        self.weak_augment()  # which looks at its own settings
-
-    def weak_augment(self, ignore_index: int = 255) -> WeakAugment:
-        """The weak augmentation of these settings.
-
-        Example:
-            >>> TrainConfig(epochs=1, crop_size=32).weak_augment().crop_size
-            (32, 32)
-        """
-        return WeakAugment(
-            self.crop_size, base_size=self.base_size, scale=self.scale, flip=self.flip, ignore_index=ignore_index
-        )
+    @property
+    def length(self) -> int:
+        """How many epochs, or steps where the length is given in steps."""
+        return self.epochs or self.steps or 0
 
     @classmethod
     def pascal(cls, *, batch_size: int = 16, **changes: Any) -> TrainConfig:
-        """The paper's settings for Pascal VOC 2012 (Yang et al., CVPR 2022, section 4.1).
+        """Return the settings of ST and ST++ for Pascal VOC 2012 (Yang et al., CVPR 2022, section 4.1).
 
         Args:
-            batch_size: the learning rate follows it: 0.001 for 16.
+            batch_size: the learning rate is proportional to it: 0.001 for 16.
             changes: other settings, such as ``head_lr_factor=1`` for DeepLabV2.
 
         Example:
             >>> TrainConfig.pascal(batch_size=8).lr
             0.0005
         """
-        return cls._paper(batch_size, changes, epochs=80, lr=0.001, crop_size=321, base_size=400)
+        return cls._paper(batch_size, changes, epochs=80, lr=0.001, weak=WeakAugment(321, base_size=400))
 
     @classmethod
     def cityscapes(cls, *, batch_size: int = 16, **changes: Any) -> TrainConfig:
-        """The paper's settings for Cityscapes; arguments as those of :meth:`pascal`, learning rate 0.004 for 16.
+        """Return the settings for Cityscapes; as :meth:`pascal`, with a learning rate of 0.004 for 16 images.
 
         Example:
-            >>> TrainConfig.cityscapes().crop_size
-            721
+            >>> TrainConfig.cityscapes().weak.crop_size
+            (721, 721)
         """
-        return cls._paper(batch_size, changes, epochs=240, lr=0.004, crop_size=721, base_size=2048)
+        return cls._paper(batch_size, changes, epochs=240, lr=0.004, weak=WeakAugment(721, base_size=2048))
 
     @classmethod
     def _paper(cls, batch_size: int, changes: dict[str, Any], *, lr: float, **settings: Any) -> TrainConfig:
@@ -142,20 +161,11 @@ class TrainConfig:
         settings |= {"batch_size": batch_size, "lr": lr * batch_size / 16, **changes}
         return cls(**settings)
 
-    def record(self) -> dict[str, Any]:
-        """What the result depends on, which is all but the workers.
-
-        What goes beyond the paper is there only where it is asked for: records that were made before there was such a
-        choice stay valid.
-
-        Example:
-            >>> [TrainConfig(steps=1, pseudo_weight=weight).record().get("pseudo_weight") for weight in (1.0, 0.5)]
-            [None, 0.5]
-        """
-        beyond = {"pseudo_weight": 1.0, "sync_batchnorm": False}
-        settings = asdict(self)
-        return {k: v for k, v in settings.items() if k != "num_workers" and not (k in beyond and v == beyond[k])}
+    def provenance(self) -> dict[str, Any]:
+        """Return what the result depends on, of JSON's types."""
+        recorded = [each.name for each in fields(self) if each.metadata.get("record", True)]
+        return {name: describe(getattr(self, name)) for name in recorded}
 
     def with_seed(self, seed: int) -> TrainConfig:
-        """The same settings with another seed."""
+        """Return the same settings with another seed."""
         return replace(self, seed=seed)

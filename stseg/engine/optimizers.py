@@ -1,38 +1,76 @@
-"""Parameter groups and optimizers."""
+"""Parameter groups and optimizers of a method, and the learning rate of a step."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from stseg.engine.config import TrainConfig
-from stseg.functional.ramps import polynomial_decay as polynomial_decay
+from stseg.engine.config import ParameterGroups, TrainConfig
+from stseg.functional import polynomial_decay
 from stseg.models.backbone import backbone_of
+from stseg.models.segmenter import Segmenter
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """The backbone at the base learning rate, the rest at ``head_lr_factor`` times that.
+def parameter_groups(module: nn.Module, config: TrainConfig) -> ParameterGroups:
+    """Split the trainable parameters: backbones at the base learning rate, the rest at ``head_lr_factor`` times that.
+
+    Args:
+        module: a network, or a method with one network or several. A network without a backbone learns at the base
+            rate as a whole; what belongs to no network, such as an auxiliary decoder, learns as a head.
+        config: the settings.
 
     Raises:
-        ValueError: if ``config.backbone`` names no submodule, or nothing can be trained.
+        ValueError: if ``config.backbone`` names no submodule of a network, or nothing can be trained.
     """
-    network = getattr(model, "network", model)
-    backbone = backbone_of(network, config.backbone)
-    inside = set() if backbone is None else {id(p) for p in backbone.parameters()}
-    trained = [p for p in network.parameters() if p.requires_grad]
+    bases: set[int] = set()
+    for network in _networks(module):
+        backbone = backbone_of(network, config.backbone)
+        bases.update(id(p) for p in (network if backbone is None else backbone).parameters())
+    trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
-        raise ValueError(f"the network ({type(network).__name__}) has no parameters that require gradients")
-    base = [p for p in trained if backbone is None or id(p) in inside]
-    head = [p for p in trained if backbone is not None and id(p) not in inside]
+        raise ValueError(f"the network ({type(module).__name__}) has no parameters that require gradients")
+    base, head = ([p for p in trained if (id(p) in bases) is wanted] for wanted in (True, False))
     groups = [(base, config.lr), (head, config.lr * config.head_lr_factor)]
-    return [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if params]
+    return [{"params": params, "lr": lr} for params, lr in groups if params]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """What ``config.optimizer`` names, over the groups of :func:`parameter_groups`."""
-    groups = parameter_groups(model, config)
+def _networks(module: nn.Module) -> Iterator[nn.Module]:
+    """The bare networks in a method; a module that holds no wrapped network is one itself."""
+    wrapped = [each.network for each in module.modules() if isinstance(each, Segmenter)]
+    trained = [network for network in wrapped if any(p.requires_grad for p in network.parameters())]
+    yield from trained if wrapped else [module]
+
+
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Build the optimizer that ``config.optimizer`` names, over the groups of :func:`parameter_groups`.
+
+    Example:
+        >>> optimizer = build_optimizer(nn.Conv2d(3, 2, 1), TrainConfig(steps=1, optimizer="adamw", lr=0.01))
+        >>> type(optimizer).__name__, optimizer.param_groups[0]["lr"]
+        ('AdamW', 0.01)
+    """
+    groups = parameter_groups(module, config)
+    if callable(config.optimizer):
+        return config.optimizer(groups)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def keep_initial_rates(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Note the learning rate of each group, which the schedule multiplies, as torch's own schedulers do."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+
+
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], config: TrainConfig, step: int, steps: int) -> float:
+    """Give every group its learning rate of a step, and return the factor of all of them."""
+    schedule = config.schedule or (lambda step, steps: polynomial_decay(step, steps, config.power))
+    factor = schedule(step, steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+    return factor

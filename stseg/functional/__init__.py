@@ -1,5 +1,6 @@
 """The mathematics: pure, batched functions on tensors of any device."""
 
+from stseg.functional.classes import one_hot
 from stseg.functional.confidence import expected_iou, mean_certainty, mean_confidence, mean_margin
 from stseg.functional.confusion import confusion_matrix, iou, mean_iou
 from stseg.functional.consistency import consistency_loss, consistency_target, sure_share
@@ -36,6 +37,7 @@ __all__ = [
     "mean_margin",
     "mean_over_processes",
     "ohem_cross_entropy",
+    "one_hot",
     "paste",
     "pixel_agreement",
     "polynomial_decay",

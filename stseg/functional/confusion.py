@@ -23,7 +23,8 @@ def confusion_matrix(
         ``(num_classes, num_classes)`` int64: rows are the true class, columns the predicted one.
 
     Raises:
-        ValueError: if shapes differ, or a value is no class or no integer.
+        ValueError: if shapes differ, or a value is not a valid class index.
+        TypeError: if the dtype is not integral.
 
     Example:
         >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2)
@@ -31,14 +32,20 @@ def confusion_matrix(
                 [0, 1]])
     """
     check_same_shape("prediction", prediction, "target", target)
-    prediction, target = indices("prediction", prediction).flatten(), indices("target", target).flatten()
+    prediction, target = indices("prediction", prediction), indices("target", target)
+    counted = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+    check_range("prediction", prediction[counted], num_classes)
+    check_range("target", target[counted], num_classes)
+    return compute_confusion_matrix(prediction, target, num_classes, ignore_index)
+
+
+def compute_confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
+    """Compute :func:`confusion_matrix` of class maps that are known to be valid."""
+    cells = target.long().flatten() * num_classes + prediction.long().flatten()
     if ignore_index is not None:
-        counted = target != ignore_index
-        prediction, target = prediction[counted], target[counted]
-    check_range("prediction", prediction, num_classes)
-    check_range("target", target, num_classes)
-    cells = torch.bincount(target * num_classes + prediction, minlength=num_classes**2)
-    return cells.reshape(num_classes, num_classes)
+        cells = torch.where(target.flatten() != ignore_index, cells, num_classes**2)
+    counts = torch.bincount(cells, minlength=num_classes**2 + 1)[: num_classes**2]
+    return counts.reshape(num_classes, num_classes)
 
 
 def iou(matrix: Tensor) -> Tensor:
@@ -72,7 +79,8 @@ def mean_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ignore_ind
         float64 scalar in [0, 1]; NaN if no pixel counts.
 
     Raises:
-        ValueError: if shapes differ, or a value is no class or no integer.
+        ValueError: if shapes differ, or a value is not a valid class index.
+        TypeError: if the dtype is not integral.
 
     Example:
         >>> mean_iou(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 3)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stseg.functional._checks import check_classes
+from stseg.functional.classes import check_classes
 from stseg.functional.losses import mean_over_processes
 
 

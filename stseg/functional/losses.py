@@ -186,14 +186,14 @@ def supervised_loss(logits: Tensor, masks: Tensor, *, loss: Criterion | None = N
         masks: ``(B, H, W)`` int64.
         loss: ``(logits, masks) -> scalar``, such as a loss of segmentation_models_pytorch. It must know by itself
             which mask value does not count (see :func:`without_ignored`), and is of the batch of one process.
-        ignore_index: mask value of pixels that do not count, for the cross-entropy.
+        ignore_index: mask value of pixels that do not count: for the cross-entropy, and for messages.
 
     Returns:
         Scalar.
 
     Raises:
         TypeError: if ``loss`` returns no tensor.
-        ValueError: if it returns more than one value.
+        ValueError: if it fails, or returns more than one value.
 
     Example:
         >>> logits, masks = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)
@@ -202,7 +202,18 @@ def supervised_loss(logits: Tensor, masks: Tensor, *, loss: Criterion | None = N
     """
     if loss is None:
         return cross_entropy(logits, masks, ignore_index=ignore_index)
-    value = loss(logits, masks)
+    try:
+        value = loss(logits, masks)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any kind: each library has its own
+        raise ValueError(
+            f"the loss {loss!r} fails on logits {tuple(logits.shape)} and masks {tuple(masks.shape)}: "
+            f"{type(error).__name__}: {error}\n"
+            f"Masks hold the ignore index {ignore_index} where there is no label. A loss that does not know it needs\n"
+            f"    its own argument, such as nn.CrossEntropyLoss(ignore_index={ignore_index}), or\n"
+            f"    stseg.functional.without_ignored(loss, ignore_index={ignore_index})"
+        ) from error
     if not isinstance(value, Tensor):
         raise TypeError(f"the loss {loss!r} returned {type(value).__name__}; expected a scalar tensor")
     if value.ndim != 0:

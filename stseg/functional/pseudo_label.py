@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stseg.functional._checks import check_classes, index_dtype
+from stseg.functional.classes import check_classes, index_dtype
 from stseg.functional.thresholds import check_threshold
 
 

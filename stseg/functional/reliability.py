@@ -34,6 +34,11 @@ def stability(masks: Tensor, reference: Tensor, num_classes: int) -> Tensor:
         >>> stability(torch.zeros(2, 1, 4, 4, dtype=torch.long), torch.zeros(1, 4, 4, dtype=torch.long), 3)
         tensor([1.], dtype=torch.float64)
     """
+    return compute_stability(*_checked_masks(masks, reference, num_classes), num_classes)
+
+
+def compute_stability(masks: Tensor, reference: Tensor, num_classes: int) -> Tensor:
+    """Compute :func:`stability` of int64 class maps that are known to be valid."""
     scores = []
     for common, union in _overlaps(masks, reference, num_classes):
         ratio = torch.where(union > 0, common.double() / union.clamp(min=1), 0.0)
@@ -78,7 +83,7 @@ def weighted_stability(
         raise ValueError(f"min_share is {min_share}; expected a share in [0, 1]")
     least = min_share * math.prod(reference.shape[1:]) - 1e-9  # 0.1 * 30 is 3.0000000000000004 in floating point
     scores = []
-    for common, union in _overlaps(masks, reference, num_classes):
+    for common, union in _overlaps(*_checked_masks(masks, reference, num_classes), num_classes):
         largest = union.amax(1, keepdim=True).double()
         counts = (union > 0) & (union >= largest.clamp(max=least))
         scores.append(mean_over_classes(common.double(), union, counts, power))
@@ -131,7 +136,6 @@ def _checked_masks(masks: Tensor, reference: Tensor, num_classes: int) -> tuple[
 
 def _overlaps(masks: Tensor, reference: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each mask and the reference: ``(B, K)`` int64 pixels that both give to a class, and that either does."""
-    masks, reference = _checked_masks(masks, reference, num_classes)
     area = class_areas(reference, num_classes)
     for mask in masks:
         # Where the two differ, the pixel goes to one class more, which is then left out.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,13 +9,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from stseg.data.convert import check_mask_values
-from stseg.data.items import ids_of
-from stseg.errors import DataError
-from stseg.functional._checks import check_classes
+from stseg.data.items import Items
+from stseg.functional.classes import check_classes
 from stseg.inference.mean_iou import MeanIoU
-from stseg.inference.sweep import batch_by_size, check_finite, load, local_share, predictor, progress_bar
+from stseg.inference.sweep import Sweep, check_batch_size, finite_images, predictor
 from stseg.models.segmenter import as_segmenter
-from stseg.models.state import device_of, evaluating
+from stseg.models.state import place
 from stseg.types import Precision
 
 
@@ -29,6 +27,7 @@ def evaluate(
     batch_size: int = 8,
     num_workers: int = 0,
     precision: Precision = "fp32",
+    device: torch.device | str | None = None,
     progress: bool = True,
 ) -> MeanIoU:
     """Compare a model with the true masks, each image at its full size, at one scale.
@@ -36,13 +35,14 @@ def evaluate(
     The evaluation of the paper (Yang et al., CVPR 2022): one confusion matrix over the whole set.
 
     Args:
-        model: a network or a wrapped one; its mode is what it was afterwards.
+        model: a network or a wrapped one; its training mode is restored.
         dataset: items ``(image, mask)``.
         num_classes: number of classes.
         ignore_index: value of mask pixels that do not count.
         batch_size: how many images of equal size at once; does not change the result.
         num_workers: processes that read the data.
         precision: ``"fp32"`` or ``"bf16"``.
+        device: where to move the model, or None to leave it where it is.
         progress: whether to show a bar.
 
     Returns:
@@ -51,7 +51,7 @@ def evaluate(
 
     Raises:
         DataError: if there is no item, or a mask is missing, of another size than its image, or holds a value that
-            is no class.
+            is not a class.
         NetworkError: if the network has another number of classes, or returns NaN or infinite logits.
 
     Example:
@@ -60,29 +60,22 @@ def evaluate(
         True
     """
     check_classes(num_classes, ignore_index)
-    model = as_segmenter(model)
+    check_batch_size(batch_size)
+    model = place(as_segmenter(model), device)
     predict = predictor(model, num_classes, precision)
-    ids = ids_of(dataset)
-    if not ids:
-        raise DataError("the data set to evaluate on is empty")
+    sweep = Sweep(Items.of(dataset), "evaluate", batch_size, num_workers, progress, with_mask=True)
     metric = MeanIoU(num_classes, ignore_index)
-    mine = local_share(len(ids))
     truth: dict[int, Tensor] = {}
 
-    def images() -> Iterator[tuple[int, Tensor]]:
-        for index, (image, mask) in load(dataset, mine, batch_size=batch_size, num_workers=num_workers, with_mask=True):
-            check_mask_values(mask, num_classes, ignore_index, name=ids[index])
-            truth[index] = mask
-            yield index, image
+    def keep(index: int, image: Tensor, mask: Tensor) -> None:
+        check_mask_values(mask, num_classes, ignore_index, name=sweep.items.ids[index])
+        truth[index] = mask
 
-    def classes(batch: Tensor) -> list[tuple[Tensor, bool]]:
+    def classes(batch: Tensor) -> tuple[list[Tensor], Tensor]:
         logits = predict(batch)
-        return list(zip(logits.argmax(1).cpu(), logits.isfinite().flatten(1).all(1).tolist(), strict=True))
+        return list(logits.argmax(1).cpu()), finite_images(logits)
 
-    with evaluating(model), torch.no_grad():
-        results = batch_by_size(classes, images(), batch_size=batch_size, device=device_of(model))
-        for index, (prediction, finite) in progress_bar(results, total=len(mine), title="evaluate", show=progress):
-            check_finite(finite, name=f"image {ids[index]!r}")
-            metric.update(prediction, truth.pop(index))
+    for index, prediction in sweep.predict([model], classes, on_pair=keep):
+        metric.add(prediction, truth.pop(index))
     metric.merge_processes()
     return metric

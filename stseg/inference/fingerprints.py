@@ -1,26 +1,34 @@
-"""Check sums of images."""
+"""Checksums of images, so that results of other data are never taken for those of the same ids."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from stseg.data.items import ids_of
-from stseg.inference.sweep import Skipped, load
-
-
-def image_checksums(dataset: Dataset[Any], *, most: int = 8) -> dict[str, int]:
-    """Check sums of at most so many images, evenly spread, by id: equal ids need not mean equal images."""
-    ids = ids_of(dataset)
-    chosen = sorted({len(ids) * k // most for k in range(most)}) if ids else []
-    unreadable: list[Skipped] = []
-    images = load(dataset, chosen, batch_size=8, num_workers=0, skip=unreadable.append)
-    return {ids[index]: checksum(image) for index, image in images}
+from stseg.data.items import Items
+from stseg.inference.reading import Skipped, read_items
 
 
 def checksum(tensor: Tensor) -> int:
-    """A check sum of shape and values."""
+    """Compute a checksum of shape and values."""
     return zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), zlib.crc32(str(tuple(tensor.shape)).encode()))
+
+
+def image_checksums(items: Items, *, most: int = 8) -> dict[str, int]:
+    """Compute the checksums of at most so many images, evenly spread, by id: equal ids need not mean equal images."""
+    chosen = sorted({len(items) * k // most for k in range(most)}) if len(items) else []
+    unreadable: list[Skipped] = []
+    return {items.ids[index]: checksum(image) for index, image in read_items(items, chosen, skip=unreadable.append)}
+
+
+def dataset_fingerprint(items: Items, *, most: int = 256) -> str:
+    """Describe a data set by number, ids and the pixels of at most so many images, evenly spread."""
+    return join_checksums(items.ids, list(image_checksums(items, most=most).items()))
+
+
+def join_checksums(ids: Sequence[str], checksums: Sequence[Any]) -> str:
+    """Describe a data set by its ids and some checksums, in any order."""
+    return f"{len(ids)} items, {zlib.crc32(repr((list(ids), sorted(checksums))).encode()):08x}"

@@ -1,4 +1,4 @@
-"""Pseudo-labels: what a trained network believes of images without masks."""
+"""Pseudo-labels: predictions of a trained network used as labels."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from stseg.data.convert import image_of
-from stseg.data.items import ids_of
+from stseg.data.items import Items
 from stseg.distributed import all_gather, all_reduce_sum, barrier
 from stseg.errors import DataError
 from stseg.functional import PseudoLabels, pseudo_label
-from stseg.functional._checks import check_classes
+from stseg.functional.classes import check_classes
 from stseg.functional.thresholds import STEPS, check_threshold, least_confidence, leaves_out, step_of
 from stseg.inference.fingerprints import image_checksums
 from stseg.inference.mask_store import MaskStore, check_store_id
-from stseg.inference.sweep import Skipped, batch_by_size, check_finite, load, local_share, predictor, progress_bar
+from stseg.inference.reading import Skipped
+from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_images, predictor
 from stseg.models.segmenter import as_segmenter
-from stseg.models.state import device_of, evaluating, fingerprint
+from stseg.models.state import device_of, evaluating, fingerprint, place
 from stseg.types import Precision
 
 
@@ -32,9 +33,9 @@ class PseudoLabeled(Dataset[tuple[Tensor, Tensor]]):
 
     Attributes:
         ids: name of each item.
-        indices: where each item stands in the images' data set.
-        skipped: what could not be read, where the caller chose to go on.
-        store: where the masks are.
+        indices: index of each item in the images' data set.
+        skipped: what could not be read, where that was permitted.
+        store: the masks.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class PseudoLabeler:
 
     Args:
         model: a network or a wrapped one. For the paper's 10 views hand in ``stseg.MultiScaleFlip(model)``.
-            Runs where the model is; its mode is what it was afterwards.
+            Runs where the model is; its training mode is restored.
         num_classes: number of classes; at least 2.
         threshold: pixels whose confidence is below it get ``ignore_index``; one value, or one for each class, such as
             those of :meth:`class_thresholds`. The paper keeps all (0).
@@ -88,6 +89,7 @@ class PseudoLabeler:
         batch_size: how many images of equal size at once; does not change the labels.
         num_workers: processes that read images.
         precision: ``"fp32"``, or ``"bf16"`` for speed.
+        device: where to move the model, or None to leave it where it is.
         progress: whether to show a bar.
 
     Raises:
@@ -114,13 +116,13 @@ class PseudoLabeler:
         batch_size: int = 8,
         num_workers: int = 0,
         precision: Precision = "fp32",
+        device: torch.device | str | None = None,
         progress: bool = True,
     ) -> None:
         check_classes(num_classes, ignore_index)
         threshold = check_threshold(threshold, num_classes)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
-        self.model = as_segmenter(model)
+        check_batch_size(batch_size)
+        self.model = place(as_segmenter(model), device)
         self.num_classes = num_classes
         self.threshold = threshold
         self.ignore_index = ignore_index
@@ -174,54 +176,37 @@ class PseudoLabeler:
             UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false; the masks made
                 so far stay in the store.
         """
-        ids = ids_of(dataset)
-        if not ids:
-            raise DataError("the data set to label is empty")
-        for id in ids:
+        items = Items.of(dataset)
+        for id in items.ids:
             check_store_id(id)
+        sweep = Sweep(items, "label", self.batch_size, self.num_workers, self.progress, skip_unreadable)
         store = store if isinstance(store, MaskStore) else MaskStore(store)
         if store.folder is not None and leaves_out(self.threshold):
             check_stored(self.ignore_index)
-        store.claim(self._description(), images=image_checksums(dataset))
+        store.claim(self.provenance(), images=image_checksums(items))
         barrier()
-        mine = local_share(len(ids))
-        todo = [index for index in mine if not store.holds(ids[index], confidence=confidence)]
-        skipped: list[Skipped] = []
-        images = load(
-            dataset,
-            todo,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            skip=skipped.append if skip_unreadable else None,
-        )
+        todo = [index for index in sweep.share if not store.holds(items.ids[index], confidence=confidence)]
 
-        def label_each(batch: Tensor) -> list[tuple[Tensor, bool, Tensor | None]]:
+        def label_each(batch: Tensor) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
             labels = self._label(batch)
-            finite = labels.confidence.isfinite().flatten(1).all(1).tolist()
             kept = labels.confidence.cpu() if confidence else [None] * len(batch)
-            return list(zip(labels.mask.cpu(), finite, kept, strict=True))
+            return list(zip(labels.mask.cpu(), kept, strict=True)), finite_images(labels.confidence)
 
-        results = batch_by_size(label_each, images, batch_size=self.batch_size, device=device_of(self.model))
         # PNGs are written by threads beside the network, a bounded number of them waiting.
-        with evaluating(self.model), torch.no_grad(), ThreadPoolExecutor(4) as writers:
+        with ThreadPoolExecutor(4) as writers:
             writing: deque[Future[None]] = deque()
-            for index, (mask, finite, kept) in progress_bar(
-                results, total=len(todo), title="label", show=self.progress
-            ):
-                check_finite(finite, name=f"image {ids[index]!r}")
-                writing.append(writers.submit(store.put, ids[index], mask, kept))
+            for index, (mask, kept) in sweep.predict([self.model], label_each, indices=todo):
+                writing.append(writers.submit(store.put, items.ids[index], mask, kept))
                 while len(writing) > 64:
                     writing.popleft().result()
             for job in writing:
                 job.result()
         if store.folder is None:
-            _share_memory(store, [ids[index] for index in mine])
-        skipped = sorted((s for part in all_gather(skipped) for s in part), key=lambda s: s.index)
+            _share_memory(store, [items.ids[index] for index in sweep.share])
+        skipped = sweep.skipped()
         left_out = {s.index for s in skipped}
-        kept_indices = [index for index in range(len(ids)) if index not in left_out]
-        if not kept_indices:
-            raise DataError(f"none of the {len(ids)} images could be read; the first: {skipped[0].reason}")
-        return PseudoLabeled(dataset, store, indices=kept_indices, ids=[ids[i] for i in kept_indices], skipped=skipped)
+        indices = [index for index in range(len(items)) if index not in left_out]
+        return PseudoLabeled(items, store, indices=indices, ids=[items.ids[i] for i in indices], skipped=skipped)
 
     def class_thresholds(
         self, dataset: Dataset[Any], keep: float = 0.8, *, skip_unreadable: bool = False
@@ -262,31 +247,26 @@ class PseudoLabeler:
         """
         if not 0 < keep <= 1:
             raise ValueError(f"keep is {keep}; expected a share in (0, 1]")
-        ids = ids_of(dataset)
-        if not ids:
-            raise DataError("the data set to find thresholds for is empty")
-        mine, device = local_share(len(ids)), device_of(self.model)
-        skip = (lambda _: None) if skip_unreadable else None
-        images = load(dataset, mine, batch_size=self.batch_size, num_workers=self.num_workers, skip=skip)
-        counts = torch.zeros(self.num_classes, STEPS, dtype=torch.int64, device=device)
+        sweep = Sweep(
+            Items.of(dataset), "find thresholds for", self.batch_size, self.num_workers, self.progress, skip_unreadable
+        )
+        counts = torch.zeros(self.num_classes, STEPS, dtype=torch.int64, device=device_of(self.model))
 
-        def count_each(batch: Tensor) -> list[bool]:
+        def count(batch: Tensor) -> tuple[list[None], Tensor]:
             mask, confidence = pseudo_label(self._predict(batch), ignore_index=self.ignore_index)
             cells = (mask.long() * STEPS + step_of(confidence)).flatten()
             counts.add_(torch.bincount(cells, minlength=counts.numel()).reshape(counts.shape))
-            finite: list[bool] = confidence.isfinite().flatten(1).all(1).tolist()
-            return finite
+            return [None] * len(batch), finite_images(confidence)
 
-        with evaluating(self.model), torch.no_grad():
-            results = batch_by_size(count_each, images, batch_size=self.batch_size, device=device)
-            for index, finite in progress_bar(results, total=len(mine), title="thresholds", show=self.progress):
-                check_finite(finite, name=f"image {ids[index]!r}")
+        for _ in sweep.predict([self.model], count):
+            pass
         return tuple(least_confidence(of_class.tolist(), keep) for of_class in all_reduce_sum(counts).cpu())
 
     def _label(self, images: Tensor) -> PseudoLabels:
         return pseudo_label(self._predict(images), threshold=self.threshold, ignore_index=self.ignore_index)
 
-    def _description(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
+        """Return what the labels depend on, of JSON's types; takes the time to read all weights."""
         return {
             "model": fingerprint(self.model),
             "num_classes": self.num_classes,

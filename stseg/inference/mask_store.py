@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import ntpath
 import os
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from torch import Tensor
 from stseg.data.convert import as_mask
 from stseg.errors import DataError, UnreadableImageError, WorkdirMismatchError
 from stseg.storage.files import write_atomically
-from stseg.storage.records import read_record, refuse_other, write_record
+from stseg.storage.records import claim, merge_claim, read_record
 
 _CONFIDENCE = ".confidence"
 _LONGEST_PART = 255 - len(_CONFIDENCE + ".png")  # of what file systems allow
@@ -125,22 +124,14 @@ class MaskStore:
             WorkdirMismatchError: if another one has filled it, it holds masks of other images under the same ids, or
                 of unknown origin.
         """
-        owner = json.loads(json.dumps({**owner, **({"images": images} if images else {})}))
+        where = self.folder or "the store"
         record = None if self.folder is None else self.folder / "labels.json"
         found = self._owner if record is None else read_record(record)
-        where = self.folder or "the store"
-        if found is not None:
-            known, now = found.get("images", {}), owner.pop("images", {})
-            refuse_other({key: value for key, value in found.items() if key != "images"}, owner, where)
-            for id, crc in now.items():
-                if known.get(id, crc) != crc:
-                    raise WorkdirMismatchError(f"{where} holds masks of other images: the one called {id!r} differs")
-            owner["images"] = {**known, **now}
-        elif next(iter(self), None) is not None:
+        if found is None and next(iter(self), None) is not None:
             raise WorkdirMismatchError(f"{where} holds masks of unknown origin; use an empty folder")
-        self._owner = owner
-        if record is not None:
-            write_record(record, owner)
+        self._owner = (
+            merge_claim(found, owner, images, where=where) if record is None else claim(record, owner, images=images)
+        )
 
     def __getitem__(self, id: str) -> Tensor:
         return self.get(id)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from stseg.distributed import all_reduce_sum
 from stseg.functional import confusion_matrix, iou
-from stseg.functional._checks import check_classes
+from stseg.functional.classes import check_classes
+from stseg.functional.confusion import compute_confusion_matrix
 
 
 class MeanIoU:
@@ -34,18 +35,22 @@ class MeanIoU:
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         """``(K, K)`` int64 on the CPU: rows are the true class, columns the predicted one."""
 
-    def update(self, pred: Tensor, mask: Tensor) -> None:
+    def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add predictions.
 
         Args:
-            pred: integer class maps of any shape.
-            mask: the true classes, same shape.
+            prediction: integer class maps of any shape.
+            target: the true classes, same shape.
 
         Raises:
-            ValueError: if shapes differ or a value is neither a class nor the ignore index.
+            ValueError: if shapes differ, or a value is neither a class nor the ignore index.
+            TypeError: if the dtype is not integral.
         """
-        matrix = confusion_matrix(pred, mask, self.num_classes, ignore_index=self.ignore_index)
-        self.matrix += matrix.cpu()
+        self.matrix += confusion_matrix(prediction, target, self.num_classes, ignore_index=self.ignore_index).cpu()
+
+    def add(self, prediction: Tensor, target: Tensor) -> None:
+        """Add predictions of a network and masks that are known to be valid."""
+        self.matrix += compute_confusion_matrix(prediction, target, self.num_classes, self.ignore_index).cpu()
 
     def iou(self) -> Tensor:
         """``(K,)`` float64: IoU of each class, NaN where it is neither true nor predicted."""

@@ -1,27 +1,24 @@
-"""Data sets and networks looked at before time is spent on them."""
+"""Validation of data sets and networks before training starts."""
 
 from __future__ import annotations
 
-import zlib
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from stseg.data.convert import check_mask_values
-from stseg.data.items import has_ids, ids_of, repeated
+from stseg.data.items import Items, shared
 from stseg.distributed import all_gather
 from stseg.errors import DataError, NetworkError, StsegError
-from stseg.inference.fingerprints import checksum, image_checksums
-from stseg.inference.sweep import Skipped, load, local_share, progress_bar
+from stseg.inference.fingerprints import checksum, join_checksums
+from stseg.inference.reading import Skipped
+from stseg.inference.sweep import Sweep
 from stseg.models.state import device_of, evaluating
-from stseg.types import BatchAugmentation
 
 
 def check_labeled(
-    dataset: Dataset[Any],
+    items: Items,
     *,
     num_classes: int,
     ignore_index: int = 255,
@@ -40,31 +37,29 @@ def check_labeled(
             holds a value that is neither a class nor the ignore index; names the item. Also if no mask holds a class.
         TypeError: if a mask holds floats; names the item.
     """
-    ids = ids_of(dataset)
-    if not ids:
+    if not len(items):
         raise DataError(f"the {name} data set is empty")
-    mine = local_share(len(ids))
-    prints = []
+    sweep = Sweep(items, f"check {name}", num_workers=num_workers, progress=progress, with_mask=True)
+    checksums = []
     any_class = False
-    items = load(dataset, mine, batch_size=8, num_workers=num_workers, with_mask=True)
-    for index, (image, mask) in progress_bar(items, total=len(mine), title=f"check {name}", show=progress):
-        check_mask_values(mask, num_classes, ignore_index, name=ids[index])
-        channels = _same_channels(image, channels, ids[index])
-        prints.append((index, checksum(image), checksum(mask)))
+    for index, (image, mask) in sweep.read():
+        check_mask_values(mask, num_classes, ignore_index, name=items.ids[index])
+        channels = _same_channels(image, channels, items.ids[index])
+        checksums.append((index, checksum(image), checksum(mask)))
         any_class = any_class or bool((mask != ignore_index).any())
     if not any(all_gather(any_class)):
         raise DataError(f"the masks of the {name} data set hold nothing but the ignore index {ignore_index}")
-    return _joined(ids, [row for part in all_gather(prints) for row in part])
+    return join_checksums(items.ids, [row for part in all_gather(checksums) for row in part])
 
 
 def find_unreadable(
-    dataset: Dataset[Any],
+    items: Items,
     *,
     channels: int | None = None,
     skip: bool = False,
     num_workers: int = 0,
     progress: bool = True,
-) -> list[Skipped]:
+) -> tuple[Skipped, ...]:
     """Read every image once. They must have so many channels, or as many as the first one.
 
     Returns:
@@ -72,27 +67,19 @@ def find_unreadable(
 
     Raises:
         UnreadableImageError: if one cannot be read and ``skip`` is false.
-        DataError: if one has other channels.
+        DataError: if one has other channels, or none can be read.
     """
-    ids = ids_of(dataset)
-    mine = local_share(len(ids))
-    skipped: list[Skipped] = []
-    items = load(dataset, mine, batch_size=8, num_workers=num_workers, skip=skipped.append if skip else None)
-    for index, image in progress_bar(items, total=len(mine), title="check unlabeled", show=progress):
-        channels = _same_channels(image, channels, ids[index])
-    return sorted((s for part in all_gather(skipped) for s in part), key=lambda s: s.index)
+    sweep = Sweep(items, "check unlabeled", num_workers=num_workers, progress=progress, skip_unreadable=skip)
+    for index, image in sweep.read():
+        channels = _same_channels(image, channels, items.ids[index])
+    return sweep.skipped()
 
 
-def dataset_fingerprint(dataset: Dataset[Any], *, most: int = 256) -> str:
-    """Number, ids and the pixels of at most so many images of a data set, evenly spread."""
-    return _joined(ids_of(dataset), list(image_checksums(dataset, most=most).items()))
-
-
-def refuse_common_ids(datasets: dict[str, Dataset[Any] | None]) -> None:
+def refuse_common_ids(datasets: dict[str, Items | None]) -> None:
     """Raise a ``DataError`` if an id is in two of the data sets, given by name; unnamed items are left alone."""
-    named = [(name, ids_of(data)) for name, data in datasets.items() if data is not None and has_ids(data)]
+    named = [(name, items.ids) for name, items in datasets.items() if items is not None and items.has_ids]
     for (name, ids), (other, others) in combinations(named, 2):
-        if (both := repeated(ids, others)) is not None:
+        if (both := shared(ids, others)) is not None:
             raise DataError(
                 f"the id {both!r} is in both the {name} and the {other} data set; expected each image in one of them"
             )
@@ -128,31 +115,7 @@ def check_network(model: nn.Module, image: Tensor, num_classes: int | None = Non
     return classes
 
 
-def check_pace(inference_batch_size: int, save_every: float) -> None:
-    """Raise a ``ValueError`` unless the two are a positive integer and a number of seconds."""
-    if not isinstance(inference_batch_size, int) or isinstance(inference_batch_size, bool) or inference_batch_size < 1:
-        raise ValueError(f"inference_batch_size is {inference_batch_size!r}; expected a positive integer")
-    if not isinstance(save_every, (int, float)) or not save_every >= 0:  # which NaN is not
-        raise ValueError(f"save_every is {save_every!r}; expected seconds, 0 or more")
-
-
-def check_strong(strong: BatchAugmentation | None, ignore_index: int) -> None:
-    """Raise an error if it cannot be called, or its cutout writes another value than the ignore index."""
-    if strong is not None and not callable(strong):
-        raise TypeError(f"strong is {strong!r}; expected a StrongAugment, another function of batches, or None")
-    cut = getattr(getattr(strong, "cutout", None), "ignore_index", ignore_index)
-    if cut != ignore_index:
-        raise ValueError(
-            f"the cutout of strong writes {cut} into masks, but ignore_index is {ignore_index}; "
-            f"expected strong=StrongAugment(cutout=Cutout(ignore_index={ignore_index}))"
-        )
-
-
 def _same_channels(image: Tensor, channels: int | None, name: str) -> int:
     if channels is not None and len(image) != channels:
         raise DataError(f"image {name!r} has {len(image)} channels; expected {channels}, as the first image has")
     return len(image)
-
-
-def _joined(ids: list[str], prints: list[Any]) -> str:
-    return f"{len(ids)} items, {zlib.crc32(repr((ids, sorted(prints))).encode()):08x}"

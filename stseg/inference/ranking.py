@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from stseg.errors import DataError
-from stseg.inference.sweep import Skipped
+from stseg.inference.reading import Skipped
 from stseg.storage.files import write_atomically
 
 

@@ -1,104 +1,124 @@
-"""Predictions over a whole data set: batches of equal size, shared between processes, at bounded memory."""
+"""The one loop over a data set with a network: batches of exact size, shared between processes, at bounded memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from stseg.data.convert import image_of, pair_of
-from stseg.data.items import ids_of
-from stseg.distributed import rank, world_size
-from stseg.errors import NetworkError, UnreadableImageError
-from stseg.models.precision import _check_precision, autocast
-from stseg.models.state import device_of
-from stseg.seeds import derive_seed, fixed_seed
+from stseg.checks import check_choice
+from stseg.data.items import Items
+from stseg.distributed import all_gather, rank, world_size
+from stseg.errors import DataError, NetworkError
+from stseg.inference.reading import Skipped, read_items
+from stseg.models.precision import autocast
+from stseg.models.state import device_of, evaluating
 from stseg.types import Precision
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """An item that could not be read and was left out on request."""
-
-    index: int
-    id: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Unreadable:
-    error: Exception
-
-
-class _Images(Dataset[Any]):
-    """Position and image (with the true mask, where asked for) of some items of a data set."""
-
-    def __init__(self, dataset: Dataset[Any], indices: Sequence[int], ids: Sequence[str], with_mask: bool) -> None:
-        self.dataset, self.indices, self.ids, self.with_mask = dataset, indices, ids, with_mask
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[int, Any]:
-        index = self.indices[position]
-        name = self.ids[index]
-        try:
-            with fixed_seed(derive_seed(0, "read", index)):  # a data set that augments gives the same every time
-                item = self.dataset[index]  # a PIL image is perhaps decoded only by what follows
-                parts = pair_of(item, name=name) if self.with_mask else (image_of(item, name=name),)
-        except OSError as error:  # handed over as a value: a worker would wrap it in its own traceback
-            text = str(error) if isinstance(error, UnreadableImageError) else f"item {name!r}: {error}"
-            return index, _Unreadable(UnreadableImageError(text))
-        # A tensor from a worker holds a file descriptor as long as it lives, an array does not.
-        return index, tuple(part.cpu().numpy() for part in parts)
-
-
-def load(
-    dataset: Dataset[Any],
-    indices: Sequence[int],
-    *,
-    batch_size: int,
-    num_workers: int,
-    with_mask: bool = False,
-    skip: Callable[[Skipped], object] | None = None,
-) -> Iterator[tuple[int, Any]]:
-    """Items of a data set in order, read ahead by workers.
+@dataclass
+class Sweep:
+    """One pass over the items of a data set, of which each process takes its share.
 
     Args:
-        dataset: map-style data set.
-        indices: which of its items.
-        batch_size: how many a worker hands over at once.
-        num_workers: processes that read; 0 reads in this one.
-        with_mask: whether to yield ``(image, mask)``, both checked, instead of the image.
-        skip: called with what cannot be read; without it that is an error.
-
-    Raises:
-        UnreadableImageError: if an item cannot be read and ``skip`` is None.
+        items: the data set.
+        title: name on the progress bar.
+        batch_size: images of equal size that are processed at once.
+        num_workers: processes that read.
+        progress: whether to show a bar, in the first process.
+        skip_unreadable: whether to go on where an image cannot be read.
+        with_mask: whether to read ``(image, mask)``.
     """
-    ids = ids_of(dataset)
-    loader = DataLoader(
-        _Images(dataset, indices, ids, with_mask),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # of its own, or it would advance the caller's
-    )
-    for items in loader:
-        for index, value in items:
-            if not isinstance(value, _Unreadable):
-                parts = tuple(torch.from_numpy(part) for part in value)
-                yield index, parts if with_mask else parts[0]
-            elif skip is None:
-                raise value.error
-            else:
-                skip(Skipped(index, ids[index], str(value.error)))
+
+    items: Items
+    title: str
+    batch_size: int = 8
+    num_workers: int = 0
+    progress: bool = True
+    skip_unreadable: bool = False
+    with_mask: bool = False
+    _skipped: list[Skipped] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not len(self.items):
+            raise DataError(f"the data set to {self.title} is empty")
+
+    @property
+    def share(self) -> range:
+        """The items of this process."""
+        return range(rank(), len(self.items), world_size())
+
+    def read(self, indices: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
+        """Yield index and image, or ``(image, mask)``, of the items of this process, or of some of them."""
+        indices = self.share if indices is None else indices
+        yield from self._bar(self._load(indices), len(indices))
+
+    def predict(
+        self,
+        networks: Sequence[nn.Module],
+        function: Callable[[Tensor], tuple[Sequence[T], Tensor]],
+        *,
+        indices: Sequence[int] | None = None,
+        on_pair: Callable[[int, Tensor, Tensor], object] | None = None,
+    ) -> Iterator[tuple[int, T]]:
+        """Yield index and result of the items of this process, or of some of them, in order.
+
+        Args:
+            networks: all that the function runs; in evaluation mode meanwhile. Batches go where the last of them is.
+            function: ``(B, C, H, W)`` images -> B results, and ``(B,)`` bool, whether the logits are finite.
+            indices: which items.
+            on_pair: called with index, image and mask of an item once it is read, where masks are read.
+
+        Raises:
+            NetworkError: if the logits of an image are not finite; names it.
+        """
+        indices = self.share if indices is None else indices
+
+        def images() -> Iterator[tuple[int, Tensor]]:
+            for index, value in self._load(indices):
+                if on_pair is not None:
+                    on_pair(index, *value)
+                yield index, value[0] if self.with_mask else value
+
+        def run(batch: Tensor) -> list[tuple[T, bool]]:
+            with evaluating(*networks), torch.no_grad():
+                results, finite = function(batch)
+                return list(zip(results, finite.tolist(), strict=True))
+
+        results = batch_by_size(run, images(), batch_size=self.batch_size, device=device_of(networks[-1]))
+        for index, (result, finite) in self._bar(results, len(indices)):
+            check_finite(finite, name=f"image {self.items.ids[index]!r}")
+            yield index, result
+
+    def skipped(self) -> tuple[Skipped, ...]:
+        """Return what no process could read, in order.
+
+        Raises:
+            DataError: if that is all.
+        """
+        skipped = sorted((s for part in all_gather(self._skipped) for s in part), key=lambda s: s.index)
+        if len(skipped) == len(self.items):
+            raise DataError(f"none of the {len(skipped)} images could be read; the first: {skipped[0].reason}")
+        return tuple(skipped)
+
+    def _load(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        return read_items(
+            self.items,
+            indices,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            with_mask=self.with_mask,
+            skip=self._skipped.append if self.skip_unreadable else None,
+        )
+
+    def _bar(self, iterable: Iterable[T], total: int) -> Iterable[T]:
+        return tqdm(iterable, total=total, desc=self.title, disable=not self.progress or rank() > 0, dynamic_ncols=True)
 
 
 def batch_by_size(
@@ -162,7 +182,7 @@ def predictor(model: nn.Module, num_classes: int, precision: Precision) -> Calla
         ValueError: if there is no such precision.
         NetworkError: when called, if the network has another number of classes.
     """
-    _check_precision(precision)
+    check_choice("precision", precision, "fp32", "bf16")
 
     def predict(images: Tensor) -> Tensor:
         device = device_of(model)
@@ -175,17 +195,21 @@ def predictor(model: nn.Module, num_classes: int, precision: Precision) -> Calla
     return predict
 
 
+def finite_images(values: Tensor) -> Tensor:
+    """Return ``(B,)`` bool: whether all values of an image are finite.
+
+    Of logits their maximum over the classes is enough: one that is NaN is the highest.
+    """
+    return values.isfinite().flatten(1).all(1)
+
+
 def check_finite(finite: bool, *, name: str) -> None:
     """Raise a ``NetworkError`` unless all logits of an image were finite: the arg max would make a class of NaN."""
     if not finite:
         raise NetworkError(f"the network returned NaN or infinite logits for {name}")
 
 
-def local_share(count: int) -> range:
-    """The positions, out of ``count``, that this process works on."""
-    return range(rank(), count, world_size())
-
-
-def progress_bar(iterable: Iterable[T], *, total: int, title: str, show: bool) -> Iterable[T]:
-    """A progress bar around an iterable, in the first process only."""
-    return tqdm(iterable, total=total, desc=title, disable=not (show and rank() == 0), dynamic_ncols=True)
+def check_batch_size(batch_size: int) -> None:
+    """Raise a ``ValueError`` unless it is positive."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")

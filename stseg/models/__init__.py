@@ -2,6 +2,7 @@
 
 from stseg.models.backbone import backbone_of
 from stseg.models.deeplab import DeepLabV2, DeepLabV3Plus
+from stseg.models.multi_scale import MultiScaleFlip
 from stseg.models.pspnet import PSPNet
 from stseg.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter, as_segmenter
 
@@ -10,6 +11,7 @@ __all__ = [
     "IMAGENET_STD",
     "DeepLabV2",
     "DeepLabV3Plus",
+    "MultiScaleFlip",
     "PSPNet",
     "Segmenter",
     "as_segmenter",

@@ -69,7 +69,7 @@ class Segmenter(nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(f"network is {type(network).__name__}; expected a torch.nn.Module")
-        if _takes_images(network):
+        if takes_images(network):
             raise ValueError(f"network is a {type(network).__name__}, which takes images as they are")
         if stride is not None and stride < 1:
             raise ValueError(f"stride is {stride}; expected 1 or more")
@@ -161,10 +161,10 @@ def as_segmenter(model: nn.Module) -> nn.Module:
         raise TypeError(f"expected a network (torch.nn.Module), got {type(model).__name__}")
     if isinstance(model, DistributedDataParallel):
         model = model.module  # it waits for the other processes at each call, and they may have fewer batches
-    return model if _takes_images(model) else Segmenter(model)
+    return model if takes_images(model) else Segmenter(model)
 
 
-def _takes_images(model: nn.Module) -> bool:
+def takes_images(model: nn.Module) -> bool:
     inner = getattr(model, "module", model)  # DistributedDataParallel and DataParallel keep it there
     return getattr(inner, "takes_images", False) is True
 

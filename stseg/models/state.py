@@ -13,9 +13,14 @@ from torch import Tensor, nn
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's first parameter or buffer; the CPU if it has none."""
+    """Return the device of a model's first parameter or buffer; the CPU if it has none."""
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def place(model: nn.Module, device: torch.device | str | None) -> nn.Module:
+    """Move a model to a device; None leaves it where it is."""
+    return model if device is None else model.to(device)
 
 
 @contextmanager
@@ -42,7 +47,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def cpu_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the model's state dict on the CPU, each tensor with memory of its own."""
+    """Return a copy of the model's state dict on the CPU, each tensor with memory of its own."""
     return {
         name: value.detach().to("cpu", copy=True).contiguous()
         for name, value in model.state_dict().items()
@@ -51,7 +56,7 @@ def cpu_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module, *, weights: bool = True) -> str:
-    """A short name for a model's architecture and, unless told otherwise, its weights: equal models have equal digests.
+    """Compute a short name of a model's architecture and weights: equal models have equal names.
 
     Neither its use, its mode nor its device changes it.
 

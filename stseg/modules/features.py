@@ -132,7 +132,7 @@ def channel_dropout(features: Tensor, p: float) -> Tensor:
 
 @contextmanager
 def perturbed_features(
-    model: Segmenter, perturb: Callable[[Tensor], Tensor], *, backbone: str | None = None
+    model: nn.Module, perturb: Callable[[Tensor], Tensor], *, backbone: str | None = None
 ) -> Iterator[None]:
     """Run the decoder of a network on its features and on perturbed ones, in one batch.
 

@@ -46,7 +46,7 @@ def write_report(result: SelfTrainingResult, folder: str | Path, *, class_names:
         >>> import tempfile, torch, stseg
         >>> images = [torch.rand(3, 16, 16) for _ in range(6)]
         >>> pairs = [(image, (image[0] > 0.5).to(torch.uint8)) for image in images[:2]]
-        >>> config = stseg.TrainConfig(steps=3, batch_size=2, crop_size=16)
+        >>> config = stseg.TrainConfig(steps=3, batch_size=2, weak=stseg.WeakAugment(16))
         >>> trainer = stseg.SelfTrainer(
         ...     lambda: torch.nn.Conv2d(3, 2, 1), num_classes=2, config=config, progress=False
         ... )
@@ -161,16 +161,18 @@ def _pseudo_labeled(result: SelfTrainingResult) -> dict[str, tuple[PseudoLabeled
 
 
 def _draw_training(figure: Figure, result: SelfTrainingResult) -> None:
-    """Loss over the steps, and mIoU where there was a validation set, a line for each stage."""
-    validated = any("miou" in row for stage in result.stages.values() for row in stage.history)
-    figure.set_size_inches(10, 3.5)
-    plots = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
-    for axes, key in zip(plots, ("loss", "miou"), strict=False):
-        for name, stage in result.stages.items():
-            rows = [row for row in stage.history if key in row]
-            factor = 100 if key == "miou" else 1
-            axes.plot([row["step"] for row in rows], [factor * row[key] for row in rows], ".-", label=name)
-        axes.set(xlabel="step", ylabel="mIoU on validation, %" if key == "miou" else "loss")
+    """Loss and its parts over the steps, and mIoU where there was a validation set; a line for each training."""
+    rows = [row for stage in result.stages.values() for row in stage.history]
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "step", "lr", "seconds"))
+    columns = min(2, len(names))
+    figure.set_size_inches(5 * columns, 3.5 * -(-len(names) // columns))
+    for axes, name in zip(figure.subplots(-(-len(names) // columns), columns, squeeze=False).flat, names, strict=False):
+        factor = 100 if name == "miou" else 1
+        for step, stage in result.stages.items():
+            known = [row for row in stage.history if name in row]
+            if known:
+                axes.plot([row["step"] for row in known], [factor * row[name] for row in known], ".-", label=step)
+        axes.set(xlabel="step", ylabel="mIoU on validation, %" if name == "miou" else name)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
 

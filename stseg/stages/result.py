@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from stseg.engine.loop import FitResult
 from stseg.inference.labeler import PseudoLabeled
 from stseg.inference.ranking import Ranking
-from stseg.inference.sweep import Skipped
-from stseg.training import FitResult
+from stseg.inference.reading import Skipped
 
 
 @dataclass(frozen=True)

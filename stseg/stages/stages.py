@@ -1,41 +1,49 @@
-"""The steps of a self-training run: train, rank, label. Each is durable, each is done once."""
+"""The steps of a run: train, rank, label. Each is durable, each is done once."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from stseg.data import MixedDataset
-from stseg.data.convert import image_of, pair_of
-from stseg.data.items import ids_of
+from stseg.data.items import Items
 from stseg.distributed import all_gather, barrier, rank, setup_device
-from stseg.engine.checkpoint import copy_on_cpu
+from stseg.engine.batches import Streams
+from stseg.engine.checkpoint import Row, copy_to_cpu
 from stseg.engine.config import TrainConfig
-from stseg.engine.optimizers import parameter_groups
+from stseg.engine.loop import FitResult, run_stage
+from stseg.engine.method import Method, view_of
+from stseg.engine.trial import preserved_random_state, try_step
 from stseg.errors import DataError
 from stseg.functional.thresholds import check_threshold
+from stseg.inference.fingerprints import dataset_fingerprint
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
 from stseg.inference.mask_store import check_store_id
-from stseg.inference.preflight import check_labeled, check_network, dataset_fingerprint, find_unreadable
+from stseg.inference.preflight import check_labeled, check_network, find_unreadable
 from stseg.inference.rankers import StabilityRanker
 from stseg.inference.ranking import Ranking
-from stseg.inference.sweep import Skipped
+from stseg.inference.reading import Skipped
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, fingerprint
 from stseg.seeds import derive_seed, fixed_seed
+from stseg.stages.labeling import Labeling
 from stseg.stages.report import write_report
 from stseg.stages.result import SelfTrainingResult
 from stseg.stages.workdir import Workdir
-from stseg.storage.records import read_record, refuse_other, write_record
-from stseg.training import FitResult, fit
-from stseg.types import BatchAugmentation
+from stseg.storage.records import claim, write_record
+
+MakeModel: TypeAlias = Callable[[], nn.Module]
+"""Makes a fresh network each time it is called."""
+
+MakeMethod: TypeAlias = Callable[[MakeModel], Method]
+"""Makes a method with fresh networks: ``lambda make_model: FixMatch(make_model())``."""
 
 
 class Ranker(Protocol):
@@ -46,185 +54,197 @@ class Ranker(Protocol):
         ...
 
 
-class Images(Dataset[Tensor]):
-    """Some images of a data set under their ids, and nothing else: whatever stands behind them is not handed on."""
-
-    def __init__(self, dataset: Dataset[Any], indices: Sequence[int], ids: Sequence[str]) -> None:
-        self.dataset, self.indices, self.ids = dataset, list(indices), list(ids)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Tensor:
-        return image_of(self.dataset[self.indices[position]], name=self.ids[position])
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """What all steps of a run have in common."""
-
-    make_model: Callable[[], nn.Module]
-    num_classes: int
-    config: TrainConfig
-    strong: BatchAugmentation | None
-    tta: Callable[[nn.Module], nn.Module] | None
-    threshold: float | tuple[float, ...]
-    keep_per_class: float | None
-    student_init: Literal["fresh", "teacher"]
-    keep: Literal["final", "best"]
-    ranker: Ranker | None
-    ignore_index: int
-    inference_batch_size: int
-    skip_unreadable: bool
-    save_every: float
-    progress: bool
-
-
 class Stages:
-    """Runs the steps; results stay in memory, and in the work directory if there is one."""
+    """Runs the steps; results stay in memory, and in the work directory if there is one.
 
-    def __init__(self, settings: StageSettings, workdir: Workdir, val: Dataset[Any] | None) -> None:
-        self.settings, self.workdir, self.val = settings, workdir, val
+    Args:
+        make_model: makes a fresh network.
+        num_classes: number of classes.
+        config: settings of every training.
+        workdir: folder of the run.
+        keep: which weights each training returns.
+        val: labeled items, evaluated while training.
+        teacher: trained elsewhere, in place of the step ``"teacher"``.
+        log: called with each row of each history; the names are ``"<step>/<name>"``.
+        progress: whether to show bars.
+    """
+
+    def __init__(
+        self,
+        make_model: MakeModel,
+        num_classes: int,
+        config: TrainConfig,
+        workdir: Workdir,
+        *,
+        keep: Literal["final", "best"] = "final",
+        val: Items | None = None,
+        teacher: FitResult | None = None,
+        log: Callable[[Row], object] | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.make_model, self.num_classes, self.config, self.workdir = make_model, num_classes, config, workdir
+        self.keep, self.val, self.log, self.progress = keep, val, log, progress
         self.device = setup_device()
-        self.trained: dict[str, FitResult] = {}
+        self.unlabeled: Items | None = None
+        self.trained: dict[str, FitResult] = {} if teacher is None else {"teacher": teacher}
         self.labeled: dict[str, PseudoLabeled] = {}
         self.ranking: Ranking | None = None
         self.skipped: tuple[Skipped, ...] = ()
         self.seconds: dict[str, float] = {}
 
-    def check(self, labeled: Dataset[Any], unlabeled: Dataset[Any] | None, teacher: FitResult | None) -> Images | None:
-        """Look at all data and at the network; what is wrong is found before anything is trained.
-
-        Args:
-            labeled: items ``(image, mask)``.
-            unlabeled: items are images; None stands for none.
-            teacher: trained elsewhere, or None.
+    def check(
+        self,
+        labeled: Items,
+        unlabeled: Items | None,
+        later_methods: Mapping[str, MakeMethod],
+        labeling: Labeling | None,
+        *,
+        skip_unreadable: bool = False,
+    ) -> Items | None:
+        """Validate all data, the network and one step of each method before anything is trained.
 
         Returns:
             The unlabeled images that can be read.
         """
-        s = self.settings
-        ids = [] if unlabeled is None else ids_of(unlabeled)
-        for id in ids:
+        for id in () if unlabeled is None else unlabeled.ids:
             check_store_id(id)
-        facts = {} if teacher is None else {"teacher": fingerprint(teacher.model)}
-        look = partial(
+        check = partial(
             check_labeled,
-            num_classes=s.num_classes,
-            ignore_index=s.ignore_index,
-            num_workers=s.config.num_workers,
-            progress=s.progress,
+            num_classes=self.num_classes,
+            ignore_index=self.config.ignore_index,
+            num_workers=self.config.num_workers,
+            progress=self.progress,
         )
-        facts["labeled"] = look(labeled, name="labeled")
-        image = pair_of(labeled[0], name=ids_of(labeled)[0])[0]
+        teacher = self.trained.get("teacher")
+        facts = {} if teacher is None else {"teacher": fingerprint(teacher.model)}
+        facts["labeled"] = check(labeled, name="labeled")
+        image = labeled.image(0)
         if self.val is not None:
-            facts["validation"] = look(self.val, name="validation", channels=len(image))
-        facts["network"] = self._check_network(image, will_label=unlabeled is not None)
+            facts["validation"] = check(self.val, name="validation", channels=len(image))
+        facts["network"] = self._check_network(image, labeling)
         if teacher is not None:
-            check_network(teacher.model, image, s.num_classes)
-            if s.student_init == "teacher":
-                self.new_model("check", teacher)
-            self.trained["teacher"] = teacher
-        if unlabeled is None:
-            self.workdir.claim(facts)
-            return None
-        facts["unlabeled"] = dataset_fingerprint(unlabeled)
+            check_network(teacher.model, image, self.num_classes)
+        if unlabeled is not None:
+            facts["unlabeled"] = dataset_fingerprint(unlabeled)
         self.workdir.claim(facts)
         done = self.workdir.facts("check")
-        if done is None or "skipped" not in done:
-            skipped = find_unreadable(
-                unlabeled,
-                channels=len(image),
-                skip=s.skip_unreadable,
-                num_workers=s.config.num_workers,
-                progress=s.progress,
+        if done is not None:
+            self.skipped = tuple(Skipped(**one) for one in done["skipped"])
+        elif unlabeled is not None:
+            self.skipped = tuple(
+                find_unreadable(
+                    unlabeled,
+                    channels=len(image),
+                    skip=skip_unreadable,
+                    num_workers=self.config.num_workers,
+                    progress=self.progress,
+                )
             )
-            done = {"skipped": [asdict(one) for one in skipped]}
-            self.workdir.done("check", **done)
-        self.skipped = tuple(Skipped(**one) for one in done["skipped"])
-        left_out = {one.index for one in self.skipped}
-        kept = [index for index in range(len(ids)) if index not in left_out]
-        return Images(unlabeled, kept, [ids[index] for index in kept])
+        if unlabeled is not None:
+            left_out = {one.index for one in self.skipped}
+            readable = [index for index in range(len(unlabeled)) if index not in left_out]
+            self.unlabeled = unlabeled.subset(readable, only_images=True)
+        if done is None:
+            self._try_methods(later_methods, labeled)
+            self.workdir.done("check", skipped=[asdict(one) for one in self.skipped])
+        return self.unlabeled
 
     def train(
-        self, step: str, dataset: MixedDataset, snapshots: Sequence[int] = (), *, teacher: FitResult | None = None
+        self,
+        step: str,
+        make_method: MakeMethod,
+        labeled: Dataset[Any],
+        *,
+        snapshots: Sequence[int] = (),
+        init: FitResult | None = None,
     ) -> FitResult:
-        """Train a network of its own, from fresh weights or its teacher's. None of those before stays on the device."""
+        """Train by a method that has networks of its own. No earlier network stays on the device.
+
+        Args:
+            step: name of the step.
+            make_method: makes the method.
+            labeled: the labeled stream. The unlabeled one is that of the run, where the method uses it.
+            snapshots: after which epochs or steps to keep a copy.
+            init: what the networks start from; None for the weights that ``make_model`` gives them.
+        """
+        if step in self.trained:
+            return self.trained[step]
         for earlier in self.trained.values():
             earlier.model.to("cpu")
-        s = self.settings
-        result = fit(
-            self.new_model(step, teacher if s.student_init == "teacher" else None),
-            dataset,
-            s.config.with_seed(derive_seed(s.config.seed, step)),
-            strong=s.strong if dataset.pseudo is not None else None,
+        config = self.config.with_seed(derive_seed(self.config.seed, step))
+        method = self.new_method(step, make_method, init)
+        streams = self._streams(method, Items.of(labeled), config)
+        log = self.log
+        self.trained[step] = run_stage(
+            method,
+            streams,
+            config,
+            facts={"items": streams.description()},
             val=self.val,
             snapshots=snapshots,
-            keep=s.keep,
-            ignore_index=s.ignore_index,
-            inference_batch_size=s.inference_batch_size,
+            keep=self.keep,
             workdir=self.workdir.path(step),
-            save_every=s.save_every,
-            check=False,
-            progress=s.progress,
+            log=None if log is None else lambda row: log({f"{step}/{name}": value for name, value in row.items()}),
+            progress=self.progress,
             title=step,
         )
-        self.trained[step] = result
-        self._done(step, result.seconds)
-        return result
+        self._done(step, self.trained[step].seconds)
+        return self.trained[step]
 
-    def label(self, step: str, teacher: FitResult, images: Dataset[Any]) -> PseudoLabeled:
-        """Label images with the network of a stage."""
-        s, began = self.settings, time.monotonic()
+    def label(self, step: str, teacher: FitResult, images: Items, labeling: Labeling) -> PseudoLabeled:
+        """Label images with the network of a training."""
+        began = time.monotonic()
         before = device_of(teacher.model)
         model = teacher.model.to(self.device)
         labeler = partial(
             PseudoLabeler,
-            model if s.tta is None else s.tta(model),
-            num_classes=s.num_classes,
-            ignore_index=s.ignore_index,
-            batch_size=s.inference_batch_size,
-            num_workers=s.config.num_workers,
-            precision=s.config.precision,
-            progress=s.progress,
+            model if labeling.tta is None else labeling.tta(model),
+            num_classes=self.num_classes,
+            ignore_index=self.config.ignore_index,
+            batch_size=self.config.eval_batch_size,
+            num_workers=self.config.num_workers,
+            precision=self.config.precision,
+            progress=self.progress,
         )
-        threshold = self._thresholds(step, labeler(), images) if s.keep_per_class is not None else s.threshold
+        threshold = labeling.threshold
+        if labeling.keep_per_class is not None:
+            threshold = self._thresholds(step, labeler(), images, labeling.keep_per_class)
         self.labeled[step] = labeler(threshold=threshold).label(images, self.workdir.path(step, "masks"))
         model.to(before)
         self._done(step, time.monotonic() - began)
         return self.labeled[step]
 
-    def rank(self, step: str, teacher: FitResult, images: Dataset[Any]) -> Ranking:
-        """Rank images by the stability of their masks over the snapshots of a stage, or with the caller's ranker."""
-        s, began = self.settings, time.monotonic()
+    def rank(self, step: str, teacher: FitResult, images: Items, ranker: Ranker | None = None) -> Ranking:
+        """Rank images by their stability over the snapshots of a training, or with a ranker of the caller's."""
+        began = time.monotonic()
         path = self.workdir.path(step, "ranking.csv")
         if path is not None and path.exists():
-            self.ranking = Ranking.from_csv(path)
+            ranking = Ranking.from_csv(path)
             facts = self.workdir.facts(step) or {}
-            if len(self.ranking) != facts.get("images", len(self.ranking)):
+            if len(ranking) != facts.get("images", len(ranking)):
                 raise DataError(
-                    f"{path} ranks {len(self.ranking)} images, not {facts['images']}; remove it to rank anew"
+                    f"{path} ranks {len(ranking)} images, not {facts['images']}; delete it to recompute the ranking"
                 )
-        elif s.ranker is not None:
-            self.ranking = all_gather(s.ranker.rank(images))[0]
+        elif ranker is not None:
+            ranking = all_gather(ranker.rank(images))[0]
         else:
-            ranker = StabilityRanker(
-                [copy_on_cpu(snapshot).to(self.device) for snapshot in teacher.snapshots],
-                num_classes=s.num_classes,
-                batch_size=s.inference_batch_size,
-                num_workers=s.config.num_workers,
-                precision=s.config.precision,
-                progress=s.progress,
+            stability = StabilityRanker(
+                [copy_to_cpu(snapshot).to(self.device) for snapshot in teacher.snapshots],
+                num_classes=self.num_classes,
+                batch_size=self.config.eval_batch_size,
+                num_workers=self.config.num_workers,
+                precision=self.config.precision,
+                progress=self.progress,
             )
-            self.ranking = ranker.rank(images, resume=self.workdir.path(step, "scores"))
-        self.ranking = _checked(self.ranking, ids_of(images), str(path or "the ranker"))
+            ranking = stability.rank(images, store=self.workdir.path(step, "scores"))
+        self.ranking = _check_ranking(ranking, images.ids, str(path or "the ranker"))
         if path is not None and rank() == 0 and not path.exists():
             self.ranking.to_csv(path)
         self._done(step, time.monotonic() - began, images=len(self.ranking))
         return self.ranking
 
     def result(self, last: FitResult) -> SelfTrainingResult:
-        """Everything together, and the report on it."""
+        """Collect everything, and write the report on it."""
         result = SelfTrainingResult(
             model=last.model.to(self.device),
             stages=self.trained,
@@ -238,19 +258,16 @@ class Stages:
         barrier()
         return result
 
-    def new_model(self, step: str, teacher: FitResult | None = None) -> nn.Module:
-        """A network with the initial weights of a step: its own, or those of its teacher.
+    def new_model(self, init: FitResult | None = None) -> nn.Module:
+        """Make a network, bare or wrapped as ``make_model`` makes it, with the weights of ``init`` where there is one.
 
         Raises:
-            ValueError: if the teacher is another kind of network.
+            ValueError: if they are of another kind of network.
         """
-        seed = derive_seed(self.settings.config.seed, "init", step)
-        with fixed_seed(seed), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            model = as_segmenter(self.settings.make_model()).to(self.device)
-        if teacher is not None:
+        model = self.make_model()
+        if init is not None:
             try:
-                model.load_state_dict(as_segmenter(teacher.model).state_dict())
+                as_segmenter(model).load_state_dict(as_segmenter(init.model).state_dict())
             except RuntimeError as error:
                 first = "; ".join(line.strip() for line in str(error).splitlines()[:2])
                 raise ValueError(
@@ -258,36 +275,63 @@ class Stages:
                 ) from None
         return model
 
-    def _thresholds(self, step: str, labeler: PseudoLabeler, images: Dataset[Any]) -> float | tuple[float, ...]:
-        """One for each class, found once and kept beside the masks."""
-        keep = self.settings.keep_per_class
-        assert keep is not None
-        path = self.workdir.path(step, "thresholds.json")
-        source = {"model": fingerprint(labeler.model), "keep_per_class": keep}
-        found = None if path is None else read_record(path)
-        if path is not None and found is not None:
-            values = found.pop("thresholds", None)
-            refuse_other(found, source, path)
-            try:
-                return check_threshold([float(value) for value in values], self.settings.num_classes)
-            except (TypeError, ValueError):
-                raise DataError(f"{path} is damaged; remove it to find the thresholds anew") from None
-        thresholds = labeler.class_thresholds(images, keep)
-        if path is not None and rank() == 0:
-            write_record(path, {**source, "thresholds": thresholds})
-        return thresholds
+    def new_method(self, step: str, make_method: MakeMethod, init: FitResult | None = None) -> Method:
+        """Make the method of a step on the device, with random weights that depend on the seed and the step alone."""
+        with self._initial_weights(step):
+            method = make_method(lambda: self.new_model(init))
+        if not isinstance(method, Method):
+            raise TypeError(
+                f"the method of step {step!r} is {type(method).__name__}; expected a stseg.Method, such as "
+                "method=lambda make_model: stseg.methods.FixMatch(make_model())"
+            )
+        return method.to(self.device)
 
-    def _check_network(self, image: Tensor, *, will_label: bool) -> str:
-        model, another = self.new_model("check"), self.new_model("check")
+    @contextmanager
+    def _initial_weights(self, step: str) -> Iterator[None]:
+        seed = derive_seed(self.config.seed, "init", step)
+        with fixed_seed(seed), preserved_random_state(self.device):
+            torch.manual_seed(seed)
+            yield
+
+    def _streams(self, method: Method, labeled: Items, config: TrainConfig) -> Streams:
+        if method.uses_unlabeled and not self.unlabeled:
+            raise ValueError(f"{type(method).__name__} learns from unlabeled images; expected fit(labeled, unlabeled)")
+        streams = Streams(labeled, self.unlabeled if method.uses_unlabeled else None, config, view=view_of(method))
+        streams.num_classes = self.num_classes
+        return streams
+
+    def _try_methods(self, methods: Mapping[str, MakeMethod], labeled: Items) -> None:
+        """Try a step of each method, with the labeled images in place of pseudo-labeled ones."""
+        for step, make_method in methods.items():
+            method = self.new_method(step, make_method)
+            try_step(method, self._streams(method, Items.of(_AsPseudo(labeled)), self.config), self.config)
+
+    def _thresholds(self, step: str, labeler: PseudoLabeler, images: Items, keep: float) -> float | tuple[float, ...]:
+        """One for each class, found once and kept beside the masks."""
+        path = self.workdir.path(step, "thresholds.json")
+        if path is None:
+            return labeler.class_thresholds(images, keep)
+        record = claim(path, {"model": fingerprint(labeler.model), "keep_per_class": keep})
+        if "result" not in record:
+            record["result"] = labeler.class_thresholds(images, keep)
+            if rank() == 0:
+                write_record(path, record)
+        try:
+            return check_threshold([float(value) for value in record["result"]], self.num_classes)
+        except (TypeError, ValueError):
+            raise DataError(f"{path} is damaged; delete it to compute the thresholds again") from None
+
+    def _check_network(self, image: Tensor, labeling: Labeling | None) -> str:
+        with self._initial_weights("check"):
+            model, another = (as_segmenter(self.new_model()).to(device) for device in (self.device, "cpu"))
         known = {id(parameter) for parameter in model.parameters()}
         if any(id(parameter) in known for parameter in another.parameters()):
             raise ValueError(
                 "make_model returned the same parameters twice; expected a fresh network each time it is called"
             )
-        check_network(model, image, self.settings.num_classes)
-        parameter_groups(model, self.settings.config)  # which finds the backbone
-        if will_label and self.settings.tta is not None:  # which shows it other sizes
-            check_network(self.settings.tta(model), image, self.settings.num_classes)
+        check_network(model, image, self.num_classes)
+        if labeling is not None and labeling.tta is not None:  # which shows it other sizes
+            check_network(labeling.tta(model), image, self.num_classes)
         # The seed makes its first weights the same in every run, so pretrained ones count.
         return f"{fingerprint(model)}, {sum(p.requires_grad for p in model.parameters())} trained tensors"
 
@@ -297,8 +341,21 @@ class Stages:
         self.workdir.done(step, seconds=round(self.seconds[step], 3), **more)
 
 
-def _checked(ranking: Ranking, ids: Sequence[str], source: str) -> Ranking:
-    """A ranking from outside, under the ids of the images.
+class _AsPseudo(Dataset[Any]):
+    """Annotated items in the form of pseudo-labeled ones."""
+
+    def __init__(self, labeled: Items) -> None:
+        self.labeled, self.item_names = labeled, labeled.names
+
+    def __len__(self) -> int:
+        return len(self.labeled)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
+        return (*self.labeled.pair(index), True)
+
+
+def _check_ranking(ranking: Ranking, ids: Sequence[str], source: str) -> Ranking:
+    """Return a ranking from outside under the ids of the images.
 
     Raises:
         DataError: if it is empty, or names images that are not there, or one twice.

@@ -313,6 +313,27 @@ class TestKornia:
             from_kornia(thing)
 
 
+class TestPixelsFromOutside:
+    @pytest.mark.parametrize(
+        ("fill", "expected"), [(0, 255), ({tv_tensors.Image: 0, tv_tensors.Mask: 255}, 255), ({tv_tensors.Mask: 1}, 1)]
+    )
+    def test_of_a_torchvision_transform_are_ignored_unless_it_says_otherwise(self, fill, expected):
+        image, mask = torch.rand(3, 6, 4), torch.randint(0, 3, (6, 4), dtype=torch.uint8)
+        padded, moved = from_torchvision(v2.Pad([2, 1, 0, 3], fill=fill))(image, mask)
+        assert padded.shape == (3, 10, 6)
+        inside = torch.zeros(10, 6, dtype=torch.bool)
+        inside[1:7, 2:] = True
+        assert torch.equal(moved[inside].reshape(6, 4), mask)
+        assert (moved[~inside] == expected).all()
+
+    def test_get_the_ignore_index_of_the_data(self):
+        mask = torch.zeros(4, 4, dtype=torch.uint8)
+        config = stseg.TrainConfig(steps=1, weak=v2.Pad(1), ignore_index=-1)
+        _, moved = config.weak(torch.rand(3, 4, 4), mask)
+        assert moved.dtype == torch.int32
+        assert int((moved == -1).sum()) == 20
+
+
 class TestAsPairTransform:
     def test_adapts_torchvision_and_leaves_functions_alone(self):
         assert as_pair_transform(None) is None
@@ -361,9 +382,12 @@ class TestAsBatchAugmentation:
     @pytest.mark.parametrize(
         ("thing", "message"),
         [
-            (stseg.StrongAugment(), r"the cutout of strong writes 255 .* is 0; expected Cutout\(ignore_index=0\)"),
-            (stseg.Cutout(), r"strong writes 255 into masks, but ignore_index is 0; expected Cutout\(ignore_index=0\)"),
-            (from_kornia(K.RandomErasing()), "strong writes 255 into masks, but ignore_index is 0"),
+            (
+                stseg.StrongAugment(),
+                r"the cutout of strong writes 255 .* expected strong=StrongAugment\(cutout=Cutout\(ignore_index=0\)\)",
+            ),
+            (stseg.Cutout(), r"strong writes 255 .* is 0; expected strong=Cutout\(..., ignore_index=0\)"),
+            (from_kornia(K.RandomErasing()), r"is 0; expected strong=from_kornia\(..., ignore_index=0\)"),
         ],
     )
     def test_wants_the_ignore_index_of_the_data(self, thing, message):

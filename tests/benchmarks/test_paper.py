@@ -20,11 +20,12 @@ from test_examples import load, run_main
 
 import stseg
 from stseg.data import ListedFiles
-from stseg.data.items import ids_of
 from stseg.errors import DataError
 from stseg.inference.mask_store import palette
 
 ROOT = Path(__file__).parents[2]
+PAPER = ROOT / "benchmarks" / "paper"
+CAMVID = Path(os.environ.get("STSEG_CAMVID", ROOT.parent / "shared" / "camvid"))
 TINY = ("--backbone", "test_resnet", "--steps", "3", "--batch-size", "2", "--crop-size", "24")
 
 # The name, value in `labelIds` and class in training of all labels, as Cityscapes publishes them.
@@ -69,12 +70,12 @@ CITYSCAPES = (
 
 @pytest.fixture(scope="module")
 def pascal_voc() -> ModuleType:
-    return load("pascal_voc")
+    return load(PAPER / "pascal_voc.py")
 
 
 @pytest.fixture(scope="module")
 def cityscapes() -> ModuleType:
-    return load("cityscapes")
+    return load(PAPER / "cityscapes.py")
 
 
 def save(path: Path, pixels: np.ndarray[Any, Any], *, colors: bool = False) -> None:
@@ -157,15 +158,15 @@ def same(one: ListedFiles, other: ListedFiles) -> bool:
 class TestListsOfPascal:
     def test_of_ids_and_of_files_are_the_same(self, pascal_voc, voc):
         lists = voc.parent
-        pairs = pascal_voc.listed(voc, lists / "pairs" / "labeled.txt", "SegmentationClass")
-        ids = pascal_voc.listed(voc, lists / "ids" / "labeled.txt", "SegmentationClass")
+        pairs = pascal_voc.listed(voc, lists / "pairs" / "labeled.txt", "train", "SegmentationClass")
+        ids = pascal_voc.listed(voc, lists / "ids" / "labeled.txt", "train", "SegmentationClass")
         assert pairs.ids == ["JPEGImages/2007_000000", "JPEGImages/2007_000001"]
         assert same(pairs, ids)
         (lists / "images.txt").write_text("JPEGImages/2007_000000.jpg\nJPEGImages/2007_000001.jpg\n")
-        assert same(pairs, pascal_voc.listed(voc, lists / "images.txt", "SegmentationClass"))
+        assert same(pairs, pascal_voc.listed(voc, lists / "images.txt", "train", "SegmentationClass"))
 
     def test_give_the_indices_of_palettes_and_ignore_borders(self, pascal_voc, voc):
-        dataset = pascal_voc.listed(voc, voc.parent / "ids" / "labeled.txt", "SegmentationClass")
+        dataset = pascal_voc.listed(voc, voc.parent / "ids" / "labeled.txt", "train", "SegmentationClass")
         for id, (image, mask) in zip(("2007_000000", "2007_000001"), dataset, strict=True):
             with Image.open(voc / "SegmentationClass" / f"{id}.png") as png:
                 assert png.mode == "P"
@@ -175,16 +176,16 @@ class TestListsOfPascal:
             assert (mask[:2] == 255).all()
 
     def test_of_ids_may_stand_for_the_augmented_masks(self, pascal_voc, voc):
-        dataset = pascal_voc.listed(voc, voc.parent / "ids" / "labeled.txt", "SegmentationClassAug")
+        dataset = pascal_voc.listed(voc, voc.parent / "ids" / "labeled.txt", "train", "SegmentationClassAug")
         assert not (dataset[0][1] == 255).any()
 
     @pytest.mark.parametrize("kind", ["pairs", "ids"])
     def test_without_masks_need_none(self, pascal_voc, voc, kind):
-        dataset = pascal_voc.listed(voc, voc.parent / kind / "unlabeled.txt", "SegmentationClass", masks=False)
+        dataset = pascal_voc.listed(voc, voc.parent / kind / "unlabeled.txt", "train", "SegmentationClass", masks=False)
         assert len(dataset) == 6
         assert isinstance(dataset[0], torch.Tensor)
         with pytest.raises(DataError, match=r"unlabeled\.txt, line 1: there is no mask .*2007_000002\.png"):
-            pascal_voc.listed(voc, voc.parent / kind / "unlabeled.txt", "SegmentationClass")
+            pascal_voc.listed(voc, voc.parent / kind / "unlabeled.txt", "train", "SegmentationClass")
 
 
 class TestListsOfCityscapes:
@@ -287,7 +288,7 @@ def test_pascal_voc(pascal_voc, voc, tmp_path, monkeypatch, capsys):
     given = arguments(voc, "pairs", tmp_path / "run")
     run_main(pascal_voc, monkeypatch, *given, *TINY, "--network", "PSPNet")
     printed = capsys.readouterr().out
-    val = pascal_voc.listed(voc, voc.parent / "pairs" / "val.txt", "SegmentationClass")
+    val = pascal_voc.listed(voc, voc.parent / "pairs" / "val.txt", "val", "SegmentationClass")
     check_run(tmp_path / "run", printed, stseg.models.PSPNet, pascal_voc.CLASSES, val)
     # Once more, with lists of ids: everything is done, and of the same data.
     run_main(pascal_voc, monkeypatch, *arguments(voc, "ids", tmp_path / "run"), *TINY, "--network", "PSPNet")
@@ -302,14 +303,14 @@ def test_cityscapes(cityscapes, cities, tmp_path, monkeypatch, capsys):
     check_run(tmp_path / "run", printed, stseg.models.DeepLabV3Plus, cityscapes.CLASSES, val)
 
 
-def test_two_processes_run_an_example_and_one_prints(pascal_voc, voc, tmp_path):
+def test_two_processes_run_an_experiment_and_one_prints(pascal_voc, voc, tmp_path):
     tiny = [*TINY, "--batch-size", "4", "--network", "DeepLabV2"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, str(ROOT / "examples" / "pascal_voc.py"), *arguments(voc, "ids", tmp_path / "run"), *tiny]
+    command = [*launch, str(PAPER / "pascal_voc.py"), *arguments(voc, "ids", tmp_path / "run"), *tiny]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    val = pascal_voc.listed(voc, voc.parent / "ids" / "val.txt", "SegmentationClass")
+    val = pascal_voc.listed(voc, voc.parent / "ids" / "val.txt", "val", "SegmentationClass")
     check_run(tmp_path / "run", done.stdout, stseg.models.DeepLabV2, pascal_voc.CLASSES, val)
     assert len(done.stdout.splitlines()) == 3 + len(pascal_voc.CLASSES) + 1
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["config"]
@@ -317,7 +318,7 @@ def test_two_processes_run_an_example_and_one_prints(pascal_voc, voc, tmp_path):
 
 
 class TestSettings:
-    """What an example hands to the trainer, which is replaced."""
+    """What an experiment hands to the trainer, which is replaced."""
 
     @pytest.fixture
     def handed(self, monkeypatch):
@@ -345,31 +346,33 @@ class TestSettings:
     def test_are_the_papers(self, pascal_voc, cityscapes, voc, tmp_path, monkeypatch, handed):
         self.run(pascal_voc, monkeypatch, *arguments(voc, "pairs", tmp_path / "run"))
         assert handed.options["config"] == stseg.TrainConfig.pascal()
-        assert (handed.options["method"], handed.options["teacher"]) == ("st++", "final")
+        assert (handed.options["method"], handed.options["keep"]) == ("st++", "final")
         assert handed.options["num_classes"] == 21
         assert [len(dataset) for dataset in handed.data] == [2, 6, 3]
         assert handed.make_model() == ("DeepLabV3Plus", "resnet50", False)
 
     def test_of_cityscapes_are_the_papers(self, cityscapes, cities, tmp_path, monkeypatch, handed):
         self.run(cityscapes, monkeypatch, *arguments(cities, "pairs", tmp_path / "run"))
-        assert handed.options["config"] == stseg.TrainConfig.cityscapes()
+        assert handed.options["config"] == stseg.TrainConfig.cityscapes(eval_batch_size=2)
         assert handed.options["num_classes"] == 19
         assert [len(dataset) for dataset in handed.data] == [2, 6, 3]
         assert handed.make_model() == ("DeepLabV3Plus", "resnet50", False)
 
     def test_may_be_others(self, pascal_voc, voc, tmp_path, monkeypatch, handed):
-        given = [*arguments(voc, "ids", tmp_path / "run"), "--method", "st", "--teacher", "best", "--batch-size", "8"]
+        given = [*arguments(voc, "ids", tmp_path / "run"), "--method", "st", "--keep", "best", "--batch-size", "8"]
         self.run(pascal_voc, monkeypatch, *given, "--network", "DeepLabV2", "--pretrained", "--bf16", "--seed", "7")
         expected = stseg.TrainConfig.pascal(batch_size=8, head_lr_factor=1, precision="bf16", seed=7)
         assert handed.options["config"] == expected
         assert expected.lr == 0.0005
-        assert (handed.options["method"], handed.options["teacher"]) == ("st", "best")
+        assert (handed.options["method"], handed.options["keep"]) == ("st", "best")
         assert handed.make_model() == ("DeepLabV2", "resnet101.tv_in1k", True)
 
     def test_take_a_backbone_at_its_word(self, cityscapes, cities, tmp_path, monkeypatch, handed):
         given = [*arguments(cities, "ids", tmp_path / "run"), "--pretrained", "--backbone", "resnet50.a1_in1k"]
         self.run(cityscapes, monkeypatch, *given, "--epochs", "5", "--crop-size", "65", "--num-workers", "3")
-        assert handed.options["config"] == stseg.TrainConfig.cityscapes(epochs=5, crop_size=65, num_workers=3)
+        weak = stseg.WeakAugment(65, base_size=2048)
+        expected = stseg.TrainConfig.cityscapes(epochs=5, weak=weak, num_workers=3, eval_batch_size=2)
+        assert handed.options["config"] == expected
         assert handed.make_model() == ("DeepLabV3Plus", "resnet50.a1_in1k", True)
 
     @pytest.mark.parametrize("backbone", ["resnet50d", "convnext_tiny", "resnet50.a1_in1k"])
@@ -391,13 +394,53 @@ class TestSettings:
             assert (len(labeled), len(unlabeled), len(val)) == (1, 1, 3)
             assert len(labeled[0]) == 2
             assert unlabeled[0].ndim == 3  # an image alone
-            assert ids_of(labeled) != ids_of(unlabeled)
-            drawn += ids_of(labeled)
-        assert set(drawn) == {*ids_of(labeled), *ids_of(unlabeled)}
+            (few,), (others,) = ([part.dataset.ids[index] for index in part.indices] for part in (labeled, unlabeled))
+            assert few != others
+            drawn.append(few)
+        assert set(drawn) == {few, others}
         assert drawn[8] == drawn[3]
         with pytest.raises(SystemExit):
             run_main(module, monkeypatch, *given, "--unlabeled", str(root.parent / "ids" / "unlabeled.txt"))
 
-    @pytest.mark.parametrize("name", ["pascal_voc", "cityscapes"])
-    def test_stand_on_a_page(self, name):
-        assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 125
+    def test_are_told_in_few_lines_beside_the_runner(self):
+        for name in ("pascal_voc", "cityscapes", "camvid"):
+            assert len((PAPER / f"{name}.py").read_text().splitlines()) <= 65
+
+
+def check_camvid_run(out: Path, unlabeled: set[str]) -> None:
+    done = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert {"run.json", "teacher/model.safetensors", "teacher/history.jsonl", "ranking/ranking.csv"} <= done
+    labeled = {path.stem for step in ("reliable", "unreliable") for path in (out / step / "masks").glob("*.png")}
+    assert labeled == unlabeled
+    assert set(stseg.Ranking.from_csv(out / "ranking" / "ranking.csv").ids) == unlabeled
+    assert "report.html" in done
+    assert any(name.startswith("figures/") for name in done)
+
+
+def test_camvid_on_a_folder_of_its_layout(
+    camvid_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--data", str(camvid_like), "--out", str(tmp_path / "run"), "--steps", "3", "--height", "24")
+    run_main(load(PAPER / "camvid.py"), monkeypatch, *arguments, "--arch", "FPN", "--encoder", "tu-test_resnet")
+    assert "student-2: mIoU" in capsys.readouterr().out
+    check_camvid_run(tmp_path / "run", {f"{i:03d}" for i in range(2, 8)})
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason=f"CamVid is not at {CAMVID} (set STSEG_CAMVID)")
+def test_camvid_on_camvid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "camvid"
+    ids = (CAMVID / "splits" / "1_8" / "seed_0" / "unlabeled.txt").read_text().split()
+    chosen = {"train": ids[:5], "val": sorted(path.stem for path in (CAMVID / "val" / "images").iterdir())[:2]}
+    for part, stems in chosen.items():
+        for kind, suffix in (("images", ".jpg"), ("masks", ".png")):
+            (data / part / kind).mkdir(parents=True)
+            for stem in stems:
+                (data / part / kind / f"{stem}{suffix}").symlink_to(CAMVID / part / kind / f"{stem}{suffix}")
+    split = data / "splits" / "few"
+    split.mkdir(parents=True)
+    (split / "labeled.txt").write_text("\n".join(ids[:3]))
+    (split / "unlabeled.txt").write_text("\n".join(ids[3:5]))
+    run = ("--data", str(data), "--split", "few", "--out", str(tmp_path / "run"), "--steps", "3", "--height", "48")
+    run_main(load(PAPER / "camvid.py"), monkeypatch, *run, "--arch", "FPN", "--encoder", "tu-test_resnet")
+    assert "student-2: mIoU" in capsys.readouterr().out
+    check_camvid_run(tmp_path / "run", set(ids[3:5]))

@@ -12,9 +12,9 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision import tv_tensors
 
 from stseg.data.convert import as_image, as_mask, check_mask_values, image_of, pair_of
-from stseg.data.items import duplicate, has_ids, ids_of, len_of, names_of, repeated
+from stseg.data.items import Items, duplicate, shared
 from stseg.errors import DataError, UnreadableImageError
-from stseg.functional._checks import check_classes, index_dtype
+from stseg.functional.classes import check_classes, index_dtype
 
 
 class Named(list):
@@ -28,61 +28,61 @@ class Named(list):
 
 class TestIds:
     def test_are_those_of_the_data_set(self):
-        assert ids_of(Named(["b", "a"])) == ["b", "a"]
+        assert Items(Named(["b", "a"])).ids == ["b", "a"]
 
     def test_become_strings(self):
-        assert ids_of(Named(np.array([17, 4]))) == ["17", "4"]
+        assert Items(Named(np.array([17, 4]))).ids == ["17", "4"]
 
     def test_are_numbers_without_any(self):
-        assert ids_of(TensorDataset(torch.zeros(3, 1))) == ["0", "1", "2"]
-        assert not has_ids(TensorDataset(torch.zeros(3, 1)))
+        assert Items(TensorDataset(torch.zeros(3, 1))).ids == ["0", "1", "2"]
+        assert not Items(TensorDataset(torch.zeros(3, 1))).has_ids
 
     def test_pass_through_subsets_and_concatenations(self):
         both = ConcatDataset([Named(["a", "b"]), Subset(Named(["c", "d", "e"]), [2, 0])])
-        assert ids_of(Subset(both, [3, 1])) == ["c", "b"]
-        assert has_ids(both)
+        assert Items(Subset(both, [3, 1])).ids == ["c", "b"]
+        assert Items(both).has_ids
 
     def test_of_a_concatenation_are_numbers_if_one_part_has_none(self):
-        assert ids_of(ConcatDataset([Named(["a"]), TensorDataset(torch.zeros(2, 1))])) == ["0", "1", "2"]
+        assert Items(ConcatDataset([Named(["a"]), TensorDataset(torch.zeros(2, 1))])).ids == ["0", "1", "2"]
 
     @pytest.mark.parametrize("named", [True, False])
     def test_made_of_numbers_are_no_names(self, named):
         source = Named(["a", "b"]) if named else TensorDataset(torch.zeros(2, 1))
         wrapper = Named(["1", "0"], dataset=source)
-        assert has_ids(wrapper) is named
-        assert has_ids(Subset(wrapper, [0])) is named
-        assert has_ids(ConcatDataset([Named(["c"]), wrapper])) is named
+        assert Items(wrapper).has_ids is named
+        assert Items(Subset(wrapper, [0])).has_ids is named
+        assert Items(ConcatDataset([Named(["c"]), wrapper])).has_ids is named
 
     def test_ignore_a_method_called_ids(self):
         class WithMethod(list):
             def ids(self):
                 return ["never"]
 
-        assert ids_of(WithMethod([7])) == ["0"]
+        assert Items(WithMethod([7])).ids == ["0"]
 
     def test_that_occur_twice_are_refused(self):
         with pytest.raises(DataError, match="the id 'b' occurs more than once"):
-            ids_of(Named(["a", "b", "c", "b"]))
+            _ = Items(Named(["a", "b", "c", "b"])).ids
 
     def test_of_another_number_than_the_items_are_refused(self):
         dataset = Named(["a", "b"])
         dataset.ids = ["a"]
         with pytest.raises(DataError, match="2 items but 1 ids"):
-            ids_of(dataset)
+            Items(dataset)
 
     def test_need_a_data_set_with_a_length(self):
         with pytest.raises(TypeError, match="map-style data set with a length, got generator"):
-            len_of(i for i in range(3))
+            Items(i for i in range(3))
 
 
 class TestNames:
     def test_may_occur_twice(self):
-        assert names_of(Named(["a", "a"])) == ["a", "a"]
+        assert Items(Named(["a", "a"])).names == ["a", "a"]
 
     def test_prefer_item_names(self):
         dataset = Named(["0", "1"], item_names=["x", "x"])
-        assert names_of(Subset(dataset, [1])) == ["x"]
-        assert ids_of(dataset) == ["0", "1"]
+        assert Items(Subset(dataset, [1])).names == ["x"]
+        assert Items(dataset).ids == ["0", "1"]
 
 
 @given(st.lists(st.sampled_from("abcdef")))
@@ -94,8 +94,8 @@ def test_duplicate_is_the_first_id_that_occurred_before(ids):
 
 @given(st.lists(st.sampled_from("abcdef")), st.lists(st.sampled_from("cdefgh")))
 @settings(derandomize=True, deadline=None)
-def test_repeated_is_the_first_id_in_both(ids, others):
-    assert repeated(ids, others) == next((id for id in ids if id in others), None)
+def test_shared_is_the_first_id_in_both(ids, others):
+    assert shared(ids, others) == next((id for id in ids if id in others), None)
 
 
 class TestImage:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from stseg.data.folder import SegmentationFolder
-from stseg.data.items import ids_of
+from stseg.data.items import Items
 from stseg.data.splits import read_ids
 from stseg.errors import DataError, UnreadableImageError
 
@@ -100,7 +100,7 @@ class TestPairs:
 
     def test_are_ids_to_the_package(self, images):
         fill(images, None, "x/a", "b")
-        assert ids_of(SegmentationFolder(images)) == ["b", "x/a"]
+        assert Items(SegmentationFolder(images)).ids == ["b", "x/a"]
 
     def test_end(self, images):
         fill(images, None, "a", "b")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from stseg.data import listed
 from stseg.data.folder import SegmentationFolder
-from stseg.data.items import ids_of
+from stseg.data.items import Items
 from stseg.data.listed import FilePair, ListedFiles, read_pairs
 from stseg.errors import DataError, UnreadableImageError
 from stseg.inference.mask_store import check_store_id
@@ -153,7 +153,7 @@ class TestItems:
 
     def test_have_ids_that_stores_take(self, tmp_path):
         dataset = ListedFiles(tmp_path, fill(tmp_path, "a.b/c d", "é"))
-        assert ids_of(dataset) == ["a.b/c d_rgb", "é_rgb"]
+        assert Items(dataset).ids == ["a.b/c d_rgb", "é_rgb"]
         for id in dataset.ids:
             check_store_id(id)
 

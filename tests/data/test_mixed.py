@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from stseg.data.items import ids_of, names_of
+from stseg.data.items import Items
 from stseg.data.mixed import MixedDataset
 from stseg.errors import DataError
 from stseg.inference.labeler import PseudoLabeled
@@ -136,11 +136,11 @@ class TestTransform:
 class TestNames:
     def test_repeat_with_the_items(self):
         mixed = MixedDataset(Numbered(2, ids=["a", "b"]), Numbered(3, ids=["x", "y", "z"]))
-        assert names_of(mixed) == ["a", "b", "a", "b", "x", "y", "z"]
-        assert names_of(Subset(mixed, [6, 2])) == ["z", "a"]
+        assert Items(mixed).names == ["a", "b", "a", "b", "x", "y", "z"]
+        assert Items(Subset(mixed, [6, 2])).names == ["z", "a"]
 
     def test_are_not_ids(self):
-        assert ids_of(MixedDataset(Numbered(2, ids=["a", "b"]), repeat=2)) == ["0", "1", "2", "3"]
+        assert Items(MixedDataset(Numbered(2, ids=["a", "b"]), repeat=2)).ids == ["0", "1", "2", "3"]
 
     def test_stand_in_errors(self):
         bad = [(torch.zeros(3, 4, 4), torch.zeros(4, 4))]

@@ -135,7 +135,12 @@ def fitted(sync_batchnorm: bool, **changes) -> stseg.FitResult:
     pairs = [(image, (image[0] > 0.5).byte() + (image[1] > 0.7)) for image in images]
     pairs[0][1][:9] = 255  # so the processes have different numbers of pixels that count
     config = stseg.TrainConfig(
-        steps=12, batch_size=4, crop_size=16, base_size=20, lr=0.05, sync_batchnorm=sync_batchnorm, **changes
+        steps=12,
+        batch_size=4,
+        weak=stseg.WeakAugment(16, base_size=20),
+        lr=0.05,
+        sync_batchnorm=sync_batchnorm,
+        **changes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from stseg import DataError, Segmenter
-from stseg.engine.checkpoint import StageCheckpoint, StageState, copy_on_cpu, load_weights, save_weights
+from stseg import Batch, DataError, Losses, Method, Segmenter
+from stseg.engine.checkpoint import StageCheckpoint, StageState, copy_to_cpu, load_weights, save_weights
 
 
 def network() -> nn.Module:
@@ -49,7 +49,7 @@ class TestWeights:
 
 def test_copies_share_nothing():
     model = network()
-    copied = copy_on_cpu(model)
+    copied = copy_to_cpu(model)
     model[0].weight.data.zero_()
     assert copied[0].weight.abs().sum() > 0
     assert not copied.training
@@ -57,44 +57,101 @@ def test_copies_share_nothing():
 
 
 class TestProgress:
-    def test_closes_a_part_with_the_mean_of_its_losses(self):
-        progress = StageState(step=4, losses=[1.0, 2.0, 6.0])
-        progress.add_row(epoch=2, lr=0.1, miou=None, seconds=3.0)
-        assert progress.history == [{"epoch": 2, "step": 4, "lr": 0.1, "loss": 3.0, "seconds": 3.0}]
-        assert progress.losses == []
+    def test_closes_a_part_with_the_mean_of_what_was_logged(self):
+        state = StageState(step=1)
+        for loss in (1.0, 2.0, 6.0):
+            state.record({"loss": loss, "entropy": loss / 2})
+        row = state.add_row(epoch=2, lr=0.1, miou=None, seconds=3.0)
+        assert row == {"epoch": 2, "step": 4, "lr": 0.1, "loss": 3.0, "entropy": 1.5, "seconds": 3.0}
+        assert state.history == [row]
+        assert state.logged == {}
 
-    def test_shows_loss_and_last_miou(self):
-        progress = StageState(step=1, losses=[1.0])
-        assert progress.shown(0.12345) == {"loss": "0.123"}
-        progress.add_row(epoch=1, lr=0.1, miou=0.4567, seconds=1.0)
-        assert progress.shown(2) == {"loss": "2.000", "mIoU": "45.7"}
+    def test_means_only_the_steps_in_which_a_name_was_logged(self):
+        state = StageState()
+        for numbers in ({"loss": 1.0}, {"loss": 2.0, "rare": 5.0}, {"loss": 3.0}):
+            state.record(numbers)
+        assert state.add_row(epoch=1, lr=0.1, miou=0.5, seconds=1.0) == {
+            **{"epoch": 1, "step": 3, "lr": 0.1, "loss": 2.0, "rare": 5.0, "miou": 0.5, "seconds": 1.0}
+        }
+
+    def test_shows_the_last_numbers_and_the_last_miou(self):
+        state = StageState()
+        state.record({"loss": 1.0})
+        assert state.shown({"loss": 0.12345, "entropy": 2.0}) == {"loss": "0.123", "entropy": "2.000"}
+        state.add_row(epoch=1, lr=0.1, miou=0.4567, seconds=1.0)
+        assert state.shown({"loss": 2}) == {"loss": "2.000", "mIoU": "45.7"}
+
+
+class Critical(Method):
+    """With a network, a critic, an average in a buffer, and an optimizer for each of the two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.critic = Segmenter(network()), nn.Conv2d(4, 1, 1)
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, batch: Batch) -> Losses:
+        logits = self.model(batch.images)
+        return Losses(logits.square().mean() + self.critic(logits.detach()).square().mean())
+
+    def after_step(self, batch: Batch) -> None:
+        self.average += 1
+
+    def optimizers(self, config):
+        return [torch.optim.AdamW(part.parameters(), lr=0.1) for part in (self.model, self.critic)]
 
 
 class TestStageFolder:
-    def test_resumes_model_optimizer_and_progress(self, tmp_path):
-        model, again = network(), network()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        model(torch.rand(2, 3, 4, 4)).sum().backward()
-        optimizer.step()
-        progress = StageState(step=7, seconds=1.5, best=-math.inf, losses=[0.5], history=[{"step": 5.0}])
-        StageCheckpoint(tmp_path, {"a": 1}).save(model, optimizer, progress)
-        other = torch.optim.AdamW(again.parameters(), lr=0.1)
-        assert StageCheckpoint(tmp_path, {"a": 1}).resume(again, other) == progress
-        assert states_equal(again, model)
-        for one, two in zip(optimizer.state.values(), other.state.values(), strict=True):
-            assert torch.equal(one["exp_avg_sq"], two["exp_avg_sq"])
+    def test_resumes_method_optimizers_and_progress(self, tmp_path):
+        method, again = Critical(), Critical()
+        optimizers, others = (m.optimizers(None) for m in (method, again))
+        batch = Batch(torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4), torch.zeros(2, dtype=torch.bool))
+        method(batch).total.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        method.after_step(batch)
+        state = StageState(step=7, seconds=1.5, best=-math.inf, logged={"loss": [0.5]}, history=[{"step": 5.0}])
+        StageCheckpoint(tmp_path, {"a": 1}).save(method, optimizers, state)
+        assert set(torch.load(tmp_path / "state" / "latest.pt", weights_only=True)) == {
+            *("method", "optimizers", "progress")
+        }
+        assert StageCheckpoint(tmp_path, {"a": 1}).resume(again, others) == state
+        assert states_equal(again, method)
+        assert again.average == 1
+        for optimizer, other in zip(optimizers, others, strict=True):
+            assert len(optimizer.state) > 0
+            for one, two in zip(optimizer.state.values(), other.state.values(), strict=True):
+                assert torch.equal(one["exp_avg_sq"], two["exp_avg_sq"])
+
+    @pytest.mark.parametrize("change", ["fewer optimizers", "a key is missing", "another architecture"])
+    def test_of_another_content_is_refused(self, tmp_path, change):
+        method = Critical()
+        StageCheckpoint(tmp_path, {}).save(method, method.optimizers(None), StageState(step=3))
+        path = tmp_path / "state" / "latest.pt"
+        saved = torch.load(path, weights_only=True)
+        if change == "fewer optimizers":
+            saved["optimizers"].pop()
+        elif change == "a key is missing":
+            del saved["progress"]
+        else:
+            saved["method"]["critic.weight"] = torch.zeros(1, 5, 1, 1)
+        torch.save(saved, path)
+        with pytest.raises(
+            DataError, match=r"latest\.pt is damaged .*; delete it to start the stage from its beginning"
+        ):
+            StageCheckpoint(tmp_path, {}).resume(method, method.optimizers(None))
 
     def test_begins_at_the_beginning_where_there_is_nothing(self, tmp_path):
         model = network()
         for folder in (None, tmp_path):
             stage = StageCheckpoint(folder, {})
             assert stage.finished(model) is None
-            assert stage.resume(model, torch.optim.SGD(model.parameters(), lr=1)) == StageState()
+            assert stage.resume(Critical(), []) == StageState()
 
     @pytest.mark.parametrize("on_disk", [False, True])
     def test_gives_the_best_weights_back(self, tmp_path, on_disk):
         stage, model = StageCheckpoint(tmp_path if on_disk else None, {}), network()
-        best = copy_on_cpu(model)
+        best = copy_to_cpu(model)
         stage.keep_best(model)
         model[0].weight.data.zero_()
         stage.load_best(model)

@@ -15,43 +15,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small import Stopped, network, pairs, same
 from torch import nn
 
 import stseg
-from stseg import TrainConfig, TrainingDivergedError, WorkdirMismatchError, fit
+from stseg import TrainConfig, TrainingDivergedError, WeakAugment, WorkdirMismatchError, fit
 from stseg.data import MixedDataset
 from stseg.errors import DataError
-from stseg.models.state import cpu_state
-
-
-def pairs(count: int, *, size: int = 16, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Images whose class is where the red is."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(count, 3, size, size, generator=generator)
-    return [(image, (image[0] > 0.5).byte()) for image in images]
-
-
-def network(seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
-        )
+from stseg.functional import ohem_cross_entropy
+from stseg.methods import Supervised
 
 
 def config(**changes) -> TrainConfig:
-    settings = {"steps": 6, "batch_size": 2, "crop_size": 16, "lr": 0.05, **changes}
+    settings = {"steps": 6, "batch_size": 2, "weak": WeakAugment(16), "lr": 0.05, **changes}
     return TrainConfig(**({**settings, "steps": None} if "epochs" in changes else settings))
 
 
 def run(dataset=None, **options):
+    """Fit; what is not of ``fit`` is of the method."""
     options = {"config": config(), "progress": False, "model": network(), **options}
-    return fit(options.pop("model"), pairs(5) if dataset is None else dataset, options.pop("config"), **options)
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    a, b = cpu_state(one), cpu_state(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    own = {name: options.pop(name) for name in ("strong", "pseudo_weight", "loss") if name in options}
+    method = options.pop("model")
+    method = Supervised(method, **own) if own else method
+    return fit(method, pairs(5) if dataset is None else dataset, options.pop("config"), **options)
 
 
 class TestAgainstALoopByHand:
@@ -61,9 +47,15 @@ class TestAgainstALoopByHand:
     def test_comes_to_the_same_weights(self, optimizer):
         items = pairs(4)
         settings = config(
-            steps=7, batch_size=4, optimizer=optimizer, weight_decay=0.01, head_lr_factor=3.0, backbone="0"
+            steps=7,
+            batch_size=4,
+            optimizer=optimizer,
+            weight_decay=0.01,
+            head_lr_factor=3.0,
+            backbone="0",
+            weak=None,
         )
-        result = run(MixedDataset(items, transform=lambda image, mask: (image, mask)), config=settings)
+        result = run(items, config=settings)
 
         model = network().train()
         rest = [p for name, p in model.named_parameters() if not name.startswith("0.")]
@@ -153,7 +145,9 @@ class TestChance:
 
         run(model=nn.Sequential(nn.Conv2d(3, 8, 1), Noticed(0.5), nn.Conv2d(8, 2, 1)))
         masks = [mask for mask in seen if mask.shape[0] == 2]
-        assert not torch.equal(masks[0], masks[1])
+        assert len(masks) == 1 + 6
+        assert torch.equal(masks[0], masks[1])  # the trial is the first step
+        assert not torch.equal(masks[1], masks[2])
 
 
 class TestSnapshots:
@@ -208,21 +202,21 @@ class TestStrong:
         true = [(torch.zeros(3, 16, 16), torch.zeros(16, 16, dtype=torch.uint8))] * 2
         guessed = [(torch.ones(3, 16, 16), torch.ones(16, 16, dtype=torch.uint8))] * 3
         run(MixedDataset(true, guessed), strong=strong, config=config(steps=9))
-        assert len(calls) == 9
+        assert len(calls) == 1 + 9  # with the trial
         for images, where in calls:
             assert torch.equal(images.amax((1, 2, 3)) == 1, where)
         assert {bool(w) for _, where in calls for w in where} == {True, False}
 
     def test_cutout_must_write_the_ignore_index(self):
         with pytest.raises(ValueError, match="cutout of strong writes 255 into masks, but ignore_index is 7"):
-            run(strong=stseg.StrongAugment(), ignore_index=7)
+            Supervised(network(), strong=stseg.StrongAugment(), ignore_index=7)
 
 
 class TestPseudoWeight:
     """Batches are the whole mixture, so its order does not matter."""
 
     def mixture(self):
-        return MixedDataset(pairs(2), pairs(2, seed=1), transform=lambda image, mask: (image, mask))
+        return MixedDataset(pairs(2), pairs(2, seed=1))
 
     def test_reaches_the_loss_of_the_pseudo_labeled_images(self):
         items = list(self.mixture())
@@ -234,27 +228,23 @@ class TestPseudoWeight:
             sum(v for v, item in zip(losses, items, strict=True) if item[2] is flag) for flag in (False, True)
         )
         for weight in (0.0, 0.25, 1.0, 3.0):
-            result = run(self.mixture(), config=config(steps=1, batch_size=4, pseudo_weight=weight))
+            result = run(self.mixture(), config=config(steps=1, batch_size=4, weak=None), pseudo_weight=weight)
             expected = (true + weight * guessed) / masks.numel()
             assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
     def test_of_zero_learns_from_the_labeled_alone(self):
         wrong = MixedDataset(pairs(2), [(image, 1 - mask) for image, mask in pairs(2, seed=1)])
-        one, other = (
-            run(d, config=config(pseudo_weight=0.0)) for d in (MixedDataset(pairs(2), pairs(2, seed=1)), wrong)
-        )
+        one, other = (run(d, pseudo_weight=0.0) for d in (MixedDataset(pairs(2), pairs(2, seed=1)), wrong))
         assert same(one.model, other.model)
         assert not same(run(wrong).model, other.model)
 
     def test_is_nothing_to_labeled_images(self):
-        assert same(run(config=config(pseudo_weight=0.3)).model, run().model)
+        assert same(run(pseudo_weight=0.3).model, run().model)
 
 
 def test_pseudo_masks_of_which_nothing_is_left_do_no_harm():
     nothing = [(image, torch.full_like(mask, 255)) for image, mask in pairs(6, seed=1)]
-    result = run(
-        MixedDataset(pairs(1), nothing, repeat=1), config=config(steps=12), check=False
-    )  # batches of nothing, too
+    result = run(MixedDataset(pairs(1), nothing, repeat=1), config=config(steps=12))  # batches of nothing, too
     assert all(value.isfinite().all() for value in result.model.state_dict().values())
     assert all(math.isfinite(row["loss"]) for row in result.history)
     assert 0.0 in [row["loss"] for row in result.history]
@@ -281,11 +271,11 @@ class TestDivergence:
         assert caught.value.step == 5
         state = torch.load(tmp_path / "state" / "latest.pt", weights_only=True)
         assert state["progress"]["step"] == 4
-        healthy = Spoilt(good_steps=99)
-        with pytest.raises(KeyboardInterrupt):
-            run(model=healthy, dataset=Interrupted(pairs(5), after=1 + 4 * 2), check=False)
-        assert same(model, healthy)
-        assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
+        healthy = run(model=Spoilt(good_steps=99), snapshots=[4]).snapshots[0]
+        assert same(model, healthy.network)
+        method = {f"model.network.{name}": value for name, value in model.state_dict().items()}
+        assert method.keys() == state["method"].keys()
+        assert all(torch.equal(value, state["method"][name]) for name, value in method.items())
 
     def test_goes_on_from_there_once_the_cause_is_gone(self, tmp_path):
         with pytest.raises(TrainingDivergedError):
@@ -295,20 +285,6 @@ class TestDivergence:
     def test_by_a_learning_rate_that_is_absurd(self):
         with pytest.raises(TrainingDivergedError, match=r"learning rate \d"):
             run(config=config(steps=50, lr=1e30), model=nn.Conv2d(3, 2, 1))
-
-
-class Interrupted(list):
-    """A data set in which Ctrl+C is pressed when so many items have been read."""
-
-    def __init__(self, items, after: int) -> None:
-        super().__init__(items)
-        self.left = after
-
-    def __getitem__(self, index):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return super().__getitem__(index)
 
 
 class TestWorkdir:
@@ -338,13 +314,13 @@ class TestWorkdir:
         assert same(bare, result.model.network)
 
     def test_of_an_interrupted_stage_goes_on_to_the_same_weights(self, tmp_path):
-        options = {"snapshots": [2, 4, 6], "check": False, "save_every": 0}
-        whole = run(workdir=tmp_path / "a", **options)
-        for steps in (1, 2, 0, 1):  # the first sample is read once more, for the network to look at
+        options = {"snapshots": [2, 4, 6], "config": config(save_every=0)}
+        whole = run(workdir=tmp_path / "a", model=Stopped(network()), **options)
+        for after in (1, 3, 3, 4):
             with pytest.raises(KeyboardInterrupt):
-                run(Interrupted(pairs(5), after=1 + 2 * steps), workdir=tmp_path / "b", **options)
+                run(workdir=tmp_path / "b", model=Stopped(network(), after=after), **options)
         assert torch.load(tmp_path / "b" / "state" / "latest.pt", weights_only=True)["progress"]["step"] == 4
-        rest = run(workdir=tmp_path / "b", **options)
+        rest = run(workdir=tmp_path / "b", model=Stopped(network()), **options)
         assert same(whole.model, rest.model)
         assert all(same(a, b) for a, b in zip(whole.snapshots, rest.snapshots, strict=True))
         for one, other in zip(whole.history, rest.history, strict=True):
@@ -355,14 +331,20 @@ class TestWorkdir:
         [
             ({"config": config(lr=0.06)}, "config.lr is 0.05 there and 0.06 now"),
             ({"snapshots": [3]}, r"snapshots is \[\] there and \[3\] now"),
-            ({"dataset": pairs(6)}, "data is '5 samples, .*' there and '6 samples"),
-            ({"model": nn.Conv2d(3, 2, 1)}, "network is '.*' there and '.*' now"),
+            ({"dataset": pairs(6)}, r"data\.items is '5 samples, .*' there and '6 samples"),
+            ({"model": nn.Conv2d(3, 2, 1)}, r"network\.model is '.*' there and '.*' now"),
             (
                 {"dataset": [(image, 1 - mask) for image, mask in pairs(5)]},
-                "data is '5 samples, .*' there and '5 samples",
+                r"data\.labeled is '5 items, .*' there and '5 items",
             ),
-            ({"ignore_index": 254}, "ignore_index is 255 there and 254 now"),
-            ({"strong": stseg.StrongAugment()}, "strong is 'None' there and 'StrongAugment"),
+            (
+                {"config": config(ignore_index=254, weak=WeakAugment(16, ignore_index=254))},
+                "config.ignore_index is 255 there and 254 now",
+            ),
+            ({"strong": stseg.StrongAugment()}, "method.strong is None there and 'StrongAugment"),
+            ({"pseudo_weight": 0.5}, "method.pseudo_weight is 1.0 there and 0.5 now"),
+            ({"loss": ohem_cross_entropy}, "method.loss is None there and '.*ohem_cross_entropy.*' now"),
+            ({"model": Stopped(network())}, "method.type is 'Supervised' there and 'Stopped' now"),
         ],
     )
     def test_of_other_settings_is_refused_with_the_difference(self, tmp_path, changes, message):
@@ -378,13 +360,13 @@ class TestWorkdir:
     def test_with_a_damaged_file_says_which(self, tmp_path, name):
         if name.startswith("state"):
             with pytest.raises(KeyboardInterrupt):
-                run(Interrupted(pairs(5), after=1 + 2 * 3), check=False, workdir=tmp_path, save_every=0)
+                run(model=Stopped(network(), after=3), config=config(save_every=0), workdir=tmp_path)
         else:
-            run(check=False, workdir=tmp_path)
+            run(model=Stopped(network()), workdir=tmp_path)
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[: len(content) // 2])
         with pytest.raises((DataError, WorkdirMismatchError), match=name.split("/")[-1]):
-            run(check=False, workdir=tmp_path)
+            run(model=Stopped(network()), workdir=tmp_path)
 
 
 KILLED = """
@@ -395,8 +377,9 @@ images = torch.rand(6, 3, 24, 24, generator=generator)
 data = [(image, (image[0] > 0.5).byte()) for image in images]
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(8, 2, 1))
-config = stseg.TrainConfig(steps=400, batch_size=4, crop_size=24, optimizer="adamw", lr=0.01)
-stseg.fit(model, data, config, snapshots=[100, 400], val=data[:2], workdir=sys.argv[1], save_every=0.05, progress=False)
+settings = {"steps": 400, "batch_size": 4, "weak": stseg.WeakAugment(24), "optimizer": "adamw", "lr": 0.01}
+config = stseg.TrainConfig(**settings, save_every=0.05)
+stseg.fit(model, data, config, snapshots=[100, 400], val=data[:2], workdir=sys.argv[1], progress=False)
 """
 
 
@@ -441,8 +424,8 @@ def test_trains_the_model_itself_and_returns_it_in_evaluation_mode():
 
 
 def test_progress_bar_tells_loss_miou_and_time_left(capsys):
-    run(progress=True, val=pairs(2, seed=5), title="teacher")
+    run(progress=True, val=pairs(2, seed=5))
     text = capsys.readouterr().err
-    assert all(word in text for word in ("teacher", "loss=", "mIoU=", "6/6", "<"))
+    assert all(word in text for word in ("train", "loss=", "mIoU=", "6/6", "<"))
     run(progress=False, val=pairs(2, seed=5))
     assert capsys.readouterr().err == ""

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small import Entropic
 from torch import nn
 
 import stseg
 from stseg.distributed import all_gather
+from stseg.methods import STPlusPlus
 from stseg.models.state import fingerprint
 
 STEPS = 12
@@ -53,11 +55,12 @@ def data(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def run(out: Path) -> None:
     """``fit`` and all of ST++, with everything in ``out``."""
-    config = stseg.TrainConfig(steps=STEPS, batch_size=4, crop_size=16, base_size=20, lr=0.05)
+    config = stseg.TrainConfig(steps=STEPS, batch_size=4, weak=stseg.WeakAugment(16, base_size=20), lr=0.05)
     torch.manual_seed(0)
     val = data(5, seed=9)
     fitted = stseg.fit(Two(), data(6, seed=1), config, val=val, snapshots=[4], workdir=out / "fit", progress=False)
-    trainer = stseg.SelfTrainer(Two, num_classes=3, config=config, strong=None, workdir=out / "run", progress=False)
+    plain = STPlusPlus(strong=None)
+    trainer = stseg.SelfTrainer(Two, num_classes=3, config=config, method=plain, workdir=out / "run", progress=False)
     result = trainer.fit(data(6, seed=1), [image for image, _ in data(9, seed=2)], val)
     miou = stseg.evaluate(result.model, val, num_classes=3, progress=False).compute()
     options = {"num_classes": 3, "config": config, "workdir": out / "normalized", "progress": False}
@@ -65,12 +68,19 @@ def run(out: Path) -> None:
     final = normalized.fit(data(6, seed=1), [image for image, _ in data(9, seed=2)], val)
     for model in (final.model, *final.stages["teacher"].snapshots):
         assert len(set(all_gather(fingerprint(model)))) == 1
+    unlabeled = [image for image, _ in data(7, seed=3)]
+    own = stseg.TrainConfig(steps=STEPS, batch_size=4, unlabeled_batch_size=2, weak=config.weak, lr=0.05)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        entropic = Entropic(Two(), weight=0.3)
+    two_streams = stseg.fit(entropic, data(6, seed=1), own, unlabeled=unlabeled, workdir=out / "own", progress=False)
     process = os.environ.get("RANK", "alone")
     known = {
         "history": fitted.history,
         "ids": result.ranking.ids,
         "miou": miou,
         "labels": len(result.labels["reliable"]),
+        "own": two_streams.history,
     }
     (out / f"{process}.json").write_text(json.dumps(known))
 
@@ -82,7 +92,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {**os.environ, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     group = {**shared, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     command = [sys.executable, __file__]
     processes = [subprocess.Popen([*command, str(alone)], env=shared)]
@@ -107,6 +118,15 @@ class TestTwoProcesses:
         for name, value in alone.items():
             torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
 
+    def test_come_to_the_weights_of_one_by_a_method_of_two_streams(self, folders):
+        alone, two = (load_file(folder / "own" / "model.safetensors") for folder in folders)
+        for name, value in alone.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+        alone, first, second = (json.loads((folder / f"{name}.json").read_text()) for folder, name in self.all(folders))
+        for key in ("loss", "entropy"):
+            rows = [[row[key] for row in found["own"]] for found in (alone, first, second)]
+            assert rows[1] == rows[2] == pytest.approx(rows[0], rel=1e-4)
+
     def test_have_the_same_history(self, folders):
         histories = [json.loads((folder / f"{name}.json").read_text())["history"] for folder, name in self.all(folders)]
         for history in histories:
@@ -115,7 +135,7 @@ class TestTwoProcesses:
 
     def test_have_the_same_run(self, folders):
         alone, first, second = (json.loads((folder / f"{name}.json").read_text()) for folder, name in self.all(folders))
-        assert first == {**second, "history": first["history"]}
+        assert first == {**second, "history": first["history"], "own": first["own"]}
         assert sorted(first["ids"]) == sorted(alone["ids"])
         assert first["labels"] == alone["labels"] == 4
 
@@ -126,9 +146,11 @@ class TestTwoProcesses:
         ]
         masks = [{name for name in found if name.endswith(".png") and "masks" in name} for found in files]
         assert len(masks[0]) == len(masks[1]) == 9
-        assert files[0] - masks[0] - {"ranking/scores"} == {
-            name for name in files[1] - masks[1] if not name.startswith("ranking/scores")
-        }
+        one, two = (
+            {name for name in found - images if not name.startswith("ranking/scores")}
+            for found, images in zip(files, masks, strict=True)
+        )
+        assert one == two
 
     @staticmethod
     def all(folders: tuple[Path, Path]) -> list[tuple[Path, str]]:

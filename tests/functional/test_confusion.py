@@ -117,9 +117,9 @@ class TestConfusionMatrix:
     @pytest.mark.parametrize("metric", [confusion_matrix, mean_iou])
     def test_refuses_floats(self, metric):
         fine = torch.zeros(2, 3, dtype=torch.long)
-        with pytest.raises(ValueError, match=r"prediction is torch\.float32; expected integer"):
+        with pytest.raises(TypeError, match=r"prediction is torch\.float32; expected integer"):
             metric(fine + 0.5, fine, 2)
-        with pytest.raises(ValueError, match=r"target is torch\.float32; expected integer"):
+        with pytest.raises(TypeError, match=r"target is torch\.float32; expected integer"):
             metric(fine, fine.float(), 2)
 
 
@@ -260,9 +260,9 @@ class TestStability:
 
     def test_refuses_floats(self):
         fine = torch.zeros(1, 1, 2, 2, dtype=torch.long)
-        with pytest.raises(ValueError, match=r"masks is torch\.float32; expected integer"):
+        with pytest.raises(TypeError, match=r"masks is torch\.float32; expected integer"):
             stability(fine.float(), fine[0], 3)
-        with pytest.raises(ValueError, match=r"reference is torch\.float32; expected integer"):
+        with pytest.raises(TypeError, match=r"reference is torch\.float32; expected integer"):
             stability(fine, fine[0].float(), 3)
 
 

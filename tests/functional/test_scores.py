@@ -191,7 +191,7 @@ class TestScoresOfMasks:
             score(fine[..., :0], fine[0, ..., :0], 3)
         with pytest.raises(ValueError, match="masks holds the value 3"):
             score(fine + 3, fine[0], 3)
-        with pytest.raises(ValueError, match=r"reference is torch\.float32"):
+        with pytest.raises(TypeError, match=r"reference is torch\.float32"):
             score(fine, fine[0].float(), 3)
 
     def test_take_all_integers_and_empty_batches(self, score):

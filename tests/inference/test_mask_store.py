@@ -335,11 +335,11 @@ class TestClaim:
         store.claim({"model": "m"}, images={"a": 1, "b": 2})
         store["a"] = MASK
         for images in ({"a": 9}, {"a": 9}, {"c": 3, "b": 8}):
-            with pytest.raises(WorkdirMismatchError, match="masks of other images"):
+            with pytest.raises(WorkdirMismatchError, match="results of other images"):
                 store.claim({"model": "m"}, images=images)
         with pytest.raises(WorkdirMismatchError, match="model is 'm' there"):
             store.claim({"model": "n"}, images={"a": 9})
-        with pytest.raises(WorkdirMismatchError, match="masks of other images"):
+        with pytest.raises(WorkdirMismatchError, match="results of other images"):
             store.claim({"model": "m"}, images={"a": 9})
         store.claim({"model": "m"}, images={"b": 2, "c": 3})
 

@@ -22,6 +22,7 @@ from stseg import (
     StabilityRanker,
     TrainConfig,
     UnreadableImageError,
+    WeakAugment,
     WorkdirMismatchError,
     fit,
 )
@@ -33,6 +34,7 @@ from stseg.functional import (
     stability,
     weighted_stability,
 )
+from stseg.methods import Labeling, STPlusPlus
 
 
 def pictures(count=13, seed=0):
@@ -248,38 +250,38 @@ class TestResume:
     def test_does_only_what_is_not_done(self, tmp_path):
         data, file = pictures(), tmp_path / "logs" / "scores"
         with pytest.raises(KeyboardInterrupt):
-            ranker(batch_size=1).rank(Interrupted(data, at=7), resume=file)
+            ranker(batch_size=1).rank(Interrupted(data, at=7), store=file)
         again = checkpoints()
-        ranking = ranker(again).rank(data, resume=file)
+        ranking = ranker(again).rank(data, store=file)
         assert [network.images_seen() for network in again] == [6, 6, 6]
         assert ranking == ranker().rank(data)
         once_more = checkpoints()
-        assert ranker(once_more).rank(data, resume=str(file)) == ranking
+        assert ranker(once_more).rank(data, store=str(file)) == ranking
         assert [network.seen for network in once_more] == [[], [], []]
 
     def test_takes_scores_line_by_line_in_the_file_that_was_named(self, tmp_path):
         file = tmp_path / "scores[1].jsonl"
-        ranking = ranker().rank(pictures(4), resume=file)
-        _, *lines = file.read_text().splitlines()
+        ranking = ranker().rank(pictures(4), store=file)
+        lines = file.read_text().splitlines()
         assert {tuple(json.loads(line)) for line in lines} == set(zip(ranking.ids, ranking.scores, strict=True))
-        assert list(tmp_path.iterdir()) == [file]
+        assert set(tmp_path.iterdir()) == {file, tmp_path / "scores[1].jsonl.json"}
 
     def test_tolerates_a_line_cut_short_wherever_it_is_cut(self, tmp_path):
         data, file = pictures(4), tmp_path / "scores"
-        expected = ranker(batch_size=1).rank(data, resume=file)
+        expected = ranker(batch_size=1).rank(data, store=file)
         whole = file.read_bytes()
         lines = whole.splitlines(keepends=True)
-        header, last = len(lines[0]), len(whole) - len(lines[-1])
-        for length in {0, 1, header - 1, header, header + 3, last - 1, last, last + 1, len(whole) - 1}:
+        first, last = len(lines[0]), len(whole) - len(lines[-1])
+        for length in {0, 1, first - 1, first, first + 3, last - 1, last, last + 1, len(whole) - 1}:
             file.write_bytes(whole[:length])
             again = checkpoints()
-            assert ranker(again, batch_size=1).rank(data, resume=file) == expected
-            assert again[0].images_seen() == 4 - max(0, whole[:length].count(b"\n") - 1)
+            assert ranker(again, batch_size=1).rank(data, store=file) == expected
+            assert again[0].images_seen() == 4 - whole[:length].count(b"\n")
             assert file.read_bytes() == whole
 
     def test_refuses_scores_of_others(self, tmp_path):
         file = tmp_path / "scores"
-        ranker().rank(pictures(4), resume=file)
+        ranker().rank(pictures(4), store=file)
         before = file.read_bytes()
         first, second, last = checkpoints()
         others = [
@@ -289,49 +291,49 @@ class TestResume:
             ranker(precision="bf16"),
         ]
         for other in others:
-            with pytest.raises(WorkdirMismatchError, match="other checkpoints or settings"):
-                other.rank(pictures(4), resume=file)
+            with pytest.raises(WorkdirMismatchError, match="was made with other settings or data"):
+                other.rank(pictures(4), store=file)
         assert file.read_bytes() == before
 
     def test_refuses_scores_of_other_images_where_numbers_are_their_names(self, tmp_path):
         file = tmp_path / "scores"
-        ranker().rank(list(pictures(4)), resume=file)
-        ranker().rank(list(pictures(4)), resume=file)
+        ranker().rank(list(pictures(4)), store=file)
+        ranker().rank(list(pictures(4)), store=file)
         with pytest.raises(WorkdirMismatchError):
-            ranker().rank(list(pictures(4, seed=1)), resume=file)
+            ranker().rank(list(pictures(4, seed=1)), store=file)
 
     @pytest.mark.parametrize("content", [b"index,id,score\n0,a,0.5\n", b"notes", b"\x89PNG\r\n\x1a\n"])
     def test_refuses_a_file_of_something_else_and_leaves_it_alone(self, tmp_path, content):
         file = tmp_path / "scores"
         file.write_bytes(content)
-        with pytest.raises(WorkdirMismatchError, match="scores holds scores of other"):
-            ranker().rank(pictures(4), resume=file)
+        with pytest.raises(WorkdirMismatchError, match=r"is of unknown origin, as there is no scores\.json"):
+            ranker().rank(pictures(4), store=file)
         assert file.read_bytes() == content
 
     @pytest.mark.parametrize("line", [b"\0\0\0\n", b'["a"]\n', b'["a", "high"]\n', b"3\n", b"\xff\n"])
     def test_refuses_broken_lines_before_any_work(self, tmp_path, line):
         file, networks = tmp_path / "scores", checkpoints()
-        ranker().rank(pictures(4), resume=file)
+        ranker().rank(pictures(4), store=file)
         file.write_bytes(file.read_bytes() + line)
         with pytest.raises(DataError, match="scores holds a line that is no score"):
-            ranker(networks).rank(pictures(4), resume=file)
+            ranker(networks).rank(pictures(4), store=file)
         assert networks[0].seen == []
 
     def test_takes_no_notice_of_files_with_like_names(self, tmp_path):
         data = pictures(4)
-        ranking = ranker().rank(data, resume=tmp_path / "ranking")
+        ranking = ranker().rank(data, store=tmp_path / "ranking")
         ranking.to_csv(tmp_path / "ranking.csv")
-        assert ranker().rank(data, resume=tmp_path / "ranking") == ranking
+        assert ranker().rank(data, store=tmp_path / "ranking") == ranking
 
     def test_refuses_scores_of_other_images_under_the_same_ids(self, tmp_path):
-        ranker().rank(pictures(4), resume=tmp_path / "scores")
-        with pytest.raises(WorkdirMismatchError, match="scores of other images: the one called 'city/img_00' differs"):
-            ranker().rank(pictures(4, seed=1), resume=tmp_path / "scores")
+        ranker().rank(pictures(4), store=tmp_path / "scores")
+        with pytest.raises(WorkdirMismatchError, match="results of other images: the one called 'city/img_00' differs"):
+            ranker().rank(pictures(4, seed=1), store=tmp_path / "scores")
 
     def test_goes_by_id_when_the_data_set_has_changed(self, tmp_path):
         data, again = pictures(), checkpoints()
-        ranker().rank(Subset(data, [3, 5, 7]), resume=tmp_path / "scores")
-        ranking = ranker(again).rank(data, resume=tmp_path / "scores")
+        ranker().rank(Subset(data, [3, 5, 7]), store=tmp_path / "scores")
+        ranking = ranker(again).rank(data, store=tmp_path / "scores")
         assert again[0].images_seen() == 10
         assert ranking == ranker().rank(data)
 
@@ -366,11 +368,12 @@ class TestScores:
 
     def test_in_a_file_are_refused_where_they_are_others(self, tmp_path):
         data, plain, weighted = pictures(4), tmp_path / "plain", tmp_path / "weighted"
-        ranker().rank(data, resume=plain)
-        assert set(json.loads(plain.read_bytes().splitlines()[0])["of"]) == {"checkpoints", "num_classes", "precision"}
-        ranker(score=stability).rank(data, resume=plain)
-        ranking = ranker(score=partial(weighted_stability, power=0.5)).rank(data, resume=weighted)
-        assert ranker(score=partial(weighted_stability, power=0.5)).rank(data, resume=weighted) == ranking
+        ranker().rank(data, store=plain)
+        owner = json.loads((tmp_path / "plain.json").read_text())
+        assert set(owner) == {"networks", "num_classes", "precision", "score", "images"}
+        ranker(score=stability).rank(data, store=plain)
+        ranking = ranker(score=partial(weighted_stability, power=0.5)).rank(data, store=weighted)
+        assert ranker(score=partial(weighted_stability, power=0.5)).rank(data, store=weighted) == ranking
         for file, score in [
             (plain, partial(weighted_stability, power=0.5)),
             (plain, pixel_agreement),
@@ -379,8 +382,8 @@ class TestScores:
             (weighted, partial(weighted_stability, power=0.25)),
             (weighted, of_red),
         ]:
-            with pytest.raises(WorkdirMismatchError, match="other checkpoints or settings"):
-                ranker(score=score).rank(data, resume=file)
+            with pytest.raises(WorkdirMismatchError, match="was made with other settings or data"):
+                ranker(score=score).rank(data, store=file)
 
     @pytest.mark.parametrize(
         ("score", "message"),
@@ -455,8 +458,8 @@ class TestConfidenceRanker:
     def test_goes_on_where_it_was_killed_and_refuses_scores_of_others(self, tmp_path):
         data, file, again = pictures(), tmp_path / "scores", Pooled()
         with pytest.raises(KeyboardInterrupt):
-            confident(batch_size=1).rank(Interrupted(data, at=7), resume=file)
-        ranking = confident(again).rank(data, resume=file)
+            confident(batch_size=1).rank(Interrupted(data, at=7), store=file)
+        ranking = confident(again).rank(data, store=file)
         assert again.images_seen() == 6
         assert by_image(ranking) == pytest.approx(by_image(confident().rank(data)), abs=1e-6)
         others = [
@@ -467,8 +470,8 @@ class TestConfidenceRanker:
             ranker(),
         ]
         for other in others:
-            with pytest.raises(WorkdirMismatchError, match="other checkpoints or settings"):
-                other.rank(data, resume=file)
+            with pytest.raises(WorkdirMismatchError, match="was made with other settings or data"):
+                other.rank(data, store=file)
 
     def test_names_images_whose_logits_are_not_finite(self):
         class Poisoned(nn.Module):
@@ -526,12 +529,12 @@ class TestConfidenceRanker:
 class TestInARun:
     """A ranker that needs the teacher: train that first, then hand both in."""
 
-    config = TrainConfig(steps=3, batch_size=2, crop_size=8)
+    config = TrainConfig(steps=3, batch_size=2, weak=WeakAugment(8))
 
-    def trainer(self, **options):
-        return SelfTrainer(
-            lambda: nn.Conv2d(3, 4, 1), num_classes=4, config=self.config, tta=None, progress=False, **options
-        )
+    def trainer(self, ranker, **options):
+        method = STPlusPlus(ranker=ranker, labeling=Labeling(tta=None))
+        options |= {"num_classes": 4, "config": self.config, "progress": False}
+        return SelfTrainer(lambda: nn.Conv2d(3, 4, 1), method=method, **options)
 
     def test_takes_the_place_of_stability_and_is_part_of_the_record(self, tmp_path):
         images = [torch.rand(3, 9, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
@@ -540,7 +543,7 @@ class TestInARun:
         teacher = fit(nn.Conv2d(3, 4, 1), labeled, self.config, snapshots=[1, 2, 3], progress=False)
 
         def run(ranker):
-            return self.trainer(ranker=ranker, workdir=tmp_path).fit(labeled, unlabeled, teacher=teacher)
+            return self.trainer(ranker, workdir=tmp_path).fit(labeled, unlabeled, teacher=teacher)
 
         chosen = confident(teacher.model, score=expected_iou)
         result = run(chosen)
@@ -553,12 +556,16 @@ class TestInARun:
             ranker(teacher.snapshots),
             ranker(teacher.snapshots, score=pixel_agreement),
         ):
-            with pytest.raises(WorkdirMismatchError, match=r"ranker is .ConfidenceRanker.* there and .* now"):
+            with pytest.raises(WorkdirMismatchError, match=r"method\.ranker\.\w+ is .* there and .* now"):
                 run(other)
 
-    def test_rankers_are_told_apart_by_their_repr(self):
-        assert repr(ranker()) == repr(ranker())
-        assert repr(confident()) == repr(confident())
-        assert "score='stseg.functional.confidence.mean_confidence'" in repr(confident(score=mean_confidence))
+    def test_rankers_are_told_apart_by_their_provenance(self):
+        assert ranker().provenance() == ranker().provenance()
+        assert confident().provenance() == confident().provenance()
         made = [ranker(), ranker(score=pixel_agreement), ranker(checkpoints(2)), confident(), confident(score=of_red)]
-        assert len({repr(one) for one in made}) == len(made)
+        assert len({json.dumps(one.provenance()) for one in made}) == len(made)
+
+    def test_repr_shows_settings_without_reading_weights(self, monkeypatch):
+        one = confident(score=mean_confidence)
+        monkeypatch.setattr(type(one), "provenance", None)
+        assert "score=stseg.functional.confidence.mean_confidence" in repr(one)

@@ -87,8 +87,8 @@ def everything(folder):
 
     for name, dataset in [("ranking", data), ("ranking again", data), ("broken ranking", broken)]:
         used = networks()
-        resume = folder / "scores" if dataset is data else None
-        ranking = StabilityRanker(used, **options).rank(dataset, resume=resume, skip_unreadable=dataset is broken)
+        store = folder / "scores" if dataset is data else None
+        ranking = StabilityRanker(used, **options).rank(dataset, store=store, skip_unreadable=dataset is broken)
         result[name] = ranking.indices, ranking.scores, ranking.ids, [s.index for s in ranking.skipped]
         seen[name] = used[0].images_seen()
 
@@ -171,10 +171,10 @@ def test_results_are_worth_comparing(single):
 def test_a_single_process_goes_on_where_several_have_stopped(folder, single):
     expected, _ = single
     used = networks()
-    ranking = StabilityRanker(used, num_classes=4, progress=False).rank(Scenes(11), resume=folder / "scores")
+    ranking = StabilityRanker(used, num_classes=4, progress=False).rank(Scenes(11), store=folder / "scores")
     assert (ranking.indices, ranking.scores) == expected["ranking"][:2]
     (folder / "scores.1").unlink()
-    again = StabilityRanker(used, num_classes=4, progress=False).rank(Scenes(11), resume=folder / "scores")
+    again = StabilityRanker(used, num_classes=4, progress=False).rank(Scenes(11), store=folder / "scores")
     assert isinstance(again, Ranking)
     assert again == ranking
     assert used[0].images_seen() == 5  # those with an odd number

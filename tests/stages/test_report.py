@@ -25,7 +25,7 @@ def run(method: str, workdir: Path | None = None, channels: int = 3, **options):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(6, channels, 16, 20, generator=generator)
     labeled = [(image, (image[0] > 0.5).byte()) for image in images[:2]]
-    config = stseg.TrainConfig(steps=4, batch_size=2, crop_size=16)
+    config = stseg.TrainConfig(steps=4, batch_size=2, weak=stseg.WeakAugment(16))
     trainer = stseg.SelfTrainer(
         lambda: nn.Conv2d(channels, 2, 1), num_classes=2, config=config, method=method, workdir=workdir, progress=False
     )
@@ -56,14 +56,14 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize(
-    ("method", "figures"),
+    ("method", "figures", "setting"),
     [
-        ("supervised", {"training"}),
-        ("st", {"training", "labels"}),
-        ("st++", {"training", "scores", "most_stable", "least_stable"}),
+        ("supervised", {"training"}, "method.double_below"),
+        ("st", {"training", "labels"}, "method.pseudo_weight"),
+        ("st++", {"training", "scores", "most_stable", "least_stable"}, "method.reliable_fraction"),
     ],
 )
-def test_a_run_with_a_work_directory_ends_with_a_page_and_its_pictures(tmp_path, method, figures):
+def test_a_run_with_a_work_directory_ends_with_a_page_and_its_pictures(tmp_path, method, figures, setting):
     result = run(method, tmp_path)
     page = Page(tmp_path / "report.html")
     assert set(page.pictures) == {f"figures/{name}.png" for name in figures}
@@ -71,7 +71,7 @@ def test_a_run_with_a_work_directory_ends_with_a_page_and_its_pictures(tmp_path,
         assert np.asarray(Image.open(tmp_path / picture).convert("L")).std() > 5
     for step in result.seconds:
         assert step in page.text
-    for word in ("config.batch_size", "reliable_fraction", "torch", stseg.__version__):
+    for word in ("config.batch_size", setting, "torch", stseg.__version__):
         assert word in page.text
 
 

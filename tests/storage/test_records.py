@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -61,7 +62,7 @@ class TestFiles:
     def test_that_are_damaged_say_what_to_do(self, tmp_path, content):
         path = tmp_path / "run.json"
         path.write_bytes(content)
-        with pytest.raises(WorkdirMismatchError, match=r"run\.json .*; remove .* to begin anew"):
+        with pytest.raises(WorkdirMismatchError, match=r"run\.json .*; delete .* to start over"):
             read_record(path)
 
     def test_are_replaced_whole(self, tmp_path):
@@ -71,28 +72,90 @@ class TestFiles:
         assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-class TestDescribed:
+def scaled(factor):
+    return lambda images: images * factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    strong: object = None
+    shares: tuple[float, ...] = (0.5, 0.25)
+
+
+class Custom:
+    def __init__(self, keep):
+        self.keep = keep
+
+
+class SaysItself:
+    def provenance(self):
+        return {"weights": "1234"}
+
+
+class TestDescribe:
     @pytest.mark.parametrize(
         "make",
         [
             lambda: stseg.StrongAugment(),
             lambda: nn.Sequential(nn.Conv2d(3, 2, 1)),
             lambda: functools.partial(stseg.MultiScaleFlip, scales=(1.0,)),
+            lambda: Settings(strong=stseg.StrongAugment()),
+            lambda: Custom(keep=0.5),
+            lambda: scaled(2),
             object,
         ],
     )
-    def test_is_the_same_for_two_of_a_kind(self, make):
+    def test_is_the_same_for_two_of_a_kind_and_of_the_types_of_json(self, make):
         assert describe(make()) == describe(make())
-        assert " at 0x" not in describe(make())
+        text = json.dumps(describe(make()))
+        assert " at 0x" not in text
+        assert json.loads(text) == json.loads(json.dumps(describe(make())))
 
     def test_tells_settings_apart(self):
         assert describe(stseg.StrongAugment()) != describe(stseg.StrongAugment(blur_p=0.1))
         assert describe(torch.sin) != describe(torch.cos)
-        assert describe(None) == "None"
+        assert describe(None) is None
+        assert describe(Settings(strong=scaled(2))) != describe(Settings(strong=scaled(3)))
+        assert describe(Custom(keep=0.5)) != describe(Custom(keep=0.6))
+        assert describe(functools.partial(round, ndigits=2)) != describe(functools.partial(round, ndigits=3))
+        assert describe(SaysItself()) == {"type": "SaysItself", "weights": "1234"}
 
-        def scaled(factor):
-            return lambda images: images * factor
-
+    def test_tells_lambdas_apart_by_what_they_bind_and_by_their_source(self):
         assert describe(scaled(2)) == describe(scaled(2)) != describe(scaled(3))
-        assert describe(lambda m: m) == describe(lambda m: m)
-        assert describe(lambda m: (m, 1)) != describe(lambda m: (m, 2))
+        one, other = (lambda m: (m, 1)), (lambda m: (m, 2))  # two with equal arguments in one statement are one source
+        third = lambda m: (m, 3)  # noqa: E731
+        assert describe(one) == describe(other) != describe(third)
+
+    def test_of_a_lambda_does_not_change_with_the_call_around_it(self):
+        def handed(function, **options):
+            return function
+
+        first = handed(lambda images: images + 1, num_workers=1)
+        second = handed(
+            lambda images: images + 1,
+            num_workers=2,
+        )
+        assert describe(first).split(">")[-1] == describe(second).split(">")[-1] == " lambda images: images + 1"
+
+
+class TestClaim:
+    def test_records_the_owner_and_collects_checksums(self, tmp_path):
+        path = tmp_path / "labels.json"
+        claim(path, {"model": "a"}, images={"x": 1})
+        claim(path, {"model": "a"}, images={"y": 2})
+        assert read_record(path) == {"model": "a", "images": {"x": 1, "y": 2}}
+
+    def test_keeps_a_result_that_was_added(self, tmp_path):
+        path = tmp_path / "thresholds.json"
+        write_record(path, {**claim(path, {"model": "a"}), "result": [0.5]})
+        assert claim(path, {"model": "a"})["result"] == [0.5]
+
+    def test_refuses_another_owner_with_the_difference(self, tmp_path):
+        claim(tmp_path / "a.json", {"config": {"lr": 0.1}})
+        with pytest.raises(WorkdirMismatchError, match=r"lr is 0\.1 there and 0\.2 now.*delete it to start over"):
+            claim(tmp_path / "a.json", {"config": {"lr": 0.2}})
+
+    def test_refuses_other_images_of_the_same_ids(self, tmp_path):
+        claim(tmp_path / "a.json", {"model": "a"}, images={"x": 1})
+        with pytest.raises(WorkdirMismatchError, match="other images: the one called 'x' differs"):
+            claim(tmp_path / "a.json", {"model": "a"}, images={"x": 2})

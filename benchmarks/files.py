@@ -1,0 +1,49 @@
+"""Files of results: written whole or not at all, and records of the settings that a folder was made with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import stseg
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file in one step: a process killed at any moment leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Replace a JSON file in one step."""
+    write(path, json.dumps(record, indent=1).encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the record in a JSON file; None if there is no file."""
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def claim(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings that a folder is made with, or compare them with those that are there.
+
+    Raises:
+        WorkdirMismatchError: if they differ; names the differences.
+    """
+    found, settings = read_json(path), json.loads(json.dumps(settings))
+    if found is None:
+        write_json(path, settings)
+        return
+    names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+    if names:
+        differences = "; ".join(f"{n} is {found.get(n)!r} there and {settings.get(n)!r} now" for n in names)
+        raise stseg.WorkdirMismatchError(
+            f"{path.parent} was made with other settings or data: {differences}. Use another folder, or remove it"
+        )

@@ -1,0 +1,36 @@
+"""Strong views of a batch together with the targets that belong to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stseg.augment.mixing import CutMix
+from stseg.types import BatchAugmentation
+
+
+@torch.no_grad()
+def strong_view(
+    images: Tensor, target: Tensor, strong: BatchAugmentation | None = None, mix: CutMix | None = None
+) -> tuple[Tensor, Tensor]:
+    """Augment a batch strongly, then mix it; the target follows as a mask does.
+
+    Args:
+        images: ``(B, C, H, W)`` float in [0, 1].
+        target: ``(B, H, W)`` int64, such as :func:`stseg.functional.consistency_target` makes.
+        strong: augmentation of the batch; None for none.
+        mix: exchange between the images of the batch; None for none.
+
+    Returns:
+        Images and targets of the same shapes.
+
+    Example:
+        >>> images, target = strong_view(torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long), mix=CutMix())
+        >>> images.shape, target.shape
+        (torch.Size([2, 3, 8, 8]), torch.Size([2, 8, 8]))
+    """
+    if strong is not None:
+        images, target = strong(images, target, None)
+    if mix is not None:
+        images, target = mix(images, target)
+    return images, target

@@ -1,0 +1,39 @@
+"""Checks of single arguments; each names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise a ``TypeError`` unless the value is a number."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raise a ``ValueError`` unless the value lies in [0, 1]."""
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; expected a probability in [0, 1]")
+
+
+def check_nonnegative(name: str, value: float) -> None:
+    """Raise a ``ValueError`` unless the value is a finite number, 0 or more."""
+    check_number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value}; expected 0 or more")
+
+
+def check_choice(name: str, value: object, *choices: object) -> None:
+    """Raise a ``ValueError`` unless the value is one of the choices.
+
+    Example:
+        >>> check_choice("keep", "last", "final", "best")
+        Traceback (most recent call last):
+        ValueError: keep is 'last'; expected 'final' or 'best'
+    """
+    if value not in choices:
+        *others, last = (repr(choice) for choice in choices)
+        raise ValueError(f"{name} is {value!r}; expected {', '.join(others)} or {last}")

@@ -1,0 +1,182 @@
+"""The training loop of a stage: resumable, distributed, validated."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from stseg.data.items import Items
+from stseg.distributed import broadcast_buffers, rank, world_size
+from stseg.engine.batches import Streams
+from stseg.engine.checkpoint import Row, StageCheckpoint
+from stseg.engine.config import TrainConfig
+from stseg.engine.method import Method, provenance_of
+from stseg.engine.optimizers import keep_initial_rates, set_learning_rates
+from stseg.engine.plan import Plan
+from stseg.engine.step import training_step
+from stseg.engine.trial import preserved_random_state, try_step
+from stseg.errors import DataError, NetworkError, TrainingDivergedError
+from stseg.inference.evaluate import evaluate
+from stseg.models.state import device_of
+from stseg.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Result of a training stage.
+
+    Attributes:
+        model: the trained network, wrapped, in evaluation mode, on the device it was trained on.
+        snapshots: copies of it on the CPU, in the order of training.
+        history: rows of ``epoch``, ``step``, ``lr``, ``loss``, what the method logged, ``miou`` (with validation) and
+            ``seconds``.
+        seconds: duration, over all runs if it was interrupted.
+    """
+
+    model: nn.Module
+    snapshots: tuple[nn.Module, ...]
+    history: tuple[Row, ...]
+    seconds: float
+
+
+def run_stage(
+    method: Method,
+    streams: Streams,
+    config: TrainConfig,
+    *,
+    facts: dict[str, Any],
+    val: Items | None = None,
+    snapshots: Sequence[int] = (),
+    keep: Literal["final", "best"] = "final",
+    workdir: str | Path | None = None,
+    log: Callable[[Row], object] | None = None,
+    progress: bool = True,
+    title: str = "train",
+) -> FitResult:
+    """Train a method on data that have been validated; arguments as those of :func:`stseg.fit`.
+
+    Args:
+        method: on its device.
+        streams: the labeled and the unlabeled stream, which know the number of classes.
+        config: the settings.
+        facts: fingerprints of the data, by name.
+        val: labeled items.
+        snapshots: after which epochs or steps to keep a copy.
+        keep: which weights to return.
+        workdir: folder of the stage.
+        log: function of each row.
+        progress: whether to show a bar.
+        title: name on the bar and in messages.
+    """
+    plan = Plan.of(config, streams.steps_per_epoch, snapshots)
+    record = {
+        **provenance_of(method),
+        "config": config.provenance(),
+        "data": facts,
+        "snapshots": list(plan.snapshots),
+        "keep": keep,
+    }
+    checkpoint = StageCheckpoint(workdir, record)
+    if finished := checkpoint.finished(method.model):
+        kept = tuple(checkpoint.snapshot(method.model, at) for at in plan.snapshots)
+        return FitResult(method.model.eval(), kept, tuple(finished.history), finished.seconds)
+
+    unused = try_step(method, streams, config)
+    device = device_of(method)
+    optimizers = list(method.optimizers(config))
+    keep_initial_rates(optimizers)
+    state = checkpoint.resume(method, optimizers)
+    copies = [checkpoint.snapshot(method.model, at) for at in plan.snapshots if at * plan.unit <= state.step]
+    network = _distribute(method.train(), device, find_unused_parameters=bool(unused))
+    validate = partial(_mean_iou, method, val, streams.num_classes, config)
+    began = saved = time.monotonic()
+    before = state.seconds
+
+    def save() -> None:
+        state.seconds = before + time.monotonic() - began
+        checkpoint.save(method, optimizers, state)
+
+    bar = tqdm(total=plan.steps, initial=state.step, desc=title, disable=not progress or rank() > 0, dynamic_ncols=True)
+    steps = range(state.step, plan.steps)
+    with bar, preserved_random_state(device):
+        for batch in streams.batches(steps, plan.steps, device, num_workers=config.num_workers):
+            torch.manual_seed(derive_seed(config.seed, "step", batch.step, rank()))
+            factor = set_learning_rates(optimizers, config, batch.step, plan.steps)
+            try:
+                numbers = training_step(network, method, optimizers, batch, config)
+            except FloatingPointError as error:
+                save()
+                raise TrainingDivergedError(
+                    f"{title}: {error} at step {batch.step + 1} of {plan.steps} (learning rate "
+                    f"{config.lr * factor:.3g}); the weights are those of the step before",
+                    step=batch.step + 1,
+                ) from None
+            state.record(numbers)
+            snapshot = plan.snapshot_at(state.step)
+            if state.step in plan.rows or snapshot is not None:
+                broadcast_buffers(method)
+            if state.step in plan.rows:
+                miou = validate()
+                if keep == "best" and miou is not None and miou > state.best:
+                    state.best = miou
+                    checkpoint.keep_best(method.model)
+                seconds = before + time.monotonic() - began
+                epoch = state.step / plan.steps_per_epoch
+                row = state.add_row(epoch=epoch, lr=config.lr * factor, miou=miou, seconds=seconds)
+                checkpoint.write_history(state)
+                if log is not None and rank() == 0:
+                    log(dict(row))
+            bar.set_postfix(state.shown(numbers), refresh=False)
+            bar.update()
+            if snapshot is not None:
+                copies.append(checkpoint.add_snapshot(method.model, snapshot))
+            if time.monotonic() - saved >= config.save_every:
+                save()
+                saved = time.monotonic()
+    state.seconds = before + time.monotonic() - began
+    if keep == "best":
+        if state.best == -math.inf:
+            raise DataError("keep='best': no mIoU of the validation set is a number")
+        checkpoint.load_best(method.model)
+    checkpoint.finish(method.model, state)
+    return FitResult(method.model.eval(), tuple(copies), tuple(state.history), state.seconds)
+
+
+def _distribute(method: Method, device: torch.device, *, find_unused_parameters: bool) -> nn.Module:
+    if world_size() == 1:
+        return method
+    return DistributedDataParallel(
+        method,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        find_unused_parameters=find_unused_parameters,
+    )
+
+
+def _mean_iou(method: Method, val: Items | None, num_classes: int | None, config: TrainConfig) -> float | None:
+    """None without validation; NaN where the logits are not finite: the next training step will say so."""
+    if val is None or num_classes is None:
+        return None
+    with suppress(NetworkError):
+        metric = evaluate(
+            method.model,
+            val,
+            num_classes=num_classes,
+            ignore_index=config.ignore_index,
+            batch_size=config.eval_batch_size,
+            num_workers=config.num_workers,
+            precision=config.precision,
+            progress=False,
+        )
+        return metric.compute()
+    return math.nan

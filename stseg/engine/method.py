@@ -1,0 +1,150 @@
+"""The interface between a training method and the engine: a module, batch in, loss out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stseg.engine.config import TrainConfig
+from stseg.engine.optimizers import build_optimizer
+from stseg.models.state import fingerprint
+from stseg.storage.records import describe
+from stseg.types import PairTransform
+
+
+class Batch(NamedTuple):
+    """What one process learns from in one step, on its device.
+
+    ``torch.no_grad``, autocast, devices and processes are the engine's concern; in a training loop of your own, fill
+    in what the method uses.
+    """
+
+    images: Tensor
+    """``(B, C, H, W)`` float in [0, 1], weakly augmented."""
+    masks: Tensor
+    """``(B, H, W)`` int64, ``ignore_index`` where there is no label."""
+    is_pseudo: Tensor
+    """``(B,)`` bool: rows whose mask was predicted, not annotated."""
+    unlabeled: Any = None
+    """``(B', C, H, W)`` float weak crops of the unlabeled stream (or what :meth:`Method.view` made, collated); None
+    without unlabeled images."""
+    valid: Tensor | None = None
+    """``(B', H, W)`` bool: False where a crop was padded."""
+    step: int = 0
+    """Number of this step, from 0."""
+    steps: int = 1
+    """Length of the training in steps."""
+    ignore_index: int = 255
+    """Mask value of pixels without a label."""
+
+
+class Losses(NamedTuple):
+    """What a method returns for a batch."""
+
+    total: Tensor
+    """The scalar to differentiate. Its mean over the processes is the loss of the whole batch."""
+    logged: dict[str, Tensor] = {}  # noqa: RUF012  never written to
+    """Detached scalars by name, such as the parts of the loss: for history, progress bar, report and ``log=``."""
+
+
+class Method(nn.Module):
+    """Base class of training methods.
+
+    A method is a module that holds its networks and maps a :class:`Batch` to :class:`Losses`. Everything that changes
+    from step to step is a parameter, a buffer or a submodule of it, so that its state dict is its whole state: the
+    engine moves it to the device, saves it, resumes it and distributes it. All random numbers come from torch's
+    generators. It contains nothing about devices, files, processes or precision. Set ``model``, write ``forward``;
+    the other methods are optional.
+
+    Example:
+        >>> from stseg.functional import cross_entropy, entropy
+        >>> class EntropyMinimization(Method):
+        ...     def __init__(self, network, *, weight=0.1):
+        ...         super().__init__()
+        ...         self.model = stseg.Segmenter(network)
+        ...         self.weight = weight
+        ...
+        ...     def forward(self, batch):
+        ...         supervised = cross_entropy(self.model(batch.images), batch.masks)
+        ...         uncertainty = entropy(self.model(batch.unlabeled), where=batch.valid)
+        ...         return Losses(supervised + self.weight * uncertainty, {"entropy": uncertainty.detach()})
+        >>> import stseg
+        >>> method = EntropyMinimization(nn.Conv2d(3, 2, 1))
+        >>> labeled = [(torch.rand(3, 20, 20), torch.randint(2, (20, 20))) for _ in range(3)]
+        >>> unlabeled = [torch.rand(3, 24, 20) for _ in range(5)]
+        >>> config = stseg.TrainConfig(steps=2, batch_size=2, weak=stseg.WeakAugment(16))
+        >>> result = stseg.fit(method, labeled, config, unlabeled=unlabeled, progress=False)
+        >>> sorted(result.history[0])
+        ['entropy', 'epoch', 'loss', 'lr', 'seconds', 'step']
+    """
+
+    model: nn.Module
+    """``(B, C, H, W)`` images to ``(B, K, H, W)`` logits: what is validated, snapshotted, saved and returned."""
+
+    uses_unlabeled: ClassVar[bool] = True
+    """Whether the method learns from the unlabeled stream. Without one it is then refused before training starts."""
+
+    def forward(self, batch: Batch) -> Losses:
+        """Compute the losses of a batch. All that needs gradients happens here, in training mode, under autocast."""
+        raise NotImplementedError(f"{type(self).__name__} must implement forward(batch) -> Losses")
+
+    def after_step(self, batch: Batch) -> None:
+        """Update what does not learn by gradients, such as moving averages; called after each optimizer step."""
+
+    def optimizers(self, config: TrainConfig) -> Sequence[torch.optim.Optimizer]:
+        """Build the optimizers, which together hold every trainable parameter once.
+
+        By default one over everything, with backbones and heads at their rates. All learning rates follow
+        ``config.schedule``.
+        """
+        return [build_optimizer(self, config)]
+
+    def view(self, image: Tensor, weak: PairTransform) -> tuple[Any, Tensor | None]:
+        """Make what the method sees of one unlabeled image; called in the data-loading workers.
+
+        Args:
+            image: ``(C, H, W)`` uint8 or float in [0, 1].
+            weak: the weak augmentation, ``(image, mask) -> (image, mask)``.
+
+        Returns:
+            Tensors in any nesting of tuples, lists and dictionaries, which are stacked to ``batch.unlabeled``, and
+            ``(H, W)`` bool, which become ``batch.valid``, or None. By default one weak crop and its pixels that are
+            not padding. uint8 tensors become float in [0, 1] on the device.
+        """
+        return weak_crop(image, weak)
+
+
+def weak_crop(image: Tensor, weak: PairTransform) -> tuple[Tensor, Tensor]:
+    """Return one weak crop of an image, and which of its pixels are not padding."""
+    crop, mask = weak(image, torch.zeros(image.shape[-2:], dtype=torch.uint8))
+    return crop, mask == 0
+
+
+def provenance_of(method: Method) -> dict[str, dict[str, Any]]:
+    """Return the settings of a method and the architecture of its networks, of JSON's types.
+
+    Settings are the attributes, and the modules without parameters, whose names do not begin with an underscore.
+
+    Example:
+        >>> from stseg.methods import Supervised
+        >>> provenance_of(Supervised(nn.Conv2d(3, 2, 1), pseudo_weight=0.5))["method"]
+        {'type': 'Supervised', 'strong': None, 'pseudo_weight': 0.5, 'loss': None}
+    """
+    networks = {name: child for name, child in method.named_children() if next(child.parameters(), None) is not None}
+    settings = {
+        name: describe(value)
+        for name, value in {**vars(method), **dict(method.named_children())}.items()
+        if name not in networks and not name.startswith("_") and name != "training"
+    }
+    return {
+        "method": {"type": type(method).__qualname__, **settings},
+        "network": {name: fingerprint(network, weights=False) for name, network in networks.items()},
+    }
+
+
+def view_of(method: Method) -> Callable[[Tensor, PairTransform], tuple[Any, Tensor | None]]:
+    """Return the method's own view, or :func:`weak_crop`, so that workers need not hold the weights of a method."""
+    return weak_crop if type(method).view is Method.view else method.view

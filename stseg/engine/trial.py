@@ -1,0 +1,130 @@
+"""One training step on a copy of a method, before time is spent."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from stseg.augment import as_batch_augmentation
+from stseg.distributed import rank
+from stseg.engine.batches import Streams
+from stseg.engine.checkpoint import RESERVED
+from stseg.engine.config import TrainConfig
+from stseg.engine.method import Losses, Method
+from stseg.engine.optimizers import keep_initial_rates, set_learning_rates
+from stseg.engine.plan import Plan
+from stseg.errors import MethodError, StsegError
+from stseg.models.precision import autocast
+from stseg.models.segmenter import takes_images
+from stseg.models.state import device_of
+from stseg.seeds import derive_seed, fixed_seed
+
+
+def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]:
+    """Run one forward pass, backward pass and update on a copy of the method, with the first batch of the training.
+
+    The method and the states of all random generators are left as they were.
+
+    Returns:
+        Names of the trainable parameters that got no gradient.
+
+    Raises:
+        MethodError: if the step fails, or the method does not keep to the interface: says where and why.
+        ValueError: if the method's ``strong`` writes another ignore index into masks than the config's.
+    """
+    name = type(method).__name__
+    check_model(method)
+    as_batch_augmentation(getattr(method, "strong", None), ignore_index=config.ignore_index)
+    device = device_of(method)
+    try:
+        trial = copy.deepcopy(method).train()
+    except Exception as error:  # of any kind: each network has its own reasons
+        raise MethodError(f"{name} cannot be copied (copy.deepcopy), as snapshots are: {error}") from error
+    steps = Plan.of(config, streams.steps_per_epoch).steps
+    try:
+        batch = next(streams.batches(range(1), total=steps, device=device, num_workers=0))
+    except StsegError:
+        raise
+    except Exception as error:  # of any kind: the view is the method's own
+        raise MethodError(f"the first batch of {name} cannot be made: {type(error).__name__}: {error}") from error
+    seed = derive_seed(config.seed, "step", 0, rank())
+    with fixed_seed(seed), preserved_random_state(device):
+        torch.manual_seed(seed)
+        try:
+            optimizers = list(trial.optimizers(config))
+            keep_initial_rates(optimizers)
+            with autocast(device, config.precision):
+                losses = trial(batch)
+            _check_losses(losses, name)
+            losses.total.backward()
+            set_learning_rates(optimizers, config, 0, batch.steps)
+            for optimizer in optimizers:
+                optimizer.step()
+            with torch.no_grad():
+                trial.after_step(batch)
+        except StsegError:
+            raise
+        except Exception as error:  # of any kind: it is the user's network, loss, augmentation or method
+            shapes = f"images {tuple(batch.images.shape)}" + (
+                f", unlabeled {tuple(batch.unlabeled.shape)}" if isinstance(batch.unlabeled, Tensor) else ""
+            )
+            raise MethodError(
+                f"the first training step of {name} fails on a batch of {shapes}: {type(error).__name__}: {error}"
+            ) from error
+    _check_optimizers(trial, optimizers, name)
+    return [key for key, parameter in trial.named_parameters() if parameter.requires_grad and parameter.grad is None]
+
+
+def check_model(method: Method) -> None:
+    """Raise a ``MethodError`` unless the method has a ``model`` that maps images to logits."""
+    name = type(method).__name__
+    model = getattr(method, "model", None)
+    if not isinstance(model, torch.nn.Module):
+        raise MethodError(
+            f"{name} has no attribute model; expected a network, such as self.model = stseg.Segmenter(network)"
+        )
+    if not takes_images(model):
+        raise MethodError(
+            f"{name}.model is a bare {type(model).__name__}, which would see other images in training than in "
+            "evaluation; expected self.model = stseg.Segmenter(network)"
+        )
+
+
+def _check_losses(losses: object, name: str) -> None:
+    if not isinstance(losses, Losses):
+        raise MethodError(f"{name} returned {type(losses).__name__}; expected stseg.Losses(total, logged)")
+    total = losses.total
+    if not isinstance(total, Tensor) or total.shape != () or not total.requires_grad:
+        got = f"a tensor of shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
+        grad = " without a gradient" if isinstance(total, Tensor) and not total.requires_grad else ""
+        raise MethodError(f"the total loss of {name} is {got}{grad}; expected a scalar to differentiate")
+    if not isinstance(losses.logged, Mapping):
+        raise MethodError(f"{name} logs {type(losses.logged).__name__}; expected a dictionary of scalars by name")
+    for key, value in losses.logged.items():
+        if key in RESERVED:
+            raise MethodError(f"{name} logs {key!r}, a name of the history itself; expected another name")
+        if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise MethodError(f"{name} logs {key!r} as {type(value).__name__}; expected a scalar tensor")
+
+
+def _check_optimizers(method: Method, optimizers: Sequence[torch.optim.Optimizer], name: str) -> None:
+    held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    for key, parameter in method.named_parameters():
+        if parameter.requires_grad and held[id(parameter)] != 1:
+            count = "no optimizer" if not held[id(parameter)] else "more than one optimizer"
+            raise MethodError(
+                f"the parameter {key!r} of {name} is in {count}; expected {name}.optimizers(config) to hold each "
+                "trainable parameter once (parameter.requires_grad_(False) excludes one)"
+            )
+
+
+@contextmanager
+def preserved_random_state(device: torch.device) -> Iterator[None]:
+    """Leave torch's generators as they were before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

@@ -1,0 +1,30 @@
+"""Training methods: one paper, one file.
+
+A *method* (:class:`stseg.Method`) is one training: ``stseg.fit(FixMatch(network), labeled, config, unlabeled=...)``.
+A *recipe* is several, with labels made in between: ``stseg.SelfTrainer(..., method=STPlusPlus())``.
+"""
+
+from stseg.methods.adv_ssl import AdvSSL
+from stseg.methods.cps import CPS
+from stseg.methods.fixmatch import FixMatch
+from stseg.methods.mean_teacher import MeanTeacher
+from stseg.methods.st import ST, Baseline, STPlusPlus
+from stseg.methods.supervised import Supervised
+from stseg.methods.unimatch import UniMatch
+from stseg.stages.labeling import Labeling
+from stseg.stages.recipe import OneStage, Recipe
+
+__all__ = [
+    "CPS",
+    "ST",
+    "AdvSSL",
+    "Baseline",
+    "FixMatch",
+    "Labeling",
+    "MeanTeacher",
+    "OneStage",
+    "Recipe",
+    "STPlusPlus",
+    "Supervised",
+    "UniMatch",
+]
