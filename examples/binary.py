@@ -18,7 +18,7 @@ from stseg.data import SyntheticScenes
 
 SIZE, FOREGROUND = 48, SyntheticScenes.classes.index("building")
 LABELED, UNLABELED, HELD_OUT = 20, 200, 100
-STEPS = 300
+STEPS = 400
 
 
 class Binary(Dataset[tuple[Tensor, Tensor]]):

@@ -20,12 +20,14 @@ from stseg.data import SyntheticScenes
 
 CLASSES, SIZE = len(SyntheticScenes.classes), 48
 LABELED, UNLABELED, HELD_OUT = 20, 200, 100
-STEPS = 300
+STEPS = 400
 
 
 def make_network() -> nn.Module:
     """Make a small network with random weights; on real data, start from ``encoder_weights="imagenet"``."""
-    return smp.FPN("tu-test_resnet", encoder_weights=None, classes=CLASSES)
+    return smp.Unet(
+        "tu-test_resnet", encoder_weights=None, classes=CLASSES, encoder_depth=3, decoder_channels=(64, 32, 16)
+    )
 
 
 def main() -> None:

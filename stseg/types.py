@@ -1,4 +1,4 @@
-"""The types that stand in signatures all over the package."""
+"""Types that signatures all over the package use."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def from_albumentations(pipeline: Callable[..., Any]) -> PairTransform:
 
     It is called as ``pipeline(image=..., mask=...)``, with an array ``(H, W, C)``, uint8 or float32 as the image came,
     and an array ``(H, W)``. It should not normalize: :class:`stseg.Segmenter` does. What comes into the mask from
-    outside is 0 unless the pipeline is told otherwise, and 0 is a class: ``A.Rotate(fill_mask=255)``.
+    outside is 0 unless the pipeline says otherwise, and 0 is a class: ``A.Rotate(fill_mask=255)``.
 
     Its random numbers follow torch's global CPU generator, from which a seed is drawn at each call, where the pipeline
     has ``set_random_seed`` (albumentations 2); else it draws from numpy and ``random``, which training seeds as well.
@@ -233,7 +233,7 @@ class _FromAlbumentations:
 class _FromKornia:
     def __init__(self, augmentation: nn.Module, ignore_index: int) -> None:
         self.augmentation, self.ignore_index = augmentation, ignore_index
-        # Around those that are sequences as well: it hands on that masks go by nearest neighbor.
+        # Also around sequences: it passes on that masks are resampled by nearest neighbor.
         self._pairs = AugmentationSequential(augmentation, data_keys=["input", "mask"])
 
     @torch.no_grad()

@@ -18,10 +18,10 @@ class Cutout:
     """One rectangle of noise per image, ignored in the mask.
 
     A rectangle covers a share ``area`` of the image and has the height / width ratio ``ratio``, both uniform; its
-    upper left corner is uniform over the image. All of them are drawn anew until the rectangle lies inside,
-    which favors small ones; so did the paper's runs. After 256 tries in vain the image stays whole (in practice
-    only where hardly any rectangle fits, as with an area of 1). Inside, the image gets uniform noise in [0, 1),
-    independent for each pixel and channel, and the mask ``ignore_index``.
+    upper left corner is uniform over the image. All of them are redrawn until the rectangle lies inside, which favors
+    small ones, as in the paper's runs. If none fits within 256 draws, the image is left unchanged (in practice only
+    where hardly any rectangle fits, as with an area of 1). Inside, the image gets uniform noise in [0, 1), independent
+    for each pixel and channel, and the mask ``ignore_index``.
 
     Args:
         p: probability that an image gets a rectangle.

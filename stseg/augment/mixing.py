@@ -17,9 +17,9 @@ class CutMix:
     """Paste a rectangle of another image of the batch into each image, and into all that belongs to it.
 
     As UniMatch draws it (Yang et al., CVPR 2023): a rectangle covers a share ``area`` of the image, drawn once and
-    uniformly; the height / width ratio ``ratio``, uniform, and the upper left corner, uniform over the image, are drawn
-    anew until the rectangle lies inside. After 256 tries in vain the image stays whole. (:class:`stseg.Cutout` draws
-    the area anew as well, which favors small rectangles.)
+    uniformly; the height / width ratio ``ratio``, uniform, and the upper left corner, uniform over the image, are
+    redrawn until the rectangle lies inside. If none fits within 256 draws, the image is left unchanged.
+    (:class:`stseg.Cutout` redraws the area as well, which favors small rectangles.)
 
     The other image is the one in the same place counted from the end of the batch: image i gets its rectangle from
     image B - 1 - i. The middle one of an odd batch is therefore mixed with itself.

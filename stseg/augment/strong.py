@@ -25,15 +25,15 @@ class StrongParameters(NamedTuple):
     """Everything that is random in one call of :class:`StrongAugment`, on the device of the images."""
 
     jitter: Tensor
-    """``(B,)`` bool: whose colors are jittered."""
+    """``(B,)`` bool: images to jitter."""
     order: Tensor
     """``(B, 4)`` int64: the operations in turn: 0 brightness, 1 contrast, 2 saturation, 3 hue; those off last."""
     factors: Tensor
     """``(B, 4)`` float32: factors of brightness, contrast and saturation, and the shift of hue in turns."""
     gray: Tensor
-    """``(B,)`` bool: who becomes gray."""
+    """``(B,)`` bool: images to convert to grayscale."""
     blur: Tensor
-    """``(B,)`` bool: who is blurred."""
+    """``(B,)`` bool: images to blur."""
     sigma: Tensor
     """``(B,)`` float32: standard deviation of the blur in pixels."""
     boxes: Tensor | None
@@ -50,7 +50,7 @@ class StrongAugment(nn.Module):
     hue turns; each is clamped to [0, 1] as PIL does. Images must therefore be in [0, 1], not yet normalized. If
     they do not have three channels, hue, saturation and gray are left out, and contrast takes the mean over channels.
 
-    Nothing waits for the device and no value decides which code runs, so it compiles as one graph. It computes in
+    There is no host synchronization and no data-dependent control flow, so it compiles as one graph. It computes in
     float32 (float64 for float64 images), autocast or not, and no gradients flow through it.
 
     Args:
@@ -193,7 +193,7 @@ class StrongAugment(nn.Module):
         return [operation for operation in possible if self.jitter[operation] > 0]
 
     def _jittered(self, x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-        """All operations in each image's own order, with the hue, by far the dearest, once for all images.
+        """All operations in each image's own order, with the hue, by far the most expensive, once for all images.
 
         An image whose hue comes third does two operations before the common pass and one after it; in the other
         rounds its factor is 1, which leaves every value exactly as it is.

@@ -1,4 +1,4 @@
-"""Values of masks as they stand in files, turned into classes."""
+"""Class indices of the values that mask files hold."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class ItemReader:
         unmapped: what values become that ``class_map`` does not have; None refuses them.
 
     Raises:
-        ValueError: if there is no such mode, or ``class_map`` makes no sense.
+        ValueError: if there is no such mode, or ``class_map`` is invalid.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ItemReader:
 
 
 def read_file(path: Path, *, indices: bool = False) -> Image.Image:
-    """A file as an image, upright; of masks (``indices``) the values as they stand in the file.
+    """Read a file as an upright image; of masks (``indices``) the values that the file holds.
 
     Raises:
         UnreadableImageError: if the file is missing or broken; names it.

@@ -167,7 +167,7 @@ def as_mask(mask: Any, *, name: str = "mask") -> Tensor:
     if classes.dtype in (torch.bool, torch.uint8):
         return classes.to(torch.uint8)
     if classes.dtype.itemsize > 2 and classes.dtype != torch.int32:
-        # aminmax knows no unsigned integers of more than 8 bits
+        # aminmax does not support unsigned integers of more than 8 bits
         extremes = torch.aminmax(classes if classes.dtype.is_signed else classes.double())
         low, high = (int(value) for value in extremes)
         if low < -(2**31) or high >= 2**31:

@@ -15,7 +15,7 @@ from stseg.data.items import duplicate
 from stseg.errors import DataError
 
 _IMAGES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
-_UNFIT_MASKS = (".jpg", ".jpeg", ".webp", ".gif")  # lossy, or with a palette that programs sort anew
+_UNFIT_MASKS = (".jpg", ".jpeg", ".webp", ".gif")  # lossy, or with a palette that image editors may reorder
 
 
 class SegmentationFolder(Dataset[Any]):

@@ -70,7 +70,7 @@ class Items(Dataset[Any]):
         return self._ids
 
     def subset(self, indices: Sequence[int], *, only_images: bool = False) -> Items:
-        """Return some of the items under their names; of ``only_images`` nothing but the image is ever handed on."""
+        """Return some of the items under their names; with ``only_images`` items are nothing but the image."""
         part = object.__new__(Items)
         part.dataset, part.has_ids = self.dataset, self.has_ids
         part._ids = [self._ids[index] for index in indices]

@@ -21,7 +21,7 @@ class FilePair(NamedTuple):
     Attributes:
         image: path of the image, relative to a root.
         mask: path of its mask, or None.
-        line: where the two stand, such as ``"labeled.txt, line 3"``; messages begin with it.
+        line: position in the list, such as ``"labeled.txt, line 3"``; messages begin with it.
 
     Example:
         >>> FilePair("images/1.jpg", "masks/1.png")
@@ -37,7 +37,7 @@ def read_pairs(path: str | Path) -> list[FilePair]:
     r"""Read a list of files: on each line an image, or an image and its mask.
 
     The two are separated at tabs where a line has one, else at white space; so names that hold spaces need a tab
-    behind them. Empty lines do not count. Whether there are such files is not looked at here.
+    behind them. Empty lines do not count. Whether the files exist is not checked here.
 
     Args:
         path: a text file in UTF-8.
@@ -71,7 +71,7 @@ def read_pairs(path: str | Path) -> list[FilePair]:
                 "expected an image on each, or an image and its mask on each"
             )
         if names[0] in lines:
-            raise DataError(f"{path}, line {number}: the image {names[0]!r} stands in line {lines[names[0]]} already")
+            raise DataError(f"{path}, line {number}: the image {names[0]!r} is in line {lines[names[0]]} already")
         lines[names[0]] = number
         pairs.append(FilePair(names[0], names[1] if columns == 2 else None, f"{path}, line {number}"))
     if not pairs:
@@ -89,7 +89,7 @@ class ListedFiles(Dataset[Any]):
         root: folder that the paths are relative to.
         pairs: the files, as of :func:`read_pairs`, or ``(image, mask)`` paths, or images alone. Images may be of any
             format that PIL reads, in the kinds that :class:`SegmentationFolder` takes; masks PNG, BMP or TIFF.
-        masks: whether items have masks. Without, those that the list names are not looked at and need not exist.
+        masks: whether items have masks. Without, masks that the list names are not read and need not exist.
         mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (gray), into which images are converted, or None for the
             channels that each file has.
         class_map: the class of each value of the masks, such as ``{7: 0, 8: 1}``; by default the values are the

@@ -37,7 +37,7 @@ class SyntheticScenes(Dataset[tuple[Tensor, Tensor]]):
         Items are the image, uint8 ``(3, H, W)``, and the mask, uint8 ``(H, W)``.
 
     Raises:
-        ValueError: if a setting makes no sense.
+        ValueError: if a setting is out of its range.
 
     Example:
         >>> scenes = SyntheticScenes(10, size=64, seed=0)
@@ -187,7 +187,7 @@ class _Scene:
             self.polygon(left + right, paint, ROAD)
 
     def foot(self, depth: float) -> tuple[float, float, float]:
-        """Where something at a depth stands, and how large things are there."""
+        """Return the position of something at a depth, and the scale there."""
         return self.uniform(0.0, 1.0), self.horizon + (1 - self.horizon) * depth, 0.45 + 0.55 * depth
 
     def draw_tree(self, depth: float) -> None:

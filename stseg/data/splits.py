@@ -34,7 +34,7 @@ def read_ids(path: str | Path) -> list[str]:
     for number, line in numbered_lines(path):
         id = line.strip()
         if id in lines:
-            raise DataError(f"{path}, line {number}: the id {id!r} stands in line {lines[id]} already")
+            raise DataError(f"{path}, line {number}: the id {id!r} is in line {lines[id]} already")
         lines[id] = number
     if not lines:
         raise DataError(f"{path} holds no id; expected one a line")

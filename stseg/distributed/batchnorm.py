@@ -20,7 +20,7 @@ def synchronized_batchnorm(wanted: bool) -> AbstractContextManager[Any]:
 
     As if their batches, which may differ in size, were one: outputs, gradients and running statistics. The network
     itself stays as it is, and so do its state dict and all copies of it. Layers in evaluation mode are left alone;
-    ``torch.nn.SyncBatchNorm`` goes its own way. All processes must run the same layers in the same order. In a single
+    ``torch.nn.SyncBatchNorm`` is unaffected. All processes must run the same layers in the same order. In a single
     process, or where it is not wanted, nothing is changed.
 
     Example:

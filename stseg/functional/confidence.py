@@ -12,10 +12,10 @@ from stseg.functional._checks import countable
 
 
 def mean_confidence(logits: Tensor) -> Tensor:
-    """Mean over the pixels of an image of the probability of the most probable class; not of the paper.
+    """Compute the mean confidence of the pixels of an image; not part of the paper.
 
     Args:
-        logits: ``(B, K, H, W)`` floats; log probabilities will do.
+        logits: ``(B, K, H, W)`` float logits or log-probabilities.
 
     Returns:
         ``(B,)`` float64 scores in ``[1/K, 1]``; NaN for images with NaN logits.
@@ -31,10 +31,10 @@ def mean_confidence(logits: Tensor) -> Tensor:
 
 
 def mean_margin(logits: Tensor) -> Tensor:
-    """Mean over the pixels of an image of how far the most probable class is ahead of the next; not of the paper.
+    """Compute the mean margin between the two most probable classes of each pixel; not part of the paper.
 
     Args:
-        logits: ``(B, K, H, W)`` floats; log probabilities will do.
+        logits: ``(B, K, H, W)`` float logits or log-probabilities.
 
     Returns:
         ``(B,)`` float64 scores in ``[0, 1]``: differences of probabilities; NaN for images with NaN logits.
@@ -51,10 +51,10 @@ def mean_margin(logits: Tensor) -> Tensor:
 
 
 def mean_certainty(logits: Tensor) -> Tensor:
-    """Mean over the pixels of an image of 1 - H / log K, where H is the entropy of a pixel; not of the paper.
+    """Compute the mean of 1 - H / log K, where H is the entropy of a pixel; not part of the paper.
 
     Args:
-        logits: ``(B, K, H, W)`` floats; log probabilities will do.
+        logits: ``(B, K, H, W)`` float logits or log-probabilities.
 
     Returns:
         ``(B,)`` float64 scores in ``[0, 1]``: 1 where each pixel has one class for sure, 0 where all K classes are
@@ -72,7 +72,7 @@ def mean_certainty(logits: Tensor) -> Tensor:
 
 
 def expected_iou(logits: Tensor, *, power: float = 0.0) -> Tensor:
-    """The mean IoU that an image's mask would have if its probabilities were right; not of the paper.
+    """Compute the mean IoU of an image's mask if its probabilities were right; not part of the paper.
 
     Let a mask give the class *c* to the pixels *M*, and let *p* be the probability of *c* at each pixel. The sum of
     *p* over *M* is then how many of these are right, and its sum over all pixels how many there are of the class; both
@@ -80,7 +80,7 @@ def expected_iou(logits: Tensor, *, power: float = 0.0) -> Tensor:
     :func:`stseg.functional.mean_confidence` what the mean IoU is to the share of right pixels.
 
     Args:
-        logits: ``(B, K, H, W)`` floats; log probabilities will do.
+        logits: ``(B, K, H, W)`` float logits or log-probabilities.
         power: the IoU of each class weighs as this power of its area, the expected union; 0 or more.
 
     Returns:

@@ -49,7 +49,7 @@ def compute_confusion_matrix(prediction: Tensor, target: Tensor, num_classes: in
 
 
 def iou(matrix: Tensor) -> Tensor:
-    """Intersection over union of each class.
+    """Compute the intersection over union of each class.
 
     Args:
         matrix: ``(..., K, K)`` confusion matrices.
@@ -67,7 +67,7 @@ def iou(matrix: Tensor) -> Tensor:
 
 
 def mean_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ignore_index: int | None = None) -> Tensor:
-    """Mean, over the classes that are true or predicted somewhere, of intersection over union.
+    """Compute the mean intersection over union of the classes that are true or predicted somewhere.
 
     Args:
         prediction: integer class maps of any shape.

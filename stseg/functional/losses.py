@@ -222,7 +222,7 @@ def supervised_loss(logits: Tensor, masks: Tensor, *, loss: Criterion | None = N
 
 
 def without_ignored(loss: Criterion, *, ignore_index: int = 255) -> nn.Module:
-    """Wrap a loss that knows no ignore index, so that it sees only the pixels that count.
+    """Wrap a loss that has no ignore index, so that it sees only the pixels that count.
 
     Args:
         loss: ``(logits, masks) -> scalar`` that does not look at where pixels lie, such as

@@ -13,7 +13,7 @@ from stseg.functional.thresholds import check_threshold
 
 
 class PseudoLabels(NamedTuple):
-    """What a network believes of a batch of images."""
+    """Class and confidence of each pixel of a batch."""
 
     mask: Tensor
     """``(B, H, W)`` class indices, uint8 (int32 where classes or ignore index do not fit)."""
@@ -24,10 +24,10 @@ class PseudoLabels(NamedTuple):
 def pseudo_label(
     logits: Tensor, *, threshold: float | Sequence[float] | Tensor = 0.0, ignore_index: int = 255
 ) -> PseudoLabels:
-    """The most probable class of each pixel, and how probable it is.
+    """Return the most probable class of each pixel and its probability.
 
     Args:
-        logits: ``(B, K, H, W)`` floats; log probabilities will do.
+        logits: ``(B, K, H, W)`` float logits or log-probabilities.
         threshold: pixels whose confidence is below it get ``ignore_index``; one value, or one for each of the K
             classes that a pixel may be given to. The paper (Yang et al., CVPR 2022) uses 0.
         ignore_index: value of pixels that are left out.

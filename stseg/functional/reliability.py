@@ -13,7 +13,7 @@ from stseg.functional._checks import check_range, countable, indices
 
 
 def stability(masks: Tensor, reference: Tensor, num_classes: int) -> Tensor:
-    """Agreement of earlier predictions with the last one, image by image.
+    """Compute the agreement of earlier predictions with the last one for each image.
 
     The image-level reliability of ST++ (Yang et al., CVPR 2022, section 3.3): the mean, over the earlier
     checkpoints, of the per-image mean IoU between their mask and the reference mask. Classes that are in
@@ -28,7 +28,7 @@ def stability(masks: Tensor, reference: Tensor, num_classes: int) -> Tensor:
         ``(B,)`` float64 scores in ``[0, 1]``; 1 where all checkpoints agree everywhere.
 
     Raises:
-        ValueError: if shapes do not match, ``masks`` holds no checkpoint, or a value is no class or no integer.
+        ValueError: if shapes do not match, ``masks`` holds no checkpoint, or a value is not a valid class index.
 
     Example:
         >>> stability(torch.zeros(2, 1, 4, 4, dtype=torch.long), torch.zeros(1, 4, 4, dtype=torch.long), 3)
@@ -49,7 +49,7 @@ def compute_stability(masks: Tensor, reference: Tensor, num_classes: int) -> Ten
 def weighted_stability(
     masks: Tensor, reference: Tensor, num_classes: int, *, power: float = 0.25, min_share: float = 0.0
 ) -> Tensor:
-    """Stability in which large classes count for more and specks for nothing; not of the paper.
+    """Compute stability with classes weighted by area and small regions left out; not part of the paper.
 
     A class of a few pixels weighs as much in the stability of the paper as one that fills the image. Here the IoU of
     each class weighs as the ``power`` of its area, the union of the two masks. With ``power=0`` and ``min_share=0`` it
@@ -65,7 +65,7 @@ def weighted_stability(
             largest class always counts.
 
     Returns:
-        ``(B,)`` float64 scores in ``[0, 1]``; 1 where all checkpoints agree everywhere (specks apart).
+        ``(B,)`` float64 scores in ``[0, 1]``; 1 where all checkpoints agree everywhere (small regions apart).
 
     Raises:
         ValueError: as :func:`stseg.functional.stability`, and if a keyword is out of its range.
@@ -91,7 +91,7 @@ def weighted_stability(
 
 
 def pixel_agreement(masks: Tensor, reference: Tensor, num_classes: int) -> Tensor:
-    """Share of pixels on which earlier predictions agree with the last one, image by image; not of the paper.
+    """Compute the share of pixels on which earlier predictions agree with the last one; not part of the paper.
 
     The mean over the earlier checkpoints. Unlike in :func:`stseg.functional.stability` a small class counts for as
     little as it covers.

@@ -93,7 +93,7 @@ class PseudoLabeler:
         progress: whether to show a bar.
 
     Raises:
-        ValueError: if an argument makes no sense.
+        ValueError: if an argument is out of its range; names it.
         NetworkError: when labeling, if the network does not give finite logits of ``num_classes`` classes.
 
     Example:
@@ -171,8 +171,8 @@ class PseudoLabeler:
             A data set of ``(image, mask)``, in the order and with the ids of ``dataset``.
 
         Raises:
-            DataError: if there is no image, or an id would leave the store. Before any work.
-            WorkdirMismatchError: if the store was filled by another model or with other settings. Before any work.
+            DataError: before any work, if there is no image or an id would leave the store.
+            WorkdirMismatchError: before any work, if the store was filled by another model or with other settings.
             UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false; the masks made
                 so far stay in the store.
         """
@@ -232,7 +232,7 @@ class PseudoLabeler:
             DataError: if there is no image.
             NetworkError: if the logits of an image are not finite; names it.
             UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false.
-            ValueError: if ``keep`` is no share.
+            ValueError: if ``keep`` is not in (0, 1].
 
         Example:
             >>> torch.manual_seed(0)

@@ -86,10 +86,10 @@ def refuse_common_ids(datasets: dict[str, Items | None]) -> None:
 
 
 def check_network(model: nn.Module, image: Tensor, num_classes: int | None = None) -> int:
-    """Have a wrapped network look at one image ``(C, H, W)``.
+    """Run a wrapped network on one image ``(C, H, W)``.
 
     Returns:
-        How many classes it tells apart.
+        Its number of classes.
 
     Raises:
         NetworkError: if it cannot take the image, does not return logits, or not of ``num_classes`` classes.

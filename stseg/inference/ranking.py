@@ -31,7 +31,7 @@ class Ranking:
     """Images from the most to the least reliable.
 
     Attributes:
-        indices: where each image stands in the ranked data set, best first; equal scores in the data set's order.
+        indices: index of each image in the ranked data set, best first; equal scores in the data set's order.
         scores: the score of each, in step.
         ids: the name of each, in step.
         skipped: what could not be read, where the caller chose to go on.
@@ -72,7 +72,7 @@ class Ranking:
         Args:
             scores: one for each image.
             ids: name of each image.
-            indices: where each stands in its data set; by default 0, 1, 2, ...
+            indices: index of each in its data set; by default 0, 1, 2, ...
             skipped: what is left out.
 
         Raises:

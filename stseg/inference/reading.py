@@ -37,7 +37,7 @@ def read_items(
     Args:
         items: the data set.
         indices: which of its items.
-        batch_size: how many a worker hands over at once.
+        batch_size: how many a worker returns at once.
         num_workers: processes that read; 0 reads in this one.
         with_mask: whether to yield ``(image, mask)`` instead of the image.
         skip: called with what cannot be read; without it that is an error.

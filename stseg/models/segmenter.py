@@ -172,9 +172,9 @@ def takes_images(model: nn.Module) -> bool:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _sides_by_trial(network: nn.Module, x: Tensor) -> tuple[int, int]:
     """The smallest stride, and with it the smallest side, to which images must be padded for the network."""
-    network = getattr(network, "_orig_mod", network)  # torch.compile would compile anew for every size
-    told = getattr(getattr(network, "encoder", None), "output_stride", None)
-    first = told if isinstance(told, int) and told > 0 else 1
+    network = getattr(network, "_orig_mod", network)  # torch.compile would recompile for every size
+    reported = getattr(getattr(network, "encoder", None), "output_stride", None)
+    first = reported if isinstance(reported, int) and reported > 0 else 1
 
     def takes(height: int, width: int, stride: int) -> bool:
         try:

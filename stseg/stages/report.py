@@ -1,4 +1,4 @@
-"""A page about a run, for people: how it was trained, what was ranked high and low, how the pseudo-masks look."""
+"""An HTML report of a run: training curves, the ends of the ranking, pseudo-masks, settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a whole run: what it was made with, and which of its steps are done."""
+"""The folder of a run: its settings and data, and which of its steps are done."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Workdir:
             parts = [found.get(part) for part in self._run]
             if not all(isinstance(p, dict) for p in (*parts, *(found.get("steps") or {}).values())):
                 raise WorkdirMismatchError(
-                    f"{self.folder / 'run.json'} is not the record of a run; remove {self.folder} to begin anew"
+                    f"{self.folder / 'run.json'} is not the record of a run; delete {self.folder} to start over"
                 )
             refuse_other(found["settings"], settings, self.folder)
             self._run = found
 
     def claim(self, data: dict[str, Any]) -> None:
-        """Say what the run works on, once it has been looked at. From now on other processes are kept out.
+        """Record the data of the run once they have been validated. From now on other processes are kept out.
 
         Raises:
             WorkdirMismatchError: if the folder was made with other data.

@@ -69,7 +69,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """Return the record in a file; None if there is no file.
 
     Raises:
-        WorkdirMismatchError: if the file is no record.
+        WorkdirMismatchError: if the file is not a record.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

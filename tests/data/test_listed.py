@@ -91,7 +91,7 @@ class TestReadPairs:
 
     @pytest.mark.parametrize("content", ["a.jpg 1.png\nb.jpg 2.png\n\na.jpg 3.png", "a.jpg\nb.jpg\n\na.jpg\n"])
     def test_refuses_an_image_twice(self, tmp_path, content):
-        with pytest.raises(DataError, match=r"list\.txt, line 4: the image 'a\.jpg' stands in line 1 already"):
+        with pytest.raises(DataError, match=r"list\.txt, line 4: the image 'a\.jpg' is in line 1 already"):
             self.read(tmp_path, content)
 
     @pytest.mark.parametrize("content", ["", "\n \t\n", b"\xef\xbb\xbf"])

@@ -35,7 +35,7 @@ class TestReadIds:
         assert self.read(tmp_path, "é/日本\n".encode()) == ["é/日本"]
 
     def test_an_id_that_occurs_twice_is_named_with_both_lines(self, tmp_path):
-        with pytest.raises(DataError, match=r"ids\.txt, line 5: the id 'b' stands in line 2 already"):
+        with pytest.raises(DataError, match=r"ids\.txt, line 5: the id 'b' is in line 2 already"):
             self.read(tmp_path, b"a\nb\n\nc\n b \n")
 
     @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
