@@ -37,3 +37,9 @@ def check_choice(name: str, value: object, *choices: object) -> None:
     if value not in choices:
         *others, last = (repr(choice) for choice in choices)
         raise ValueError(f"{name} is {value!r}; expected {', '.join(others)} or {last}")
+
+
+def check_log(log: object) -> None:
+    """Raise a ``TypeError`` unless it can be called with a row of a history, or is None."""
+    if log is not None and not callable(log):
+        raise TypeError(f"log is {log!r}; expected a function of a dictionary of numbers, such as print or wandb.log")

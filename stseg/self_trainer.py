@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import Dataset
 
-from stseg.checks import check_choice
+from stseg.checks import check_choice, check_log
 from stseg.data.items import Items
 from stseg.engine.checkpoint import Row
 from stseg.engine.config import TrainConfig
@@ -20,6 +20,7 @@ from stseg.methods.st import ST, Baseline, STPlusPlus
 from stseg.stages.recipe import OneStage, Recipe
 from stseg.stages.result import SelfTrainingResult
 from stseg.stages.stages import MakeMethod, Stages
+from stseg.stages.validation import validate_run
 from stseg.stages.workdir import Workdir
 from stseg.storage.records import describe
 
@@ -89,6 +90,9 @@ class SelfTrainer:
                 "make_model is a network; expected a function that makes a fresh one each time it is called, "
                 "such as lambda: smp.Unet(...)"
             )
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"config is {type(config).__name__}; expected a stseg.TrainConfig")
+        check_log(log)
         check_classes(num_classes, config.ignore_index)
         check_choice("keep", keep, "final", "best")
         self.make_model, self.num_classes, self.config = make_model, num_classes, config
@@ -152,9 +156,8 @@ class SelfTrainer:
             log=self.log,
             progress=self.progress,
         )
-        readable = stages.check(
-            items, images, recipe.later_methods(self.config), recipe.labeling, skip_unreadable=self.skip_unreadable
-        )
+        methods = recipe.later_methods(self.config)
+        readable = validate_run(stages, items, images, methods, recipe.labeling, skip_unreadable=self.skip_unreadable)
         if readable is not None:
             recipe.check_images(len(readable))  # without those that were left out
         return stages.result(recipe.run(stages, items, readable if readable is not None else items.subset([])))

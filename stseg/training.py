@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import Dataset
 
-from stseg.checks import check_choice
+from stseg.checks import check_choice, check_log
 from stseg.data import MixedDataset
 from stseg.data.items import Items
 from stseg.distributed import setup_device
@@ -82,6 +82,15 @@ def fit(
         >>> len(result.history), len(result.snapshots)
         (2, 1)
     """
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config is {type(config).__name__}; expected a stseg.TrainConfig")
+    if not isinstance(method, nn.Module):
+        name = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+        raise TypeError(
+            f"method is {name}; expected a network, or a method such as stseg.methods.FixMatch(network) "
+            "(recipes such as stseg.methods.STPlusPlus() belong to SelfTrainer)"
+        )
+    check_log(log)
     method = method if isinstance(method, Method) else Supervised(method, ignore_index=config.ignore_index)
     check_model(method)
     check_choice("keep", keep, "final", "best")

@@ -400,3 +400,74 @@ def test_a_backbone_that_is_not_there():
         MethodError, match=r"ValueError: backbone is 'nope'; the network \(Counted\) has no such submod"
     ):
         trainer(config=config).fit(pairs(), IMAGES)
+
+
+class TestWrongObjects:
+    """What is handed to ``fit`` in place of what it takes."""
+
+    @pytest.mark.parametrize(
+        ("method", "message"),
+        [
+            (stseg.methods.FixMatch, r"method is the class FixMatch; expected a network, or a method such as"),
+            ("fixmatch", r"method is str; expected a network"),
+            (stseg.methods.STPlusPlus(), r"method is STPlusPlus; .*STPlusPlus\(\) belong to SelfTrainer"),
+        ],
+    )
+    def test_methods_are_named(self, method, message):
+        with pytest.raises(TypeError, match=message):
+            stseg.fit(method, [], CONFIG)
+
+    def test_settings_and_log_are_named(self):
+        with pytest.raises(TypeError, match=r"config is dict; expected a stseg\.TrainConfig"):
+            stseg.fit(nn.Conv2d(3, 2, 1), [], {"steps": 2})
+        with pytest.raises(TypeError, match=r"config is dict; expected a stseg\.TrainConfig"):
+            stseg.SelfTrainer(lambda: nn.Conv2d(3, 2, 1), num_classes=2, config={"steps": 2})
+        with pytest.raises(TypeError, match="log is 'tensorboard'; expected a function"):
+            stseg.fit(nn.Conv2d(3, 2, 1), [], CONFIG, log="tensorboard")
+
+    def test_a_loader_is_not_a_data_set(self):
+        loader = torch.utils.data.DataLoader([(torch.rand(3, 16, 16), torch.zeros(16, 16, dtype=torch.uint8))] * 4)
+        with pytest.raises(TypeError, match=r"expected a data set, got a DataLoader; its \.dataset is one"):
+            stseg.fit(nn.Conv2d(3, 2, 1), loader, CONFIG)
+
+    @pytest.mark.parametrize("classes", [1, 2])
+    def test_a_network_that_ends_in_a_sigmoid_gives_no_logits(self, classes):
+        network = nn.Sequential(nn.Conv2d(3, classes, 1), nn.Sigmoid())
+        data = [(torch.rand(3, 16, 16), torch.zeros(16, 16, dtype=torch.uint8))] * 4
+        with pytest.raises(stseg.NetworkError, match="ends in a sigmoid; expected logits"):
+            stseg.fit(network, data, CONFIG, progress=False)
+
+    def test_a_folder_of_fit_and_one_of_a_run_are_told_apart(self, tmp_path):
+        data = [(torch.rand(3, 16, 16), torch.zeros(16, 16, dtype=torch.uint8))] * 4
+        trainer = stseg.SelfTrainer(
+            lambda: nn.Conv2d(3, 2, 1), num_classes=2, config=CONFIG, method="supervised", workdir=tmp_path / "run"
+        )
+        trainer.fit(data)
+        with pytest.raises(stseg.WorkdirMismatchError, match="holds a run of SelfTrainer; use another folder"):
+            stseg.fit(nn.Conv2d(3, 2, 1), data, CONFIG, workdir=tmp_path / "run", progress=False)
+        stseg.fit(nn.Conv2d(3, 2, 1), data, CONFIG, workdir=tmp_path / "fit", progress=False)
+        with pytest.raises(stseg.WorkdirMismatchError, match=r"holds a training of stseg\.fit; use another folder"):
+            stseg.SelfTrainer(
+                lambda: nn.Conv2d(3, 2, 1), num_classes=2, config=CONFIG, method="supervised", workdir=tmp_path / "fit"
+            ).fit(data)
+
+    def test_the_number_of_classes_of_a_critic_is_that_of_the_network(self):
+        data = [(torch.rand(3, 16, 16), torch.zeros(16, 16, dtype=torch.uint8))] * 4
+        method = stseg.methods.AdvSSL(nn.Conv2d(3, 2, 1), num_classes=5)
+        with pytest.raises(stseg.MethodError, match="num_classes is 5, but the network gives 2 classes"):
+            stseg.fit(method, data, CONFIG, unlabeled=[image for image, _ in data], progress=False)
+
+    def test_a_method_that_forgets_the_ignore_index_is_reminded(self):
+        class Forgetful(stseg.Method):
+            uses_unlabeled = False
+
+            def __init__(self):
+                super().__init__()
+                self.model = stseg.Segmenter(nn.Conv2d(3, 2, 1))
+
+            def forward(self, batch):
+                return stseg.Losses(nn.functional.cross_entropy(self.model(batch.images), batch.masks))
+
+        data = [(torch.rand(3, 8, 8), torch.zeros(8, 8, dtype=torch.uint8))] * 4
+        with pytest.raises(stseg.MethodError, match=r"masks hold 255 where there is no label: ignore_index="):
+            stseg.fit(Forgetful(), data, CONFIG, progress=False)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from stseg.data.convert import image_of, pair_of
 from stseg.errors import DataError
@@ -40,6 +40,11 @@ class Items(Dataset[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
+        if isinstance(dataset, DataLoader):
+            raise TypeError(
+                "expected a data set, got a DataLoader; its .dataset is one (batch_size, num_workers and augmentation "
+                "are settings of stseg.TrainConfig)"
+            )
         self.dataset = dataset
         length = _length(dataset)
         ids = _names(dataset, "ids")

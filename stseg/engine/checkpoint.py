@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from stseg.distributed import barrier, rank
 from stseg.engine.method import Method
-from stseg.errors import DataError
+from stseg.errors import DataError, WorkdirMismatchError
 from stseg.models.segmenter import Segmenter
 from stseg.models.state import cpu_state
 from stseg.storage.files import write_atomically
@@ -134,6 +134,8 @@ class StageCheckpoint:
         self.folder = None if folder is None else Path(folder)
         self._best: dict[str, torch.Tensor] | None = None
         if self.folder is not None:
+            if (self.folder / "run.json").exists():
+                raise WorkdirMismatchError(f"{self.folder} holds a run of SelfTrainer; use another folder")
             claim(self.folder / "stage.json", record)
 
     def finished(self, model: nn.Module) -> StageState | None:

@@ -34,7 +34,7 @@ class TrainConfig:
         ignore_index: mask value of pixels without a label.
         seed: of everything random in the stage.
         optimizer: ``"sgd"``, ``"adamw"``, or a function of parameter groups that returns an optimizer, such as
-            ``functools.partial(torch.optim.RAdam, weight_decay=0.01)``.
+            ``functools.partial(torch.optim.RAdam, weight_decay=0.01)``. Its learning rates are those of the groups.
         lr: learning rate of the backbone.
         head_lr_factor: everything that is not backbone learns at ``head_lr_factor * lr``. A network in which no
             backbone is found learns at ``lr`` as a whole.

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -44,9 +44,9 @@ class FitResult:
         seconds: duration, over all runs if it was interrupted.
     """
 
-    model: nn.Module
-    snapshots: tuple[nn.Module, ...]
-    history: tuple[Row, ...]
+    model: nn.Module = field(repr=False)
+    snapshots: tuple[nn.Module, ...] = field(repr=False)
+    history: tuple[Row, ...] = field(repr=False)
     seconds: float
 
 

@@ -73,8 +73,11 @@ def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]
             shapes = f"images {tuple(batch.images.shape)}" + (
                 f", unlabeled {tuple(batch.unlabeled.shape)}" if isinstance(batch.unlabeled, Tensor) else ""
             )
+            # What torch's own losses say of a mask value that is not a class, where the method's author forgot it.
+            unknown = isinstance(error, IndexError) and f"Target {config.ignore_index} is out of bounds" in str(error)
+            hint = f" (masks hold {config.ignore_index} where there is no label: ignore_index=...)" if unknown else ""
             raise MethodError(
-                f"the first training step of {name} fails on a batch of {shapes}: {type(error).__name__}: {error}"
+                f"the first training step of {name} fails on a batch of {shapes}: {type(error).__name__}: {error}{hint}"
             ) from error
     _check_optimizers(trial, optimizers, name)
     return [key for key, parameter in trial.named_parameters() if parameter.requires_grad and parameter.grad is None]

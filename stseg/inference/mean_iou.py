@@ -67,3 +67,6 @@ class MeanIoU:
     def merge_processes(self) -> None:
         """Add up the counts of all processes of ``torch.distributed``, so that each has the whole."""
         self.matrix = all_reduce_sum(self.matrix)
+
+    def __repr__(self) -> str:
+        return f"MeanIoU(num_classes={self.num_classes}, pixels={int(self.matrix.sum())}, mIoU={self.compute():.3f})"

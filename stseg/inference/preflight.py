@@ -112,6 +112,9 @@ def check_network(model: nn.Module, image: Tensor, num_classes: int | None = Non
             "the network returns probabilities, which sum to 1 at every pixel; expected logits "
             "(leave out the softmax at its end)"
         )
+    *_, last = model.modules()
+    if isinstance(last, nn.Sigmoid) and (logits >= 0).all() and (logits <= 1).all():
+        raise NetworkError("the network ends in a sigmoid; expected logits (leave it out, as with activation=None)")
     return classes
 
 

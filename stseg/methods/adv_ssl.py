@@ -81,6 +81,8 @@ class AdvSSL(Method):
         """Compute the losses; see the class."""
         ignore = batch.ignore_index
         labeled, unlabeled = self.model(batch.images), self.model(batch.unlabeled)
+        if labeled.shape[1] != self.num_classes:
+            raise ValueError(f"num_classes is {self.num_classes}, but the network gives {labeled.shape[1]} classes")
         known = batch.masks != ignore
         valid = torch.ones_like(unlabeled[:, 0], dtype=torch.bool) if batch.valid is None else batch.valid
 

@@ -197,7 +197,10 @@ class STPlusPlus(ST):
         """Check the labeling, and that the training is long enough for three checkpoints."""
         super().check_settings(config, num_classes=num_classes, on_disk=on_disk)
         if not thirds(config.length):
-            raise ValueError("ST++ keeps three checkpoints of the teacher; expected 3 epochs (or steps) or more")
+            raise ValueError(
+                "ST++ keeps three checkpoints of the teacher; "
+                f"expected 3 epochs (or steps) or more, got {config.length}"
+            )
 
     def check_images(self, count: int) -> None:
         """Check that some images are reliable, and some not."""

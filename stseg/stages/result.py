@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -27,7 +27,7 @@ class SelfTrainingResult:
             again, of its last part.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     stages: dict[str, FitResult]
     labels: dict[str, PseudoLabeled]
     ranking: Ranking | None

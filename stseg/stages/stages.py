@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from stseg.data.items import Items
@@ -20,13 +20,10 @@ from stseg.engine.checkpoint import Row, copy_to_cpu
 from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult, run_stage
 from stseg.engine.method import Method, view_of
-from stseg.engine.trial import preserved_random_state, try_step
+from stseg.engine.trial import preserved_random_state
 from stseg.errors import DataError
 from stseg.functional.thresholds import check_threshold
-from stseg.inference.fingerprints import dataset_fingerprint
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
-from stseg.inference.mask_store import check_store_id
-from stseg.inference.preflight import check_labeled, check_network, find_unreadable
 from stseg.inference.rankers import StabilityRanker
 from stseg.inference.ranking import Ranking
 from stseg.inference.reading import Skipped
@@ -92,63 +89,6 @@ class Stages:
         self.skipped: tuple[Skipped, ...] = ()
         self.seconds: dict[str, float] = {}
 
-    def check(
-        self,
-        labeled: Items,
-        unlabeled: Items | None,
-        later_methods: Mapping[str, MakeMethod],
-        labeling: Labeling | None,
-        *,
-        skip_unreadable: bool = False,
-    ) -> Items | None:
-        """Validate all data, the network and one step of each method before anything is trained.
-
-        Returns:
-            The unlabeled images that can be read.
-        """
-        for id in () if unlabeled is None else unlabeled.ids:
-            check_store_id(id)
-        check = partial(
-            check_labeled,
-            num_classes=self.num_classes,
-            ignore_index=self.config.ignore_index,
-            num_workers=self.config.num_workers,
-            progress=self.progress,
-        )
-        teacher = self.trained.get("teacher")
-        facts = {} if teacher is None else {"teacher": fingerprint(teacher.model)}
-        facts["labeled"] = check(labeled, name="labeled")
-        image = labeled.image(0)
-        if self.val is not None:
-            facts["validation"] = check(self.val, name="validation", channels=len(image))
-        facts["network"] = self._check_network(image, labeling)
-        if teacher is not None:
-            check_network(teacher.model, image, self.num_classes)
-        if unlabeled is not None:
-            facts["unlabeled"] = dataset_fingerprint(unlabeled)
-        self.workdir.claim(facts)
-        done = self.workdir.facts("check")
-        if done is not None:
-            self.skipped = tuple(Skipped(**one) for one in done["skipped"])
-        elif unlabeled is not None:
-            self.skipped = tuple(
-                find_unreadable(
-                    unlabeled,
-                    channels=len(image),
-                    skip=skip_unreadable,
-                    num_workers=self.config.num_workers,
-                    progress=self.progress,
-                )
-            )
-        if unlabeled is not None:
-            left_out = {one.index for one in self.skipped}
-            readable = [index for index in range(len(unlabeled)) if index not in left_out]
-            self.unlabeled = unlabeled.subset(readable, only_images=True)
-        if done is None:
-            self._try_methods(later_methods, labeled)
-            self.workdir.done("check", skipped=[asdict(one) for one in self.skipped])
-        return self.unlabeled
-
     def train(
         self,
         step: str,
@@ -173,7 +113,7 @@ class Stages:
             earlier.model.to("cpu")
         config = self.config.with_seed(derive_seed(self.config.seed, step))
         method = self.new_method(step, make_method, init)
-        streams = self._streams(method, Items.of(labeled), config)
+        streams = self.streams(method, Items.of(labeled), config)
         log = self.log
         self.trained[step] = run_stage(
             method,
@@ -277,7 +217,7 @@ class Stages:
 
     def new_method(self, step: str, make_method: MakeMethod, init: FitResult | None = None) -> Method:
         """Make the method of a step on the device, with random weights that depend on the seed and the step alone."""
-        with self._initial_weights(step):
+        with self.initial_weights(step):
             method = make_method(lambda: self.new_model(init))
         if not isinstance(method, Method):
             raise TypeError(
@@ -287,24 +227,24 @@ class Stages:
         return method.to(self.device)
 
     @contextmanager
-    def _initial_weights(self, step: str) -> Iterator[None]:
+    def initial_weights(self, step: str) -> Iterator[None]:
+        """Make random weights depend on the seed and the step alone."""
         seed = derive_seed(self.config.seed, "init", step)
         with fixed_seed(seed), preserved_random_state(self.device):
             torch.manual_seed(seed)
             yield
 
-    def _streams(self, method: Method, labeled: Items, config: TrainConfig) -> Streams:
+    def streams(self, method: Method, labeled: Items, config: TrainConfig) -> Streams:
+        """Return the labeled stream, and the unlabeled one where the method uses it.
+
+        Raises:
+            ValueError: if there are no unlabeled images for it.
+        """
         if method.uses_unlabeled and not self.unlabeled:
             raise ValueError(f"{type(method).__name__} learns from unlabeled images; expected fit(labeled, unlabeled)")
         streams = Streams(labeled, self.unlabeled if method.uses_unlabeled else None, config, view=view_of(method))
         streams.num_classes = self.num_classes
         return streams
-
-    def _try_methods(self, methods: Mapping[str, MakeMethod], labeled: Items) -> None:
-        """Try a step of each method, with the labeled images in place of pseudo-labeled ones."""
-        for step, make_method in methods.items():
-            method = self.new_method(step, make_method)
-            try_step(method, self._streams(method, Items.of(_AsPseudo(labeled)), self.config), self.config)
 
     def _thresholds(self, step: str, labeler: PseudoLabeler, images: Items, keep: float) -> float | tuple[float, ...]:
         """One for each class, found once and kept beside the masks."""
@@ -321,37 +261,10 @@ class Stages:
         except (TypeError, ValueError):
             raise DataError(f"{path} is damaged; delete it to compute the thresholds again") from None
 
-    def _check_network(self, image: Tensor, labeling: Labeling | None) -> str:
-        with self._initial_weights("check"):
-            model, another = (as_segmenter(self.new_model()).to(device) for device in (self.device, "cpu"))
-        known = {id(parameter) for parameter in model.parameters()}
-        if any(id(parameter) in known for parameter in another.parameters()):
-            raise ValueError(
-                "make_model returned the same parameters twice; expected a fresh network each time it is called"
-            )
-        check_network(model, image, self.num_classes)
-        if labeling is not None and labeling.tta is not None:  # which shows it other sizes
-            check_network(labeling.tta(model), image, self.num_classes)
-        # The seed makes its first weights the same in every run, so pretrained ones count.
-        return f"{fingerprint(model)}, {sum(p.requires_grad for p in model.parameters())} trained tensors"
-
     def _done(self, step: str, seconds: float, **more: int) -> None:
         facts = self.workdir.facts(step) or {}
         self.seconds[step] = facts.get("seconds", seconds)
         self.workdir.done(step, seconds=round(self.seconds[step], 3), **more)
-
-
-class _AsPseudo(Dataset[Any]):
-    """Annotated items in the form of pseudo-labeled ones."""
-
-    def __init__(self, labeled: Items) -> None:
-        self.labeled, self.item_names = labeled, labeled.names
-
-    def __len__(self) -> int:
-        return len(self.labeled)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
-        return (*self.labeled.pair(index), True)
 
 
 def _check_ranking(ranking: Ranking, ids: Sequence[str], source: str) -> Ranking:

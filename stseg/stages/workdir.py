@@ -30,6 +30,8 @@ class Workdir:
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"the work directory {self.folder} is a file; expected a folder")
+        if self.folder is not None and (self.folder / "stage.json").exists():
+            raise WorkdirMismatchError(f"{self.folder} holds a training of stseg.fit; use another folder")
         self._run: dict[str, Any] = {"settings": settings, "versions": _versions(), "data": {}, "steps": {}}
         if self.folder is not None and (found := read_record(self.folder / "run.json")) is not None:
             parts = [found.get(part) for part in self._run]

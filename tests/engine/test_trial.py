@@ -137,7 +137,7 @@ def test_a_bare_network_as_model_is_named():
 
 
 def test_a_class_in_place_of_a_method_is_refused():
-    with pytest.raises(TypeError, match=r"expected a network \(torch\.nn\.Module\), got type"):
+    with pytest.raises(TypeError, match=r"method is the class Supervised; expected a network"):
         fit(Supervised, pairs(4), CONFIG, progress=False)
 
 

@@ -1,0 +1,123 @@
+"""Validation of a run before training starts: data, network, and one step of each method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stseg.data.items import Items
+from stseg.engine.trial import try_step
+from stseg.inference.fingerprints import dataset_fingerprint
+from stseg.inference.mask_store import check_store_id
+from stseg.inference.preflight import check_labeled, check_network, find_unreadable
+from stseg.inference.reading import Skipped
+from stseg.models.segmenter import as_segmenter
+from stseg.models.state import fingerprint
+from stseg.stages.labeling import Labeling
+from stseg.stages.stages import MakeMethod, Stages
+
+
+def validate_run(
+    stages: Stages,
+    labeled: Items,
+    unlabeled: Items | None,
+    later_methods: Mapping[str, MakeMethod],
+    labeling: Labeling | None,
+    *,
+    skip_unreadable: bool = False,
+) -> Items | None:
+    """Validate all data, the network and one step of each method.
+
+    Args:
+        stages: the run, whose work directory is claimed for the data.
+        labeled: labeled items.
+        unlabeled: images; None for none.
+        later_methods: the methods of the trainings after the first one, by step.
+        labeling: how pseudo-labels are made, if they are.
+        skip_unreadable: whether to leave out unlabeled images that cannot be read.
+
+    Returns:
+        The unlabeled images that can be read.
+    """
+    for id in () if unlabeled is None else unlabeled.ids:
+        check_store_id(id)
+    check = partial(
+        check_labeled,
+        num_classes=stages.num_classes,
+        ignore_index=stages.config.ignore_index,
+        num_workers=stages.config.num_workers,
+        progress=stages.progress,
+    )
+    teacher = stages.trained.get("teacher")
+    facts = {} if teacher is None else {"teacher": fingerprint(teacher.model)}
+    facts["labeled"] = check(labeled, name="labeled")
+    image = labeled.image(0)
+    if stages.val is not None:
+        facts["validation"] = check(stages.val, name="validation", channels=len(image))
+    facts["network"] = _check_network(stages, image, labeling)
+    if teacher is not None:
+        check_network(teacher.model, image, stages.num_classes)
+    if unlabeled is not None:
+        facts["unlabeled"] = dataset_fingerprint(unlabeled)
+    stages.workdir.claim(facts)
+    done = stages.workdir.facts("check")
+    if done is not None:
+        stages.skipped = tuple(Skipped(**one) for one in done["skipped"])
+    elif unlabeled is not None:
+        stages.skipped = tuple(
+            find_unreadable(
+                unlabeled,
+                channels=len(image),
+                skip=skip_unreadable,
+                num_workers=stages.config.num_workers,
+                progress=stages.progress,
+            )
+        )
+    if unlabeled is not None:
+        left_out = {one.index for one in stages.skipped}
+        readable = [index for index in range(len(unlabeled)) if index not in left_out]
+        stages.unlabeled = unlabeled.subset(readable, only_images=True)
+    if done is None:
+        _try_methods(stages, later_methods, labeled)
+        stages.workdir.done("check", skipped=[asdict(one) for one in stages.skipped])
+    return stages.unlabeled
+
+
+def _try_methods(stages: Stages, methods: Mapping[str, MakeMethod], labeled: Items) -> None:
+    """Try a step of each method, with the labeled images in place of pseudo-labeled ones."""
+    for step, make_method in methods.items():
+        method = stages.new_method(step, make_method)
+        try_step(method, stages.streams(method, Items.of(_AsPseudo(labeled)), stages.config), stages.config)
+
+
+def _check_network(stages: Stages, image: Tensor, labeling: Labeling | None) -> str:
+    with stages.initial_weights("check"):
+        model, another = (as_segmenter(stages.new_model()).to(device) for device in (stages.device, "cpu"))
+    known = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in known for parameter in another.parameters()):
+        raise ValueError(
+            "make_model returned the same parameters twice; expected a fresh network each time it is called"
+        )
+    check_network(model, image, stages.num_classes)
+    if labeling is not None and labeling.tta is not None:  # which shows it other sizes
+        check_network(labeling.tta(model), image, stages.num_classes)
+    # The seed makes its first weights the same in every run, so pretrained ones count.
+    return f"{fingerprint(model)}, {sum(p.requires_grad for p in model.parameters())} trained tensors"
+
+
+class _AsPseudo(Dataset[Any]):
+    """Annotated items in the form of pseudo-labeled ones."""
+
+    def __init__(self, labeled: Items) -> None:
+        self.labeled, self.item_names = labeled, labeled.names
+
+    def __len__(self) -> int:
+        return len(self.labeled)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
+        return (*self.labeled.pair(index), True)
