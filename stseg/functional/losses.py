@@ -211,7 +211,7 @@ def supervised_loss(logits: Tensor, masks: Tensor, *, loss: Criterion | None = N
             f"the loss {loss!r} fails on logits {tuple(logits.shape)} and masks {tuple(masks.shape)}: "
             f"{type(error).__name__}: {error}\n"
             f"A loss is given logits (B, K, H, W), K = 2 for a network with one logit, and class indices (B, H, W),\n"
-            f"with the ignore index {ignore_index} where there is no label. A loss that does not know the latter needs\n"
+            f"with the ignore index {ignore_index} where there is no label. A loss that does not know it needs\n"
             f"    its own argument, such as nn.CrossEntropyLoss(ignore_index={ignore_index}), or\n"
             f"    stseg.functional.without_ignored(loss, ignore_index={ignore_index})"
         ) from error
