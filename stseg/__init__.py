@@ -1,6 +1,6 @@
-"""Semi-supervised segmentation in PyTorch: ST and ST++ for any network, from primitives to the whole loop."""
+"""Semi-supervised segmentation in PyTorch: methods for any network, from primitives to the whole loop."""
 
-from stseg import data, functional, methods, models, modules
+from stseg import augment, data, functional, methods, models, modules
 from stseg.augment import CutMix, Cutout, StrongAugment, WeakAugment
 from stseg.engine.checkpoint import load_weights, save_weights
 from stseg.engine.config import TrainConfig
@@ -75,6 +75,7 @@ __all__ = [  # noqa: RUF022  grouped
     "WorkdirMismatchError",
     "WorkdirInUseError",
     # modules
+    "augment",
     "data",
     "functional",
     "methods",
