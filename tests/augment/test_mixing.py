@@ -170,3 +170,8 @@ def test_paste_refuses_other_shapes():
         paste(where, torch.zeros(2, 3, 4, 5), torch.zeros(2, 1, 4, 5))
     with pytest.raises(ValueError, match=r"where has shape \(4, 5\)"):
         paste(where[0], torch.zeros(2, 4, 5), torch.zeros(2, 4, 5))
+
+
+def test_mixing_reads_no_value_back_from_the_device():
+    images, masks = torch.empty(2, 3, 4, 5, device="meta"), torch.empty(2, 4, 5, device="meta")
+    assert [x.shape for x in CutMix()(images, masks)] == [images.shape, masks.shape]

@@ -9,8 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_losses import example, pixels, softmax
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from stseg.functional import consistency_loss, consistency_target, cross_entropy, sure_share
+from stseg.functional import (
+    adversarial_loss,
+    consistency_loss,
+    consistency_target,
+    cross_entropy,
+    entropy,
+    ohem_cross_entropy,
+    squared_difference,
+    sure_share,
+)
 
 few = settings(max_examples=25, deadline=None)
 
@@ -93,3 +103,23 @@ class TestLoss:
     def test_a_saturated_network_agrees_with_itself(self):
         logits = 1000 * torch.eye(3)[torch.arange(12).reshape(1, 3, 4) % 3].permute(0, 3, 1, 2)
         assert consistency_loss(logits, consistency_target(logits, threshold=1.0)) == 0
+
+
+def test_no_loss_reads_a_value_back_from_the_device():
+    with FakeTensorMode():  # in which tensors have no values: reading one raises
+        logits, masks = torch.empty(2, 3, 4, 5, requires_grad=True), torch.empty(2, 4, 5, dtype=torch.int64)
+        where, other = masks != 255, torch.empty(2, 3, 4, 5)
+        target = consistency_target(logits, threshold=0.9, valid=where)
+        losses = [
+            consistency_loss(logits, target),
+            cross_entropy(logits, masks),
+            cross_entropy(logits, masks, weight=where),
+            ohem_cross_entropy(logits, masks),
+            squared_difference(logits, other, where=where),
+            entropy(logits, where=where),
+            adversarial_loss(logits[:, :1], real=False, where=where),
+        ]
+        sum(losses).backward()
+        sure_share(target, 3)
+        with pytest.raises(DataDependentOutputException):
+            losses[0].item()

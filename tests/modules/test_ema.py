@@ -172,3 +172,13 @@ class TestModule:
     def test_refuses_settings_that_are_none(self, settings, message):
         with pytest.raises(ValueError, match=message):
             EMA(nn.ReLU(), **settings)
+
+
+@pytest.mark.parametrize("buffers", ["own", "average"])
+def test_an_update_reads_no_value_back_from_the_device(buffers):
+    student = network().to("meta")  # where tensors have no values: reading one raises
+    ema = EMA(student, buffers=buffers).to("meta")
+    ema.update(student, 0)
+    ema.update(student, 7)
+    with pytest.raises(RuntimeError):
+        ema.n_averaged.item()
