@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stseg.distributed import rank
+from stseg.distributed import barrier, rank
 from stseg.errors import DataError, WorkdirMismatchError
 from stseg.storage.records import claim
 
@@ -32,7 +32,11 @@ class ScoreLog:
         self.path = path
         self.mine = path if rank() == 0 else path.with_name(f"{path.name}.{rank()}")
         record = path.with_name(f"{path.name}.json")
-        if self._files() and not record.exists():
+        used = bool(self._files())
+        barrier()
+        if not used and rank() == 0:
+            record.unlink(missing_ok=True)  # the scores that it was about have been deleted
+        if used and not record.exists():
             raise WorkdirMismatchError(
                 f"{path} is of unknown origin, as there is no {record.name} beside it; "
                 "delete it to recompute the ranking"

@@ -8,12 +8,13 @@ import functools
 import inspect
 import json
 import re
-import textwrap
-from collections.abc import Callable
+import zlib
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from stseg.distributed import barrier, rank
 from stseg.errors import WorkdirMismatchError
@@ -141,39 +142,91 @@ def describe(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         settings = {each.name: describe(getattr(value, each.name)) for each in dataclasses.fields(value)}
         return {"type": type(value).__qualname__, **settings}
-    if getattr(type(value), "__repr__", None) is object.__repr__:
-        return {"type": type(value).__qualname__, **describe(vars(value))} if hasattr(value, "__dict__") else {}
-    if isinstance(value, nn.Module) or not hasattr(value, "__qualname__"):
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)} {_checksum([value])}"
+    if isinstance(value, nn.Module):
+        return _describe_module(value)
+    if _has_no_repr(value):
+        return _describe_attributes(value)
+    if not hasattr(value, "__qualname__"):
         return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
     return _describe_function(value)
 
 
-def _describe_function(function: Callable[..., Any]) -> str:
+def _describe_module(module: nn.Module) -> str:
+    """What ``repr`` says, and a checksum of the buffers, such as class weights of a loss, which it does not show."""
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(module))
+    tensors = list(module.buffers())
+    return f"{text} {_checksum(tensors)}" if tensors else text
+
+
+def _checksum(tensors: list[Tensor]) -> str:
+    total = 0
+    for tensor in tensors:
+        total = zlib.crc32(str(tuple(tensor.shape)).encode(), total)
+        total = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), total)
+    return f"{total:08x}"
+
+
+def _has_no_repr(value: object) -> bool:
+    return getattr(type(value), "__repr__", None) is object.__repr__
+
+
+def _describe_attributes(value: object) -> dict[str, Any]:
+    """Type and attributes of an object without a ``repr`` of its own; of those that are such objects the type alone."""
+    attributes = {
+        name: type(each).__qualname__ if _has_no_repr(each) else describe(each)
+        for name, each in getattr(value, "__dict__", {}).items()
+    }
+    return {"type": type(value).__qualname__, **attributes}
+
+
+def _describe_function(function: Any) -> str:
     name = f"{function.__module__}.{function.__qualname__}"
-    if not hasattr(function, "__code__"):
+    code = getattr(function, "__code__", None)
+    if code is None:
         return name
-    bound = [*(function.__defaults__ or ()), *(cell.cell_contents for cell in function.__closure__ or ())]
+    bound = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *_closure(function)]
     plain = [each for each in bound if isinstance(each, (bool, int, float, str, tuple, type(None)))]
-    if plain:
-        name += f" {plain}"
-    return f"{name} {_source_of_lambda(function)}".rstrip() if "<lambda>" in name else name
+    parts = [name, str(plain) if plain else "", _lambda_source(function, code) if "<lambda>" in name else ""]
+    return " ".join(part for part in parts if part)
 
 
-def _source_of_lambda(function: Callable[..., Any]) -> str:
-    """The expression alone, not the lines around it; of several in one statement those with the same arguments."""
+def _closure(function: Any) -> list[Any]:
+    cells = function.__closure__ or ()
+    return [cell.cell_contents for cell in cells if cell != type(cell)()]  # one that is still empty has no contents
+
+
+def _lambda_source(function: Any, code: CodeType) -> str:
+    """Return the lambda expression of its file; nothing where it cannot be found."""
     try:
-        statement = textwrap.dedent(inspect.getsource(function)).strip().rstrip(",")
-        try:
-            tree = ast.parse(statement)
-        except SyntaxError:  # a part of a call that goes over several lines
-            tree = ast.parse(f"f({statement})")
-    except (OSError, TypeError, SyntaxError):
+        lines, _ = inspect.findsource(function)
+        tree = ast.parse("".join(lines))
+    except (OSError, TypeError, SyntaxError, ValueError):
         return ""
-    arguments = list(inspect.signature(function).parameters)
-    lambdas = [
+    found = [
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.Lambda)
-        and [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)] == arguments
+        if isinstance(node, ast.Lambda) and node.lineno == code.co_firstlineno and _arguments(node) == _names(code)
     ]
-    return "; ".join(ast.unparse(node) for node in lambdas)
+    # Several on one line: from Python 3.11 on, instructions know their columns.
+    places = [(line, column) for line, _, column, _ in getattr(code, "co_positions", tuple)() if line and column]
+    inner = [node for node in found if any(_holds(node.body, place) for place in places)]
+    return "; ".join(ast.unparse(node) for node in (inner[-1:] or found))
+
+
+def _arguments(node: ast.Lambda) -> list[str]:
+    a = node.args
+    several = [each.arg for each in (a.vararg, a.kwarg) if each is not None]
+    return [each.arg for each in (*a.posonlyargs, *a.args, *a.kwonlyargs)] + several
+
+
+def _names(code: CodeType) -> list[str]:
+    count = code.co_argcount + code.co_kwonlyargcount
+    count += bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    return list(code.co_varnames[:count])
+
+
+def _holds(body: ast.expr, place: tuple[int, int]) -> bool:
+    end = (body.end_lineno or body.lineno, body.end_col_offset or 0)
+    return (body.lineno, body.col_offset) <= place < end

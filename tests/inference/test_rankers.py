@@ -279,6 +279,12 @@ class TestResume:
             assert again[0].images_seen() == 4 - whole[:length].count(b"\n")
             assert file.read_bytes() == whole
 
+    def test_starts_over_once_the_scores_are_deleted(self, tmp_path):
+        file = tmp_path / "scores"
+        ranker().rank(pictures(4), store=file)
+        file.unlink()
+        assert len(ranker(precision="bf16").rank(pictures(4), store=file)) == 4
+
     def test_refuses_scores_of_others(self, tmp_path):
         file = tmp_path / "scores"
         ranker().rank(pictures(4), store=file)

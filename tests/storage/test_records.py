@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
+import linecache
+import sys
 
 import pytest
 import torch
@@ -120,12 +123,6 @@ class TestDescribe:
         assert describe(functools.partial(round, ndigits=2)) != describe(functools.partial(round, ndigits=3))
         assert describe(SaysItself()) == {"type": "SaysItself", "weights": "1234"}
 
-    def test_tells_lambdas_apart_by_what_they_bind_and_by_their_source(self):
-        assert describe(scaled(2)) == describe(scaled(2)) != describe(scaled(3))
-        one, other = (lambda m: (m, 1)), (lambda m: (m, 2))  # two with equal arguments in one statement are one source
-        third = lambda m: (m, 3)  # noqa: E731
-        assert describe(one) == describe(other) != describe(third)
-
     def test_of_a_lambda_does_not_change_with_the_call_around_it(self):
         def handed(function, **options):
             return function
@@ -136,6 +133,92 @@ class TestDescribe:
             num_workers=2,
         )
         assert describe(first).split(">")[-1] == describe(second).split(">")[-1] == " lambda images: images + 1"
+
+
+def described(tmp_path, source):
+    """What describes the function ``made`` of a module with this source."""
+    path = tmp_path / "users.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("users", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    linecache.checkcache(str(path))
+    return describe(module.made)
+
+
+class TestLambdas:
+    def test_show_their_own_source_and_what_they_are_bound_to(self):
+        assert describe(scaled(2)) == f"{__name__}.scaled.<locals>.<lambda> [2] lambda images: images * factor"
+        assert describe(scaled(2)) == describe(scaled(2)) != describe(scaled(3))
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "made = lambda m: (m, 1)\n",
+            "def call(f, n): return f\nmade = call(lambda m: (m, 1), 3)\n",
+            "def call(f, n): return f\nmade = call(\n    lambda m: (\n        m,\n        1,\n    ),\n    3)\n",
+            "table = {\n    'a': [lambda m: (m,1)], 'b': lambda n: n }\nmade = table['a'][0]\n",
+        ],
+    )
+    def test_do_not_depend_on_the_layout_around_them(self, tmp_path, source):
+        assert described(tmp_path, source) == "users.<lambda> lambda m: (m, 1)"
+
+    @pytest.mark.parametrize("body", ["(m, 2)", "(m + 0, 1)", "[m, 1]", "m.sin()", "m.cos()"])
+    def test_of_other_bodies_differ(self, tmp_path, body):
+        assert described(tmp_path, f"made = lambda m: {body}\n") == f"users.<lambda> lambda m: {body}"
+
+    @pytest.mark.skipif(sys.version_info < (3, 11), reason="instructions know no columns")
+    def test_on_one_line_are_told_apart(self):
+        one, other, inner = lambda m: (m, 1), lambda m: (m, 2), (lambda m: lambda m: -m)(0)
+        assert [describe(each).split("lambda> ")[1] for each in (one, other, inner)] == [
+            "lambda m: (m, 1)",
+            "lambda m: (m, 2)",
+            "lambda m: -m",
+        ]
+
+    @pytest.mark.parametrize("arguments", ["a, b=2, *c, d=4, **e", "a, /, *, d=4", "*c", "**e", ""])
+    def test_take_arguments_of_all_kinds(self, tmp_path, arguments):
+        found = described(tmp_path, f"made = lambda {arguments}: 5\n")
+        assert found.endswith(f"lambda {arguments}: 5" if arguments else "lambda: 5")
+
+    def test_without_a_file_are_described_by_their_names(self):
+        names = {"__name__": "prompt"}
+        exec("made = lambda m, k=3: m", names)
+        assert describe(names["made"]) == "prompt.<lambda> [3]"
+
+    @pytest.mark.parametrize("now", ["made = (", "other = 1\n", "made = lambda n: n\n", ""])
+    def test_whose_file_has_changed_since_are_described_by_their_names(self, tmp_path, now):
+        path = tmp_path / "users.py"
+        path.write_text("made = lambda m: m\n")
+        spec = importlib.util.spec_from_file_location("users", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        path.write_text(now)
+        linecache.checkcache(str(path))
+        assert describe(module.made) == "users.<lambda>"
+
+
+class TestDescribedObjects:
+    def test_include_the_tensors_of_a_loss(self):
+        one, other = (nn.CrossEntropyLoss(torch.tensor([1.0, w])) for w in (1.0, 2.0))
+        assert describe(one) != describe(other)
+        assert describe(nn.CrossEntropyLoss(torch.tensor([1.0, 2.0]))) == describe(other)
+        assert describe(torch.zeros(3000)) != describe(torch.zeros(3000).index_fill(0, torch.tensor([1500]), 1.0))
+
+    def test_may_refer_to_themselves(self):
+        one = Custom(keep=0.5)
+        one.again = one
+        assert describe(one) == {"type": "Custom", "keep": 0.5, "again": "Custom"}
+
+    def test_tell_keyword_only_defaults_apart(self):
+        def make(value):
+            def function(x, *, p=value):
+                return x
+
+            function.__closure__  # noqa: B018
+            return function
+
+        assert describe(make(1)) != describe(make(2))
 
 
 class TestClaim:
