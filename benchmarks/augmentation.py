@@ -1,4 +1,4 @@
-"""The strong augmentation of a batch against the recipe of the paper's code, with PIL, an image after the other.
+"""Speed of the strong augmentation of a batch, compared with the PIL recipe of the paper's code, image by image.
 
 python benchmarks/augmentation.py
 """
@@ -19,7 +19,7 @@ import stseg
 
 
 def with_pil(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Jitter, gray, blur and cutout as written in the paper, and the way back to tensors."""
+    """Apply jitter, gray, blur and cutout with PIL as in the paper, including the conversion back to tensors."""
     jitter, gray = ColorJitter(0.5, 0.5, 0.5, 0.25), RandomGrayscale(0.2)
     random = np.random.default_rng()
     out_images, out_masks = [], []
@@ -47,7 +47,7 @@ def with_pil(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """A table over sizes."""
+    """Print a table over crop sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16)
     batch = parser.parse_args().batch

@@ -1,11 +1,10 @@
-"""Is the gain of the demo real? The quickstart over several seeds, between what bounds it from below and above.
+"""Quickstart over several seeds, with a lower and an upper bound.
 
     python benchmarks/demo_seeds.py --out runs/demo_seeds
 
-Beside supervised, ST and ST++ as in ``examples/quickstart.py``, each seed trains a supervised network for three times
-as many steps, which is as long as ST++ takes in all, and one with the masks of all scenes. A run that was
-killed goes on when started again. With ``--page`` the table also replaces what stands between the page's
-``demo-table`` marks.
+In addition to supervised, ST and ST++ as in ``examples/quickstart.py``, each seed trains a supervised network for three
+times as many steps, the total of ST++, and one with the masks of all scenes. A killed run resumes when the same command
+is given again. With ``--page``, the table also replaces the text between the page's ``demo-table`` marks.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ ROWS = {
 
 
 def scores(steps: int, seed: int, out: Path) -> dict[str, float]:
-    """Held-out mIoU of each row of the table, in per cent."""
+    """Compute the held-out mIoU of each row of the table, in percent."""
     results = quickstart.run(steps, seed, out)
     scenes = quickstart.scenes(seed)
     few = Subset(scenes, range(quickstart.LABELED))
@@ -59,7 +58,7 @@ def scores(steps: int, seed: int, out: Path) -> dict[str, float]:
 
 
 def table(found: list[dict[str, float]], steps: int) -> str:
-    """Markdown: each seed, mean and standard deviation, and what was measured where."""
+    """Format a Markdown table: each seed, mean and standard deviation, and the conditions."""
     lines = ["| mIoU on held-out scenes, % | " + " | ".join(f"seed {i}" for i in range(len(found))) + " | mean |"]
     lines.append("|---|" + "---:|" * (len(found) + 1))
     for name, title in ROWS.items():
@@ -77,7 +76,7 @@ def table(found: list[dict[str, float]], steps: int) -> str:
 
 
 def main() -> None:
-    """All seeds, then the table."""
+    """Run all seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="work directories of all runs")
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")

@@ -1,19 +1,19 @@
-"""Does it help? Methods x seeds x fractions on a data set: a table, the numbers as CSV, and plots.
+"""Compare methods over seeds and fractions on a data set: a table, CSV, and plots.
 
     python benchmarks/evidence.py --data camvid --out runs/evidence --fractions 1/8 --seeds 0 1 2
 
-The data folder holds ``train/images``, ``train/masks``, ``val/images`` and ``val/masks``, paired by name. Which images
-count as labeled stands in ``splits/1_8/seed_0/labeled.txt`` and ``unlabeled.txt``; where there is no such file, it is
-drawn with the seed, as many as the lists of other seeds have. The seed is that of the training, too. For other data,
-fill a ``Source`` and call ``run``.
+The data folder holds ``train/images``, ``train/masks``, ``val/images`` and ``val/masks``, paired by name. The
+labeled images are listed in ``splits/1_8/seed_0/labeled.txt`` and ``unlabeled.txt``; without these files, they are
+drawn with the seed, as many as in the lists of other seeds. The seed is also that of the training. For other data,
+create a ``Source`` and call ``run``.
 
-ST and ST++ begin with the network of "supervised" of the same fraction and seed, and every stage takes as many steps.
-Each run has a work directory; what was killed goes on when the same command is given again, and what is done is not
-done again. True masks of images that do not count as labeled serve to measure pseudo-labels; only "ceiling" and
-"st-true", which are no methods, train on them.
+ST and ST++ start from the "supervised" network of the same fraction and seed, and every stage has the same number of
+steps. Each run has a work directory; killed runs resume when the same command is given again, and finished ones are
+skipped. True masks of unlabeled images are used to measure pseudo-labels; only the references "ceiling" and "st-true"
+train on them.
 
 The network of a run is in its last stage: ``OUT/1_8/seed_0/st++/student-2/model.safetensors``, ``st/student``,
-``supervised/teacher``. These are the weights of the bare network. ``stseg.evaluate`` measures it, on images and masks
+``supervised/teacher``. These are the weights of the bare network. ``stseg.evaluate`` evaluates it on images and masks
 resized to ``--size``.
 """
 
@@ -55,22 +55,22 @@ def run(
     config: stseg.TrainConfig,
     out: Path,
 ) -> list[Result]:
-    """Everything that is asked for and has not been done; tables and plots are written anew after each.
+    """Run everything that is not finished; tables and plots are updated after each run.
 
     Args:
         source: the data.
         fractions: shares of labeled images, such as ``"1/8"``.
-        seeds: of the draws and of the training.
+        seeds: seeds of the draws and of the training.
         methods: names of ``METHODS``.
         make_model: makes a network with fresh weights.
         config: settings of every stage.
-        out: folder for this network, these settings and these data alone.
+        out: folder for this network, these settings and these data only.
 
     Returns:
         The results of all runs in ``out``.
 
     Raises:
-        WorkdirMismatchError: if runs in ``out`` had other images labeled.
+        WorkdirMismatchError: if runs in ``out`` used other labeled images.
     """
     for fraction, seed in product(fractions, seeds):
         drawn = [f"{len(ids)}, {zlib.crc32(repr(ids).encode()):08x}" for ids in source.split(fraction, seed)]
@@ -84,14 +84,14 @@ def run(
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Settings must be those of the runs in their folder; of a command that began none they do not count."""
+    """Check that the settings are those of the runs in the folder; ignored if no run was started."""
     if not any(path.parent.rglob("stage.json")):
         path.unlink(missing_ok=True)
     claim(path, settings)
 
 
 def write_all(out: Path, classes: Sequence[str]) -> list[Result]:
-    """``results.csv``, ``results.md`` and the plots, of all runs that are done, now or earlier."""
+    """Write ``results.csv``, ``results.md`` and the plots of all finished runs."""
     found = [Result(**(read_json(path) or {})) for path in out.glob("*/seed_*/*/result.json")]
     order = list(METHODS)
     found.sort(key=lambda r: (-share_of(r.fraction), order.index(r.method), r.seed))
@@ -100,12 +100,12 @@ def write_all(out: Path, classes: Sequence[str]) -> list[Result]:
 
 
 def result_file(out: Path, method: str, fraction: str, seed: int) -> Path:
-    """Where a run leaves its result when it is done."""
+    """Return the path of the result of a run."""
     return place(out, fraction, seed) / method / "result.json"
 
 
 def place(out: Path, fraction: str, seed: int) -> Path:
-    """Where the runs of a fraction and a seed are."""
+    """Return the folder of the runs of a fraction and a seed."""
     return out / fraction.replace("/", "_") / f"seed_{seed}"
 
 
@@ -117,7 +117,7 @@ def run_one(
     config: stseg.TrainConfig,
     out: Path,
 ) -> None:
-    """One method with one fraction and one seed."""
+    """Run one method with one fraction and one seed."""
     method, fraction, seed = job
     case = case_of(source, fraction, seed, make_model=make_model, config=config, out=out)
     outcome = METHODS[method][1](case, method)
@@ -146,7 +146,7 @@ def case_of(
     config: stseg.TrainConfig,
     out: Path,
 ) -> Case:
-    """The data and settings of a fraction and a seed."""
+    """Return the data and settings of a fraction and a seed."""
     labeled, unlabeled = source.split(fraction, seed)
     few, many = Selected(source.train, labeled), Selected(source.train, unlabeled)
     return Case(
@@ -163,7 +163,7 @@ def case_of(
 
 
 def pseudo_quality(outcome: Run, source: Source, case: Case) -> dict[str, float]:
-    """MIoU of the pseudo-labels of each step, pixels left out apart, with the true masks, which nothing else sees."""
+    """Compute the mIoU of the pseudo-labels of each step with the true masks, without ignored pixels."""
     where = {id: index for index, id in enumerate(source.train.ids)}
     found = {}
     for step, labels in outcome.labels.items():
@@ -176,7 +176,7 @@ def pseudo_quality(outcome: Run, source: Source, case: Case) -> dict[str, float]
 
 
 def network_of(arguments: argparse.Namespace) -> nn.Module:
-    """A network of segmentation_models_pytorch, or one of the paper's, with fresh weights."""
+    """Make a network of segmentation_models_pytorch, or one of the paper, with new weights."""
     options = json.loads(arguments.network_options)
     classes = len(arguments.classes)
     name, pretrained = arguments.arch.removeprefix("stseg."), arguments.weights is not None
@@ -196,7 +196,7 @@ def network_of(arguments: argparse.Namespace) -> nn.Module:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Data, what to run, and how every stage is trained."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -228,7 +228,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is asked for; print the table."""
+    """Run the experiments and print the table."""
     args = parse(arguments)
     source = folder_source(args.data, size=None if args.size is None else tuple(args.size), classes=args.classes)
     pretrained = args.weights is not None

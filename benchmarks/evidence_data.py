@@ -1,4 +1,4 @@
-"""The data of ``evidence.py``: a set with all its masks, and the draws of those that count."""
+"""Data of ``evidence.py``: a data set with all masks, and its splits."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence"
 
 @dataclass(frozen=True)
 class Source:
-    """A data set to gather evidence on.
+    """Data set with all masks, and its splits.
 
     Args:
         train: all training images with their masks, ``(image, mask)``, with ``ids``.
-        val: what every network is evaluated on, likewise.
+        val: all validation images with their masks, likewise.
         classes: the name of each class.
         split: ``(fraction, seed) -> (labeled, unlabeled)`` ids of ``train``.
     """
@@ -80,7 +80,7 @@ class ImagesOnly(Dataset[Tensor]):
 
 
 class Renamed(Dataset[tuple[Tensor, Tensor]]):
-    """The same images and masks under other names, ``name`` with the old one in the place of ``{}``."""
+    """The same items under other names: ``name`` with ``{}`` replaced by the old one."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         self.dataset, self.ids = dataset, [name.format(id) for id in dataset.ids]
@@ -94,7 +94,7 @@ class Renamed(Dataset[tuple[Tensor, Tensor]]):
 
 
 def folder_source(root: Path, *, size: tuple[int, int] | None, classes: Sequence[str]) -> Source:
-    """A folder laid out as the first lines of ``evidence.py`` say."""
+    """Return the source of a folder with the layout described in ``evidence.py``."""
     train, val = (SegmentationFolder(root / part / "images", root / part / "masks") for part in ("train", "val"))
 
     def listed(path: Path) -> list[str]:
@@ -121,12 +121,14 @@ def folder_source(root: Path, *, size: tuple[int, int] | None, classes: Sequence
 
 
 def share_of(fraction: str) -> float | int:
-    """The share that a text such as "1/8" or "0.1" names, or the number of images that "20" does.
+    """Parse a share such as "1/8" or "0.1", or a number of images such as "20".
 
     Raises:
-        ValueError: if it is no such text.
+        ValueError: if the text is none of these.
     """
     try:
         return int(fraction) if fraction.isdecimal() else float(Fraction(fraction))
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"the fraction is {fraction!r}; expected such as 1/8, 0.1 or a number of images") from None
+        raise ValueError(
+            f"the fraction is {fraction!r}; expected a share such as 1/8, 0.1 or a number of images"
+        ) from None

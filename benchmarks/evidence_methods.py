@@ -1,4 +1,4 @@
-"""What ``evidence.py`` compares: each method as a function of the data and the settings of a fraction and a seed."""
+"""Methods that ``evidence.py`` compares, as functions of the data and settings of a fraction and a seed."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ NOTHING: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0, "cutou
 
 @dataclass(frozen=True)
 class Case:
-    """What one run works with: the data of a fraction and a seed, and how every network is made and trained."""
+    """Data and settings of one run."""
 
     labeled: Dataset[Any]
     unlabeled: Dataset[Any]
     true: Dataset[Any]
-    """The unlabeled images with their true masks, for what measures the methods and is none."""
+    """The unlabeled images with their true masks, for measurements and references only."""
     everything: Dataset[Any]
     val: Dataset[Any]
     num_classes: int
@@ -51,7 +51,7 @@ class Case:
     def trainer(
         self, name: str, method: Recipe | Callable[[MakeModel], stseg.Method], config: stseg.TrainConfig | None = None
     ) -> stseg.SelfTrainer:
-        """Make the trainer of a run in a folder of its own."""
+        """Make the trainer of a run in its own folder."""
         return stseg.SelfTrainer(
             self.make_model,
             num_classes=self.num_classes,
@@ -67,23 +67,23 @@ Method = Callable[[Case, str], Run]
 
 
 def longer(config: stseg.TrainConfig, times: int) -> stseg.TrainConfig:
-    """The same settings for so many times the steps."""
+    """Return the settings with ``times`` as many steps."""
     return replace(config, steps=times * (config.steps or 0))
 
 
 def supervised(case: Case, name: str, *, times: int = 1) -> Run:
-    """On the labeled images, perhaps for longer."""
+    """Train on the labeled images, for ``times`` as many steps."""
     trainer = case.trainer(name, Baseline(), longer(case.config, times))
     return trainer.fit(case.labeled, val=case.val)
 
 
 def ceiling(case: Case, name: str) -> Run:
-    """On the masks of all images."""
+    """Train on the masks of all images."""
     return case.trainer(name, Baseline()).fit(case.everything, val=case.val)
 
 
 def self_trained(case: Case, name: str, *, recipe: Recipe, times: int = 1, rate: float = 1.0) -> Run:
-    """ST or ST++ from the supervised network, which is trained now if that has not been done.
+    """Run ST or ST++ from the supervised network, which is trained first if necessary.
 
     The students train for ``times`` as many steps at ``rate`` times the learning rate.
     """
@@ -94,7 +94,7 @@ def self_trained(case: Case, name: str, *, recipe: Recipe, times: int = 1, rate:
 
 
 def in_one_stage(case: Case, name: str, *, make: Callable[[MakeModel, int], stseg.Method]) -> Run:
-    """A method that learns from both kinds of images at once, in as many steps as the supervised network takes."""
+    """Train a method on labeled and unlabeled images at once, for as many steps as the supervised network."""
 
     def make_method(make_model: MakeModel) -> stseg.Method:
         return make(make_model, case.num_classes)
@@ -103,7 +103,7 @@ def in_one_stage(case: Case, name: str, *, make: Callable[[MakeModel, int], stse
 
 
 def on_true_masks(case: Case, name: str, *, strong: Dataset[Any]) -> Run:
-    """A student's training on true masks; about half the draws are of ``strong``, under the strong augmentation."""
+    """Train a student on true masks; about half the samples come from ``strong``, strongly augmented."""
     torch.manual_seed(case.config.seed)
     stage = stseg.fit(
         Supervised(case.make_model(), strong=stseg.StrongAugment()),
@@ -123,17 +123,17 @@ def on_true_masks(case: Case, name: str, *, strong: Dataset[Any]) -> Run:
 
 
 def strongly_augmented(case: Case, name: str) -> Run:
-    """What does the strong augmentation do alone? The labeled images take the place of the pseudo-labeled ones."""
+    """Train with strong augmentation alone: labeled images take the place of pseudo-labeled ones."""
     return on_true_masks(case, name, strong=Renamed(case.labeled, "{} again"))
 
 
 def rightly_labeled(case: Case, name: str) -> Run:
-    """What do the errors of the pseudo-labels do? ST as if there were none."""
+    """Train as ST would with correct pseudo-labels."""
     return on_true_masks(case, name, strong=case.true)
 
 
 def only(**chosen: Any) -> stseg.StrongAugment:
-    """A strong augmentation with nothing but what is chosen."""
+    """Make a strong augmentation with only the chosen operations."""
     return stseg.StrongAugment(**{**NOTHING, **chosen})
 
 
@@ -168,4 +168,4 @@ METHODS: dict[str, tuple[str, Method]] = {
     "adv-ssl": ("AdvSSL", partial(in_one_stage, make=lambda model, classes: AdvSSL(model(), num_classes=classes))),
     "ceiling": ("supervised, all masks", ceiling),
 }
-"""What can be asked for: by name, how tables call it and how it is run."""
+"""By name: the title in tables, and the function that runs it."""

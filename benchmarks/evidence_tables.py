@@ -1,4 +1,4 @@
-"""What ``evidence.py`` found, as CSV, as Markdown tables and as plots."""
+"""Results of ``evidence.py`` as CSV, Markdown tables and plots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Result:
-    """One method with one fraction and one seed."""
+    """Result of one method with one fraction and one seed."""
 
     method: str
     fraction: str
@@ -33,12 +33,12 @@ class Result:
     pseudo: dict[str, float]
     """MIoU of the pseudo-labels of each step with the true masks."""
     seconds: float
-    """Of all steps, without those of the supervised network it began with."""
+    """Of all steps, without those of the supervised network it started from."""
     conditions: str
 
 
 def write_results(results: Sequence[Result], classes: Sequence[str], titles: dict[str, str], out: Path) -> None:
-    """``results.csv``, ``results.md``, ``methods.png`` and ``classes.png``."""
+    """Write ``results.csv``, ``results.md``, ``methods.png`` and ``classes.png``."""
     write(out / "results.csv", as_csv(results, classes).encode())
     write(out / "results.md", tables(results, classes, titles).encode())
     methods, gains = Figure(layout="constrained"), Figure(layout="constrained")
@@ -56,7 +56,7 @@ def as_png(figure: Figure) -> bytes:
 
 
 def as_csv(results: Sequence[Result], classes: Sequence[str]) -> str:
-    """A line a run; shares are in [0, 1], as exact as they were measured."""
+    """Format one line per run; shares are in [0, 1], unrounded."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = ["fraction", "seed", "method", "miou", *(f"iou {name}" for name in classes)]
@@ -69,7 +69,7 @@ def as_csv(results: Sequence[Result], classes: Sequence[str]) -> str:
 
 
 def tables(results: Sequence[Result], classes: Sequence[str], titles: dict[str, str]) -> str:
-    """Per fraction: mIoU of each method and seed with mean and deviation, and the IoU of each class."""
+    """Format, per fraction, the mIoU of each method and seed with mean and deviation, and the IoU of each class."""
     parts = []
     for fraction in _in_order(r.fraction for r in results):
         chosen = [r for r in results if r.fraction == fraction]
@@ -115,13 +115,13 @@ def _class_table(results: Sequence[Result], classes: Sequence[str], titles: dict
 
 
 def mean_and_deviation(values: Sequence[float], *, sign: bool = False) -> str:
-    """Mean and, of several values, their standard deviation."""
+    """Format the mean and, for several values, the standard deviation."""
     mean = f"{statistics.mean(values):+.1f}" if sign else f"**{statistics.mean(values):.1f}**"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def _draw_methods(figure: Figure, results: Sequence[Result], titles: dict[str, str]) -> None:
-    """Every seed as a point, the mean of several as a line across."""
+    """Draw every seed as a point and the mean of several as a line."""
     fractions = _in_order(r.fraction for r in results)
     methods = _in_order(r.method for r in results)
     figure.set_size_inches(9, 0.5 + (0.9 + 0.34 * len(methods)) * len(fractions))
@@ -146,7 +146,7 @@ def _draw_methods(figure: Figure, results: Sequence[Result], titles: dict[str, s
 
 
 def _draw_gains(figure: Figure, results: Sequence[Result], classes: Sequence[str], titles: dict[str, str]) -> None:
-    """For each class, how much the methods gain on the supervised network, mean over seeds and each seed."""
+    """Draw, for each class, the gain over the supervised network, as mean over seeds and for each seed."""
     fractions = _in_order(r.fraction for r in results)
     figure.set_size_inches(9, 3.2 * len(fractions))
     base = {(r.fraction, r.seed): r for r in results if r.method == "supervised"}
@@ -175,11 +175,11 @@ def _draw_gains(figure: Figure, results: Sequence[Result], classes: Sequence[str
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Of those that are not NaN: a class that is neither true nor predicted has no IoU."""
+    """Average the values that are not NaN: a class that is neither true nor predicted has no IoU."""
     some = [value for value in values if not math.isnan(value)]
     return statistics.mean(some) if some else math.nan
 
 
 def _in_order(values: Iterable[T]) -> list[T]:
-    """Each value once, in the order in which they first come."""
+    """Return the unique values in order of first occurrence."""
     return list(dict.fromkeys(values))

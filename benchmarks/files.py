@@ -1,4 +1,4 @@
-"""Files of results: written whole or not at all, and records of the settings that a folder was made with."""
+"""Atomic writes of result files, and records of the settings of a folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def claim(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings that a folder is made with, or compare them with those that are there.
+    """Record the settings of a folder, or compare them with an existing record.
 
     Raises:
         WorkdirMismatchError: if they differ; names the differences.

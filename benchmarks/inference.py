@@ -1,4 +1,4 @@
-"""Labeling and ranking against the bare forward passes, and against the paper's way, one image at a time.
+"""Speed of labeling and ranking, compared with bare forward passes and with one image at a time, as in the paper.
 
     python benchmarks/inference.py
 
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 import stseg
 
 CLASSES, COUNT, BATCH = 21, 48, 8
-TIMES = 8  # so many times over where there is only one view: the check sum of the weights is taken once
+TIMES = 8  # repetitions with a single view: the checksum of the weights is computed once
 SIZES = ((96, 128), (128, 96), (128, 128))
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 def images() -> list[Tensor]:
-    """uint8 images, as many of each size, shuffled."""
+    """Make uint8 images, equally many of each size, shuffled."""
     order = np.random.default_rng(0).permutation(COUNT)
     generator = torch.Generator().manual_seed(0)
     return [
@@ -38,14 +38,14 @@ def images() -> list[Tensor]:
 
 
 def ready_batches(data: list[Tensor]) -> list[Tensor]:
-    """The same images in batches of equal size on the device."""
+    """Stack images of equal size to batches on the device."""
     by_size = {size: [image for image in data if tuple(image.shape[1:]) == size] for size in SIZES}
     batches = [torch.stack(part[i : i + BATCH]) for part in by_size.values() for i in range(0, len(part), BATCH)]
     return [batch.to(device()) for batch in batches]
 
 
 def ready_views(batches: list[Tensor]) -> list[Tensor]:
-    """What ten views ask of the network: every batch twice at each of five scales."""
+    """Make the inputs of ten views: every batch twice at each of five scales."""
     views = []
     for batch in batches:
         for scale in SCALES:
@@ -56,7 +56,7 @@ def ready_views(batches: list[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def one_at_a_time(network: nn.Module, data: list[Tensor], folder: Path, scales: tuple[float, ...]) -> None:
-    """The paper's labeling: a view after the other, an image after the other, a PNG each."""
+    """Label as in the paper: view by view, image by image, a PNG each."""
     for index, pixels in enumerate(data):
         image = pixels[None].to(device())
         height, width = image.shape[-2:]
@@ -74,7 +74,7 @@ def one_at_a_time(network: nn.Module, data: list[Tensor], folder: Path, scales: 
 
 @torch.no_grad()
 def rank_one_at_a_time(networks: list[nn.Module], data: list[Tensor]) -> list[float]:
-    """The paper's ranking: a confusion matrix for each pair of masks, on the host."""
+    """Rank as in the paper: a confusion matrix for each pair of masks, on the host."""
     scores = []
     for pixels in data:
         masks = [network(pixels[None].to(device())).argmax(1)[0].cpu().numpy() for network in networks]
@@ -88,7 +88,7 @@ def rank_one_at_a_time(networks: list[nn.Module], data: list[Tensor]) -> list[fl
 
 
 def main() -> None:
-    """Three tables."""
+    """Print three tables."""
     data: Any = images()  # a list is a data set as well
     batches = ready_batches(data)
     networks: list[nn.Module] = [

@@ -1,4 +1,4 @@
-"""Puts what a benchmark printed into a page of the documentation."""
+"""Insertion of benchmark results into pages of the documentation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from files import write
 
 
 def between(page: Path, mark: str) -> tuple[int, int]:
-    """Where in the page the text between ``<!-- mark -->`` and ``<!-- /mark -->`` begins and ends.
+    """Find the text between ``<!-- mark -->`` and ``<!-- /mark -->`` in a page.
 
     Raises:
-        ValueError: if the page does not have the two marks once.
+        ValueError: if the page does not have both marks exactly once.
     """
     name = re.escape(mark)
     found = list(re.finditer(rf"<!-- {name} -->(.*?)<!-- /{name} -->", page.read_text(encoding="utf-8"), re.DOTALL))
@@ -22,10 +22,10 @@ def between(page: Path, mark: str) -> tuple[int, int]:
 
 
 def put(page: Path, mark: str, text: str) -> None:
-    """Replace what stands between the two marks.
+    """Replace the text between the two marks.
 
     Raises:
-        ValueError: as ``between``.
+        ValueError: see ``between``.
     """
     begin, end = between(page, mark)
     before = page.read_text(encoding="utf-8")

@@ -1,11 +1,11 @@
-"""How well do rankings find bad pseudo-labels? Stability, and what one would try in its place.
+"""Compare rankings by how well they find bad pseudo-labels: stability and its alternatives.
 
     python benchmarks/ranking.py --data camvid --runs runs/evidence
 
-The teachers are the supervised networks that ``evidence.py`` left in ``--runs``. Each labels and ranks the images that
-were unlabeled for it, and their true masks serve to measure, for nothing else. All scores are computed from the same
-masks and probabilities: an image goes once through each checkpoint, and once through the ten views that label it.
-``ranking.csv`` and ``ranking.md`` are written beside the runs. For other networks and data, call ``measure``.
+The teachers are the supervised networks of ``evidence.py`` in ``--runs``. Each labels and ranks its unlabeled images,
+whose true masks are used for measurements only. All scores are computed from the same masks and probabilities: an image
+passes once through each checkpoint, and once through the ten views that label it. ``ranking.csv`` and ``ranking.md``
+are written to ``--runs``. For other networks and data, call ``measure``.
 """
 
 from __future__ import annotations
@@ -86,10 +86,9 @@ def measure(
     Args:
         teacher: labels the images.
         snapshots: two or more checkpoints of its training, in order.
-        dataset: items ``(image, mask)`` of tensors, with ``ids``: what stands for the unlabeled images, with their true
-            masks.
+        dataset: items ``(image, mask)`` of tensors, with ``ids``: the unlabeled images with their true masks.
         num_classes: number of classes.
-        ignore_index: value of mask pixels that do not count.
+        ignore_index: mask value of ignored pixels.
         tta: wraps the teacher for labeling; None labels at one scale.
         fraction: share of images that count as reliable.
         batch_size: how many images of equal size at once.
@@ -105,7 +104,7 @@ def measure(
 
     Raises:
         ValueError: if there are fewer than two snapshots.
-        DataError: if no image has a true pixel, or a mask holds a value that is no class.
+        DataError: if no image has a true pixel, or a mask has a value that is not a class.
     """
     labeler = as_segmenter(teacher if tta is None else tta(as_segmenter(teacher)))
     if len(snapshots) < 2:
@@ -145,7 +144,7 @@ def measure(
 def batches(
     dataset: Any, num_classes: int, ignore_index: int, batch_size: int, num_workers: int
 ) -> Iterator[tuple[list[int], Tensor, list[Tensor]]]:
-    """Indices, stacked images of equal size and their masks: a batch as soon as it is full, the others at the end."""
+    """Yield indices, stacked images of equal size and their masks: full batches at once, the others at the end."""
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, generator=torch.Generator())
     waiting: dict[torch.Size, list[tuple[int, Tensor, Tensor]]] = {}
     for index, (id, (image, mask)) in enumerate(zip(dataset.ids, loader, strict=True)):
@@ -170,7 +169,7 @@ def _stacked(items: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[list[int], Te
 def compared(
     scores: Mapping[str, Sequence[float]], matrices: Tensor, *, fraction: float = 0.5
 ) -> dict[str, dict[str, float]]:
-    """What ``measure`` returns, from each image's scores and the confusion matrix of its pseudo-label ``(N, K, K)``."""
+    """Compute the result of ``measure`` from scores and the confusion matrices of pseudo-labels ``(N, K, K)``."""
     true = functional.iou(matrices).nanmean(1).tolist()
     orders = np.random.default_rng(0).random((DRAWS, len(true))).tolist()
     draws = [_compared(order, true, matrices, fraction) for order in orders]
@@ -183,7 +182,7 @@ def compared(
 def _compared(scores: Sequence[float], true: Sequence[float], matrices: Tensor, fraction: float) -> dict[str, float]:
     ranking = stseg.Ranking.from_scores(scores, [str(index) for index in range(len(scores))])
     reliable, unreliable = ranking.split(fraction)
-    # Scores that are all equal tell nothing, and have no correlation.
+    # Constant scores have no correlation.
     correlation = float(spearmanr(scores, true).statistic) if len(set(scores)) > 1 < len(set(true)) else 0.0
     parts = {"reliable": matrices[reliable], "unreliable": matrices[unreliable], "all": matrices}
     return {"spearman": correlation} | {
@@ -192,7 +191,7 @@ def _compared(scores: Sequence[float], true: Sequence[float], matrices: Tensor, 
 
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Markdown of ``{seed: what measure returned}``: each seed's correlation, means and standard deviations."""
+    """Format ``{seed: result of measure}`` as Markdown: correlation of each seed, means and standard deviations."""
     titles = ["ranking", *(f"Spearman, {seed}" for seed in found), "mean", "above the paper's"]
     titles += ["mIoU of the reliable half", "of the rest", "difference"]
     lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
@@ -220,7 +219,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def write_csv(path: Path, figures: Sequence[tuple[str, str, str, Mapping[str, float]]]) -> None:
-    """Every figure of every share, seed and ranking."""
+    """Write every number of every share, seed and ranking."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("fraction", "seed", "ranking", *FIGURES))
@@ -228,7 +227,7 @@ def write_csv(path: Path, figures: Sequence[tuple[str, str, str, Mapping[str, fl
 
 
 def load_stage(folder: Path, make_network: Callable[[], nn.Module]) -> tuple[nn.Module, list[nn.Module]]:
-    """The network of a finished stage and its snapshots, in the order of training, on the device there is."""
+    """Load the network of a finished stage and its snapshots, in the order of training, on the best device."""
 
     def read(path: Path) -> nn.Module:
         network = as_segmenter(make_network()).to(device()).eval()
@@ -240,7 +239,7 @@ def load_stage(folder: Path, make_network: Callable[[], nn.Module]) -> tuple[nn.
 
 
 def teachers(runs: Path) -> dict[str, dict[int, Path]]:
-    """``{fraction: {seed: folder}}`` of the supervised stages that are done."""
+    """Find the finished supervised stages: ``{fraction: {seed: folder}}``."""
     found: dict[str, dict[int, Path]] = {}
     for weights in runs.glob("*/seed_*/supervised/teacher/model.safetensors"):
         seed, fraction = weights.parents[2].name.removeprefix("seed_"), weights.parents[3].name.replace("_", "/")
@@ -249,7 +248,7 @@ def teachers(runs: Path) -> dict[str, dict[int, Path]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Each teacher, then a table for each share of labeled images."""
+    """Measure each teacher, and print a table for each share of labeled images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the data of the runs")
     parser.add_argument("--runs", type=Path, required=True, help="what evidence.py had as --out")

@@ -1,4 +1,4 @@
-"""Times of several ways to do one thing, taken in turns in one run, so that only their ratios matter."""
+"""Timing of alternatives in turns in a single run, so that their ratios are comparable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def seconds(ways: Mapping[str, Callable[[], object]], *, rounds: int = 5) -> dict[str, float]:
-    """Median over some rounds; each round runs all ways, after one round that does not count."""
+    """Measure the median over several rounds of all alternatives, after one warm-up round."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
@@ -33,7 +33,7 @@ def synchronize() -> None:
 
 
 def table(title: str, found: dict[str, float], *, floor: str, items: int) -> str:
-    """Markdown: each way as a multiple of the floor, and in milliseconds an item."""
+    """Format a Markdown table: each alternative as a multiple of the floor, and in milliseconds per item."""
     lines = [f"| {title} | ratio to the floor | ms an image |", "|---|---:|---:|"]
     for name, value in found.items():
         lines.append(f"| {name} | {value / found[floor]:.2f} | {1000 * value / items:.2f} |")
@@ -41,12 +41,12 @@ def table(title: str, found: dict[str, float], *, floor: str, items: int) -> str
 
 
 def device() -> torch.device:
-    """The GPU if there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def conditions() -> str:
-    """When and on what something was measured."""
+    """Describe date, hardware and versions of a measurement."""
     where = f"{os.cpu_count()} cores ({platform.machine()})"
     if torch.cuda.is_available():
         where = torch.cuda.get_device_name()

@@ -1,9 +1,9 @@
-"""AdvSSL (Hung et al., BMVC 2018) on drawn scenes, beside supervised training.
+"""AdvSSL (Hung et al., BMVC 2018) on synthetic scenes, compared with supervised training.
 
     python examples/adv_ssl.py
 
-A critic learns to tell masks from predictions; the network learns to convince it, and learns from its own predictions
-where it does.
+A critic learns to distinguish masks from predictions; the network learns to fool it, and from its own predictions where
+it succeeds.
 
 For your own data put ``SegmentationFolder("images", "masks")`` and ``SegmentationFolder("more_images")`` of
 ``stseg.data`` in place of ``labeled`` and ``unlabeled``; for your own network, any module from images to logits in

@@ -2,7 +2,7 @@
 
     python examples/binary.py
 
-A network with one logit counts as one of two classes. The foreground here are the buildings of drawn scenes.
+A network with one logit counts as one of two classes. Here the foreground is the buildings of synthetic scenes.
 
 For your own data put ``SegmentationFolder("images", "masks")`` and ``SegmentationFolder("more_images")`` of
 ``stseg.data`` in place of ``labeled`` and ``unlabeled``; where masks are stored as 0 and 255, add

@@ -1,4 +1,4 @@
-"""CPS, cross pseudo supervision (Chen et al., CVPR 2021), on drawn scenes, beside supervised training.
+"""CPS, cross pseudo supervision (Chen et al., CVPR 2021), on synthetic scenes, compared with supervised training.
 
     python examples/cps.py
 

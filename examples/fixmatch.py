@@ -1,4 +1,4 @@
-"""FixMatch (Sohn et al., NeurIPS 2020) on drawn scenes, beside supervised training.
+"""FixMatch (Sohn et al., NeurIPS 2020) on synthetic scenes, compared with supervised training.
 
     python examples/fixmatch.py
 

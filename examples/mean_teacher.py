@@ -1,4 +1,4 @@
-"""Mean Teacher (Tarvainen and Valpola, NeurIPS 2017) on drawn scenes, beside supervised training.
+"""Mean Teacher (Tarvainen and Valpola, NeurIPS 2017) on synthetic scenes, compared with supervised training.
 
     python examples/mean_teacher.py
 

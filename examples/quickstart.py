@@ -1,4 +1,4 @@
-"""Supervised, ST and ST++ on drawn street scenes: a table and a figure in a few minutes on two cores.
+"""Supervised, ST and ST++ on synthetic street scenes: a table and a figure in a few minutes on two cores.
 
     python examples/quickstart.py
 
@@ -37,7 +37,7 @@ class SmallUNet(nn.Module):
 
     @staticmethod
     def block(inside: int, outside: int) -> nn.Sequential:
-        """Two convolutions."""
+        """Build two convolutions."""
         first, second = nn.Conv2d(inside, outside, 3, padding=1), nn.Conv2d(outside, outside, 3, padding=1)
         return nn.Sequential(first, nn.BatchNorm2d(outside), nn.ReLU(), second, nn.BatchNorm2d(outside), nn.ReLU())
 
@@ -53,17 +53,17 @@ class SmallUNet(nn.Module):
 
 
 def make_network() -> nn.Module:
-    """Any network will do. This memory format makes convolutions faster."""
+    """Make a network; any other works too. This memory format makes convolutions faster."""
     return SmallUNet(len(CLASSES)).to(memory_format=torch.channels_last)
 
 
 def scenes(seed: int) -> SyntheticScenes:
-    """All training scenes; the first of them are the labeled ones."""
+    """Return all training scenes; the first ones are labeled."""
     return SyntheticScenes(LABELED + UNLABELED, size=SIZE, seed=seed)
 
 
 def settings(steps: int, seed: int) -> stseg.TrainConfig:
-    """Settings of every stage of every method."""
+    """Return the settings of every stage of every method."""
     return stseg.TrainConfig(
         steps=steps,
         batch_size=8,

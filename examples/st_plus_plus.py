@@ -1,4 +1,4 @@
-"""ST++ (Yang et al., CVPR 2022, section 3.3) on drawn scenes, beside its supervised teacher.
+"""ST++ (Yang et al., CVPR 2022, section 3.3) on synthetic scenes, compared with its supervised teacher.
 
     python examples/st_plus_plus.py
 

@@ -1,4 +1,4 @@
-"""Supervised training on drawn scenes: the baseline of all other examples, and its upper bound.
+"""Supervised training on synthetic scenes: the baseline of all other examples, and its upper bound.
 
     python examples/supervised.py
 

@@ -1,9 +1,9 @@
-"""UniMatch (Yang et al., CVPR 2023) on drawn scenes, beside supervised training.
+"""UniMatch (Yang et al., CVPR 2023) on synthetic scenes, compared with supervised training.
 
     python examples/unimatch.py
 
-FixMatch with two strong views of each image, and a third stream whose features lose half of their channels. The network
-needs a backbone: a submodule ``encoder`` or ``backbone``, or the one that ``UniMatch(..., backbone=)`` names.
+FixMatch with two strong views of each image, and a third stream whose features have half of their channels dropped. The
+network needs a backbone: a submodule ``encoder`` or ``backbone``, or the one that ``UniMatch(..., backbone=)`` names.
 
 For your own data put ``SegmentationFolder("images", "masks")`` and ``SegmentationFolder("more_images")`` of
 ``stseg.data`` in place of ``labeled`` and ``unlabeled``; for your own network, any module from images to logits in

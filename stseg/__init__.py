@@ -1,4 +1,4 @@
-"""Semi-supervised segmentation in PyTorch: methods for any network, from primitives to the whole loop."""
+"""Semi-supervised segmentation in PyTorch: methods for any network, from primitives to complete training."""
 
 from stseg import augment, data, functional, methods, models, modules
 from stseg.augment import CutMix, Cutout, StrongAugment, WeakAugment

@@ -1,4 +1,4 @@
-"""Checks of single arguments; each names the argument, what came and what was expected."""
+"""Checks of single arguments; each names the argument, its value and what was expected."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def check_choice(name: str, value: object, *choices: object) -> None:
 
 
 def check_log(log: object) -> None:
-    """Raise a ``TypeError`` unless it can be called with a row of a history, or is None."""
+    """Raise a ``TypeError`` unless it is callable or None."""
     if log is not None and not callable(log):
         raise TypeError(f"log is {log!r}; expected a function of a dictionary of numbers, such as print or wandb.log")

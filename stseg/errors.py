@@ -1,10 +1,10 @@
-"""Errors that callers may want to catch. Each says which item, what came and what was expected."""
+"""Errors that callers may want to catch. Each names the item, what it is and what was expected."""
 
 from __future__ import annotations
 
 
 class StsegError(Exception):
-    """Base of all errors that are particular to stseg."""
+    """Base class of the errors of stseg."""
 
 
 class DataError(StsegError, ValueError):
@@ -16,11 +16,11 @@ class UnreadableImageError(DataError, OSError):
 
 
 class NetworkError(StsegError, ValueError):
-    """A network returned something other than the logits that were expected of it."""
+    """A network did not return the expected logits."""
 
 
 class MethodError(StsegError, RuntimeError):
-    """A training step fails, or a method does not keep to the interface of :class:`stseg.Method`."""
+    """A training step fails, or a method does not implement the interface of :class:`stseg.Method`."""
 
 
 class TrainingDivergedError(StsegError, RuntimeError):
@@ -40,4 +40,4 @@ class WorkdirMismatchError(StsegError, ValueError):
 
 
 class WorkdirInUseError(StsegError, RuntimeError):
-    """Another process is at work in a folder."""
+    """Another process is using a folder."""

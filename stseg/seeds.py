@@ -1,4 +1,4 @@
-"""Seeds for the parts of a run, and code that draws the same random numbers whenever it runs."""
+"""Seeds for the parts of a run, and reproducible blocks of code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
-    """A seed for a part of a run: far from those of all other parts and of all other runs.
+    """Derive a seed for a part of a run, independent of those of all other parts and runs.
 
     Example:
         >>> derive_seed(0, "teacher") == derive_seed(0, "teacher")
@@ -25,7 +25,7 @@ def derive_seed(seed: int, *keys: int | str) -> int:
 
 @contextmanager
 def fixed_seed(seed: int) -> Iterator[None]:
-    """Inside, torch (on the CPU), numpy and ``random`` start from the seed; afterwards they go on as before.
+    """Seed torch (on the CPU), numpy and ``random``, and restore their states on exit.
 
     Example:
         >>> with fixed_seed(3):

@@ -1,4 +1,4 @@
-"""The whole of self-training: a recipe, networks, settings and a work directory, to a trained model."""
+"""Self-training from end to end: a recipe, networks, settings and a work directory."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ _SHORTHANDS = {"supervised": Baseline, "st": ST, "st++": STPlusPlus}
 
 
 class SelfTrainer:
-    """Trains a network on few labeled and many unlabeled images.
+    """Trainer of a network on few labeled and many unlabeled images.
 
-    ``method`` says how:
+    ``method`` is one of:
 
     - a recipe of several trainings: :class:`stseg.methods.ST`, :class:`stseg.methods.STPlusPlus` with their options;
     - one training by a method: ``lambda make_model: stseg.methods.FixMatch(make_model())``;
     - ``"supervised"``, ``"st"`` or ``"st++"``: the labeled images alone, and the recipes with their defaults.
 
-    Every training has networks of its own. With a ``workdir`` each step is saved on completion, long steps also
+    Every training uses new networks. With a ``workdir`` each step is saved on completion, long steps also
     periodically, and the same call again resumes where it was killed. Under ``torchrun`` or ``accelerate launch`` the
     processes share all the work.
 
     Args:
-        make_model: makes a fresh network, bare or wrapped, each time it is called; its random initial weights come
-            from the seed.
+        make_model: makes a new network, bare or wrapped, at each call; its random initial weights depend on the
+            seed.
         num_classes: number of classes; 2 for a network with one logit.
         config: settings of every training.
         method: a recipe, a function ``make_model -> Method``, or one of the three strings.
-        keep: ``"final"``, or ``"best"`` for the weights of each training that were best on ``val``, as in the
-            experiments of ST++; that leaks validation labels into the training.
-        workdir: folder that keeps everything; None keeps results in memory.
+        keep: ``"final"``, or ``"best"`` for the best weights of each training on ``val``, as in the experiments of
+            ST++; this leaks validation labels into the training.
+        workdir: folder for all results; None keeps them in memory.
         skip_unreadable: whether to leave out unlabeled images that cannot be read; they are listed in the result.
         log: called with each row of each training's history, in the first process; the names are
             ``"<step>/<name>"``.
@@ -116,16 +116,16 @@ class SelfTrainer:
 
         Args:
             labeled: items ``(image, mask)`` or mappings with ``image`` and ``mask``.
-            unlabeled: items are images, or tuples or mappings that hold one; what else they hold is never used.
-            val: labeled items, evaluated while training. They choose nothing, unless ``keep="best"``.
-            teacher: the supervised training of an earlier run, such as ``result.stages["teacher"]``; none is trained
-                then. Its network is on the CPU once students train.
+            unlabeled: items are images, or tuples or mappings that contain one; all other parts are ignored.
+            val: labeled items, evaluated during training. They do not affect the result unless ``keep="best"``.
+            teacher: supervised training of an earlier run, such as ``result.stages["teacher"]``, used instead of
+                training one. Its network is moved to the CPU when students train.
 
         Raises:
             DataError: if a data set is empty, an id is in two of them, or an item is invalid; names it.
             NetworkError: if the network does not return logits of ``num_classes`` classes.
             MethodError: if a training step fails.
-            ValueError: if arguments and data do not go together.
+            ValueError: if arguments and data do not match.
             WorkdirMismatchError: if the work directory was made with other settings or data.
             TrainingDivergedError: if a loss becomes NaN or infinite.
         """

@@ -1,4 +1,4 @@
-"""One durable training stage of any method, on data that are validated first."""
+"""Durable training stage of any method, with validation of the data."""
 
 from __future__ import annotations
 
@@ -41,37 +41,37 @@ def fit(
 ) -> FitResult:
     """Train a network by a method.
 
-    The result depends on the seed, the initial weights and the number of processes alone: an interrupted stage that
-    has a ``workdir`` resumes to the same weights. All data are validated, and one training step is tried on a copy,
-    before the training starts.
+    An interrupted stage with a ``workdir`` resumes to the same weights: apart from arguments and data, the result
+    depends only on the seed, the initial weights and the number of processes. All data are validated, and one training
+    step is tried on a copy, before training starts.
 
-    It runs on the devices that ``torchrun`` or ``accelerate launch`` set up; in a single process, on the best one
-    there is. Batch normalization sees the images of each process separately, and the model has the running statistics
-    of the first one, unless ``config.sync_batchnorm`` makes it see those of all processes together.
+    Runs on the devices that ``torchrun`` or ``accelerate launch`` set up; in a single process, on the best one
+    available. Batch normalization uses the images of each process separately, and the model gets the running statistics
+    of the first process, unless ``config.sync_batchnorm`` is set.
 
     Args:
-        method: what trains the network, such as ``stseg.methods.FixMatch(network)``. A bare or wrapped network means
-            :class:`stseg.methods.Supervised`. It is itself trained, not a copy.
-        labeled: items ``(image, mask)``, mappings with ``image`` and ``mask``, or ``(image, mask, is_pseudo)`` as of
+        method: training method, such as ``stseg.methods.FixMatch(network)``. A bare or wrapped network is trained by
+            :class:`stseg.methods.Supervised`. It is trained in place.
+        labeled: items ``(image, mask)``, mappings with ``image`` and ``mask``, or ``(image, mask, is_pseudo)`` as in
             :class:`stseg.data.MixedDataset`.
         config: the settings.
-        unlabeled: items are images, or tuples or mappings that hold one; what else they hold is never used.
+        unlabeled: items are images, or tuples or mappings that contain one; all other parts are ignored.
         val: labeled items, evaluated for every row of the history.
         snapshots: after which epochs to keep a copy; after which steps, where the config counts steps.
-        keep: ``"best"`` returns the weights that were best on ``val``, which then is no longer held out.
-        workdir: folder for ``model.safetensors``, ``snapshots/``, ``history.jsonl`` and, while under way, ``state/``.
-            A stage that is finished is loaded from there, not trained again.
+        keep: ``"final"``, or ``"best"`` for the best weights on ``val``, which is then no longer held out.
+        workdir: folder for ``model.safetensors``, ``snapshots/``, ``history.jsonl`` and, during training, ``state/``.
+            A finished stage is loaded from there.
         log: called with each row of the history, a dictionary of floats, in the first process; such as ``wandb.log``.
-            Rows after the last save of a run that was killed come again.
+            After a killed run resumes, rows since its last save are repeated.
         progress: whether to show a bar.
 
     Raises:
         DataError: if an image or a mask is invalid; names the item.
         NetworkError: if the network does not return logits.
         MethodError: if the first training step fails.
-        ValueError: if arguments do not go together.
-        TrainingDivergedError: if loss or gradients are NaN or infinite. Method and saved state are then as they were
-            before that step.
+        ValueError: if arguments do not match each other.
+        TrainingDivergedError: if loss or gradients are NaN or infinite. Method and saved state are those before
+            that step.
         WorkdirMismatchError: if ``workdir`` belongs to a stage of other settings or data.
 
     Example:
@@ -143,7 +143,7 @@ def _validate_data(
     progress: bool,
     known: bool,
 ) -> dict[str, Any]:
-    """Read every item once, unlabeled images only where they are not ``known``; return fingerprints of the data."""
+    """Read every item once, unlabeled images only if they are not ``known``; return fingerprints of the data."""
     mixed = labeled.dataset if isinstance(labeled.dataset, MixedDataset) else MixedDataset(labeled)
     refuse_common_ids({"labeled": mixed.labeled, "pseudo-labeled": mixed.pseudo, "validation": val})
     refuse_common_ids({"unlabeled": unlabeled, "validation": val})

@@ -1,4 +1,4 @@
-"""Types that signatures all over the package use."""
+"""Types used in signatures throughout the package."""
 
 from __future__ import annotations
 

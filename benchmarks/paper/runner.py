@@ -1,4 +1,4 @@
-"""What the experiments of papers share: options, a run of SelfTrainer, the figures that are printed."""
+"""Parts shared by the experiments of papers: options, a run of SelfTrainer, printed results."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def run(
     classes: Sequence[str],
     config: stseg.TrainConfig,
 ) -> None:
-    """Train by ``--method``; evaluate every stage on whole images, at one scale; print the figures.
+    """Train by ``--method``; evaluate every stage on whole images, at one scale; print the results.
 
     Args:
         args: the options of ``parser_of``.

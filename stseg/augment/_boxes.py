@@ -21,10 +21,10 @@ def draw_boxes(
     areas: int,
     generator: Generator | None,
 ) -> Tensor:
-    """``(B, 4)`` int64 half-open rectangles: top, left, bottom, right; all 0 for none.
+    """Draw ``(B, 4)`` int64 half-open rectangles: top, left, bottom, right; all 0 for none.
 
-    The first of 256 tries that lies inside the image. A try has a ratio and a corner of its own, and an area of its own
-    where ``areas`` is 256; with 1, one area serves all tries of an image.
+    Each is the first of 256 tries that lies inside the image. Every try draws a new ratio and a new corner, and a new
+    area where ``areas`` is 256; if ``areas`` is 1, all tries of an image share one area.
     """
     batch, _, height, width = images.shape
     place: dict[str, Any] = {"generator": generator, "device": images.device}

@@ -1,4 +1,4 @@
-"""What the augmentations share: checks of settings and of batches, and the uniform draw."""
+"""Helpers shared by the augmentations: validation of settings and batches, and uniform sampling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def uniform(unit: Tensor, low: float, high: float) -> Tensor:
 
 
 def ordered_range(name: str, bounds: Sequence[float], *, low: float, high: float = math.inf) -> tuple[float, float]:
-    """The two bounds as floats; above ``low``, in order, and finite."""
+    """Return the two bounds as floats, checked to be above ``low``, in order and finite."""
     pair = isinstance(bounds, Sequence) and len(bounds) == 2
     if not (pair and low < bounds[0] <= bounds[1] <= high and bounds[1] < math.inf):
         expected = f"low <= high, both above {low:g}" + ("" if high == math.inf else f" and at most {high:g}")

@@ -21,18 +21,19 @@ from stseg.types import BatchAugmentation, ImageLike, MaskLike, PairTransform
 def from_torchvision(transform: nn.Module, *, ignore_index: int = 255) -> PairTransform:
     """Turn a transform of ``torchvision.transforms.v2`` into one of images and their masks.
 
-    Geometry moves both, masks by nearest neighbor; colors change in the image alone. What the transform fills with 0
-    in the mask, such as padding or the corners of a rotated image, becomes ``ignore_index``; another ``fill`` stays.
+    Geometric transforms apply to both, with nearest-neighbor sampling for masks; color transforms apply to the image
+    alone. Mask pixels filled with 0, such as padding or the corners of a rotated image, become ``ignore_index``; any
+    other ``fill`` is kept.
 
     Args:
         transform: a transform, a ``v2.Compose`` or an ``nn.Sequential`` of them.
-        ignore_index: mask value of pixels that come from outside.
+        ignore_index: mask value of pixels from outside the image.
 
     Returns:
         ``(image, mask) -> (image, mask)``, tensors ``(C, H, W)`` and ``(H, W)``; the random numbers are torch's.
 
     Raises:
-        TypeError: if it is something else, such as a transform of the older ``torchvision.transforms``.
+        TypeError: if ``transform`` is anything else, such as a transform of the older ``torchvision.transforms``.
 
     Example:
         >>> pad = from_torchvision(v2.Pad([1, 0, 0, 0]))
@@ -48,20 +49,20 @@ def from_albumentations(pipeline: Callable[..., Any]) -> PairTransform:
     """Turn an albumentations pipeline into a transform of images and their masks.
 
     It is called as ``pipeline(image=..., mask=...)``, with an array ``(H, W, C)``, uint8 or float32 as the image came,
-    and an array ``(H, W)``. It should not normalize: :class:`stseg.Segmenter` does. What comes into the mask from
-    outside is 0 unless the pipeline says otherwise, and 0 is a class: ``A.Rotate(fill_mask=255)``.
+    and an array ``(H, W)``. It should not normalize: :class:`stseg.Segmenter` does. Mask pixels from
+    outside the image are 0 by default, which is a class; set the fill value, as in ``A.Rotate(fill_mask=255)``.
 
-    Its random numbers follow torch's global CPU generator, from which a seed is drawn at each call, where the pipeline
-    has ``set_random_seed`` (albumentations 2); else it draws from numpy and ``random``, which training seeds as well.
+    If the pipeline has ``set_random_seed`` (albumentations 2), it is seeded at each call from torch's global CPU
+    generator; otherwise it draws from numpy and ``random``, which training seeds as well.
 
     Args:
-        pipeline: such as ``A.Compose([...])``.
+        pipeline: an albumentations pipeline, such as ``A.Compose([...])``.
 
     Returns:
         ``(image, mask) -> (image, mask)``, tensors ``(C, H, W)`` and ``(H, W)``.
 
     Raises:
-        TypeError: if it cannot be called; when called, if it returns no ``image`` and ``mask``.
+        TypeError: if ``pipeline`` is not callable; when called, if it does not return ``image`` and ``mask``.
 
     Example:
         >>> def mirrored(image, mask):  # what A.Compose([A.HorizontalFlip(p=1)]) does
@@ -78,20 +79,20 @@ def from_albumentations(pipeline: Callable[..., Any]) -> PairTransform:
 def from_kornia(augmentation: nn.Module, *, ignore_index: int = 255) -> BatchAugmentation:
     """Turn a kornia augmentation into one of a batch of images and their masks.
 
-    Geometry moves both, masks by nearest neighbor. What kornia fills in a mask, beside a turned image or in a rectangle
-    of ``RandomErasing``, becomes ``ignore_index``. It computes in float32 (float64 for float64 images), autocast or
-    not, and no gradients flow through it. The random numbers are torch's.
+    Geometric transforms apply to both, with nearest-neighbor sampling for masks. Mask pixels that kornia fills, such as
+    the corners of a rotated image or a rectangle of ``RandomErasing``, become ``ignore_index``. Computes in float32
+    (float64 for float64 images) regardless of autocast; no gradients flow through it. The random numbers are torch's.
 
     Args:
-        augmentation: an ``AugmentationSequential``, whose ``data_keys`` do not matter, or a single augmentation.
-        ignore_index: mask value of pixels that come from outside.
+        augmentation: an ``AugmentationSequential``, whose ``data_keys`` are ignored, or a single augmentation.
+        ignore_index: mask value of pixels from outside the image.
 
     Returns:
         ``(images, masks, where=None) -> (images, masks)``, as :class:`stseg.StrongAugment`: rows where ``where`` is
-        False come back bit for bit.
+        False are returned unchanged.
 
     Raises:
-        TypeError: if it is something else.
+        TypeError: if ``augmentation`` is anything else.
         ValueError: when called, if the size of the images changes, or ``ignore_index`` does not fit into the dtype of
             the masks.
 
@@ -108,18 +109,18 @@ def from_kornia(augmentation: nn.Module, *, ignore_index: int = 255) -> BatchAug
 
 
 def as_pair_transform(transform: Any, *, ignore_index: int = 255) -> PairTransform | None:
-    """Take what a user gives as the augmentation of single samples.
+    """Convert the ``weak`` argument to an augmentation of single samples.
 
     Args:
         transform: None; a function ``(image, mask) -> (image, mask)``, such as :class:`stseg.WeakAugment`; or a
             transform of ``torchvision.transforms.v2``, which is adapted.
-        ignore_index: mask value of pixels that do not count, in the data.
+        ignore_index: mask value of ignored pixels in the data.
 
     Returns:
         None or a function.
 
     Raises:
-        TypeError: if it is something else; names the line to write.
+        TypeError: if ``transform`` is anything else; names the line to write.
 
     Example:
         >>> as_pair_transform(v2.RandomHorizontalFlip())
@@ -136,27 +137,27 @@ def as_pair_transform(transform: Any, *, ignore_index: int = 255) -> PairTransfo
         )
     if _comes_from(transform, "torchvision.transforms"):
         raise TypeError(
-            f"weak is {_described(transform)}, which moves the image without its mask; expected its namesake in "
-            "torchvision.transforms.v2"
+            f"weak is {_described(transform)}, which transforms the image without its mask; expected the one "
+            "of that name in torchvision.transforms.v2"
         )
     function: PairTransform = _function("weak", transform, "WeakAugment")
     return function
 
 
 def as_batch_augmentation(augmentation: Any, *, ignore_index: int = 255) -> BatchAugmentation | None:
-    """Take what a user gives as the augmentation of batches.
+    """Convert the ``strong`` argument to an augmentation of batches.
 
     Args:
         augmentation: None; a function ``(images, masks, where) -> (images, masks)``, such as
             :class:`stseg.StrongAugment`; or a kornia augmentation, which is adapted.
-        ignore_index: mask value of pixels that do not count, in the data.
+        ignore_index: mask value of ignored pixels in the data.
 
     Returns:
         None or a function.
 
     Raises:
-        TypeError: if it is something else; names the line to write.
-        ValueError: if it writes another ignore index into masks.
+        TypeError: if ``augmentation`` is anything else; names the line to write.
+        ValueError: if it writes a different ignore index into masks.
 
     Example:
         >>> import kornia.augmentation as K
@@ -215,14 +216,14 @@ class _FromAlbumentations:
         pixels, classes = pair_of((image, mask), name="sample")
         if hasattr(self.pipeline, "set_random_seed"):
             self.pipeline.set_random_seed(int(torch.randint(2**31 - 1, (), device="cpu")))
-        # OpenCV moves no integers of 32 bits.
+        # OpenCV does not warp 32-bit integers.
         indices = classes if classes.dtype == torch.uint8 else classes.float()
         result = self.pipeline(image=pixels.permute(1, 2, 0).numpy().copy(), mask=indices.numpy().copy())
         if not isinstance(result, dict) or not {"image", "mask"} <= result.keys():
             came = list(result) if isinstance(result, dict) else type(result).__name__
             raise TypeError(f"the pipeline {_stable(self.pipeline)} returned {came}; expected 'image' and 'mask'")
         new, moved = result["image"], torch.as_tensor(_own(result["mask"]))
-        if not isinstance(new, Tensor):  # which it is after ToTensorV2
+        if not isinstance(new, Tensor):  # ToTensorV2 returns tensors
             new = torch.from_numpy(_own(new[..., None] if new.ndim == 2 else new).transpose(2, 0, 1).copy())
         return new, moved.round().to(classes.dtype) if moved.is_floating_point() else moved
 
@@ -233,7 +234,7 @@ class _FromAlbumentations:
 class _FromKornia:
     def __init__(self, augmentation: nn.Module, ignore_index: int) -> None:
         self.augmentation, self.ignore_index = augmentation, ignore_index
-        # Also around sequences: it passes on that masks are resampled by nearest neighbor.
+        # Also wraps sequences: only the wrapper resamples masks by nearest neighbor.
         self._pairs = AugmentationSequential(augmentation, data_keys=["input", "mask"])
 
     @torch.no_grad()
@@ -244,13 +245,13 @@ class _FromKornia:
             raise ValueError(f"ignore_index {self.ignore_index} does not fit into masks of {masks.dtype}")
         with torch.autocast(images.device.type, enabled=False):
             x = images.to(torch.promote_types(images.dtype, torch.float32))
-            # Kornia fills masks with 0: classes are counted from 1 meanwhile.
+            # Kornia fills masks with 0, so classes are shifted by 1 meanwhile.
             new, moved = self._pairs(x, masks[:, None].to(x.dtype) + 1)
         new, moved = new.to(images.dtype), moved[:, 0]
         if new.shape != images.shape or moved.shape != masks.shape:
             raise ValueError(
                 f"{_name(self.augmentation)} made images of shape {tuple(new.shape)} from {tuple(images.shape)}; "
-                "expected an augmentation that leaves the size alone"
+                "expected an augmentation that keeps the size"
             )
         classes = torch.where(moved == 0, self.ignore_index, moved - 1).to(masks.dtype)
         if where is None:
@@ -304,5 +305,5 @@ def _described(thing: object) -> str:
 
 
 def _stable(thing: object) -> str:
-    """What ``repr`` says, without addresses, which differ from run to run."""
+    """Return the ``repr`` without memory addresses, which differ between runs."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))

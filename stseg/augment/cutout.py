@@ -1,4 +1,4 @@
-"""Cutout that keeps image and mask together."""
+"""Cutout for images and their masks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from stseg.functional.mixing import box_mask
 
 @dataclass(frozen=True)
 class Cutout:
-    """One rectangle of noise per image, ignored in the mask.
+    """Cutout: one rectangle of noise per image, ignored in the mask.
 
     A rectangle covers a share ``area`` of the image and has the height / width ratio ``ratio``, both uniform; its
-    upper left corner is uniform over the image. All of them are redrawn until the rectangle lies inside, which favors
-    small ones, as in the paper's runs. If none fits within 256 draws, the image is left unchanged (in practice only
-    where hardly any rectangle fits, as with an area of 1). Inside, the image gets uniform noise in [0, 1), independent
-    for each pixel and channel, and the mask ``ignore_index``.
+    upper left corner is uniform over the image. All of these are redrawn until the rectangle lies inside the image,
+    which favors small ones, as in the paper's runs. If none fits within 256 draws, the image is left unchanged
+    (in practice only for extreme settings, such as an area of 1). Inside, the image gets uniform noise in [0, 1),
+    independent for each pixel and channel, and the mask ``ignore_index``.
 
     Args:
         p: probability that an image gets a rectangle.
@@ -57,12 +57,12 @@ class Cutout:
         *,
         generator: Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw and cut; arguments as those of :class:`StrongAugment`."""
+        """Draw and apply; arguments as for :class:`StrongAugment`."""
         check_batch(images, masks, where)
         return self.transform(images, masks, *self.draw(images, generator), where)
 
     def draw(self, images: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw for images ``(B, C, H, W)``, from the generator given or the default of the device.
+        """Draw for images ``(B, C, H, W)``, from ``generator`` or the default one of the device.
 
         Returns:
             Rectangles ``(B, 4)`` int64, half-open: top, left, bottom, right, all 0 for none; and noise
@@ -74,7 +74,7 @@ class Cutout:
     def transform(
         self, images: Tensor, masks: Tensor, boxes: Tensor, noise: Tensor, where: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Put the noise into the rectangles.
+        """Fill the rectangles with the noise.
 
         Raises:
             ValueError: if ``ignore_index`` does not fit into the dtype of the masks.

@@ -14,15 +14,14 @@ from stseg.functional.mixing import box_mask, paste
 
 @dataclass(frozen=True)
 class CutMix:
-    """Paste a rectangle of another image of the batch into each image, and into all that belongs to it.
+    """CutMix: paste a rectangle of another image of the batch into each image, and into its masks or maps.
 
     As UniMatch draws it (Yang et al., CVPR 2023): a rectangle covers a share ``area`` of the image, drawn once and
     uniformly; the height / width ratio ``ratio``, uniform, and the upper left corner, uniform over the image, are
     redrawn until the rectangle lies inside. If none fits within 256 draws, the image is left unchanged.
     (:class:`stseg.Cutout` redraws the area as well, which favors small rectangles.)
 
-    The other image is the one in the same place counted from the end of the batch: image i gets its rectangle from
-    image B - 1 - i. The middle one of an odd batch is therefore mixed with itself.
+    Image i gets its rectangle from image B - 1 - i, so the middle image of an odd batch is mixed with itself.
 
     Args:
         p: probability that an image gets a rectangle.
@@ -30,8 +29,8 @@ class CutMix:
         ratio: smallest and largest height / width.
 
     Shape:
-        Any number of tensors ``(B, C, H, W)`` or ``(B, H, W)``, the first of which is ``(B, C, H, W)`` -> as many of
-        the same shapes and dtypes. The input is never changed.
+        Any number of tensors ``(B, C, H, W)`` or ``(B, H, W)``, the first one ``(B, C, H, W)`` -> as many tensors of
+        the same shapes and dtypes. The input is not modified.
 
     Raises:
         ValueError: if a setting is out of its range; when called, if the shapes do not match.
@@ -55,14 +54,14 @@ class CutMix:
         object.__setattr__(self, "ratio", ordered_range("ratio", self.ratio, low=0.0))
 
     def __call__(self, *tensors: Tensor, generator: Generator | None = None) -> tuple[Tensor, ...]:
-        """Draw rectangles for the first tensor, and mix all tensors alike."""
+        """Draw rectangles for the first tensor and mix all tensors in the same way."""
         if not tensors or tensors[0].ndim != 4 or 0 in tensors[0].shape[2:]:
             came = f"tensors of the shapes {[tuple(x.shape) for x in tensors]}" if tensors else "nothing"
-            raise ValueError(f"got {came}; expected images (B, C, H, W), with pixels, and what belongs to them")
+            raise ValueError(f"got {came}; expected images (B, C, H, W), with pixels, and tensors of equal B, H and W")
         return self.transform(self.draw(tensors[0], generator), *tensors)
 
     def draw(self, images: Tensor, generator: Generator | None = None) -> Tensor:
-        """Draw for images ``(B, C, H, W)``, from the generator given or the default of the device.
+        """Draw for images ``(B, C, H, W)``, from ``generator`` or the default one of the device.
 
         Returns:
             Rectangles ``(B, 4)`` int64, half-open: top, left, bottom, right, all 0 for none.
@@ -70,5 +69,5 @@ class CutMix:
         return draw_boxes(images, p=self.p, area=self.area, ratio=self.ratio, areas=1, generator=generator)
 
     def transform(self, boxes: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Paste the rectangles of the reversed batch; the same every time."""
+        """Paste the rectangles of the reversed batch; deterministic."""
         return tuple(paste(box_mask(boxes, *tensor.shape[-2:]), tensor, tensor.flip(0)) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""The strong augmentation, for pseudo-labeled images: a whole batch at a time, on the device."""
+"""Strong augmentation of pseudo-labeled images, a batch at a time on the device."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _ELEMENTS_PER_PASS = 2**19
 
 
 class StrongParameters(NamedTuple):
-    """Everything that is random in one call of :class:`StrongAugment`, on the device of the images."""
+    """Random parameters of one call of :class:`StrongAugment`, on the device of the images."""
 
     jitter: Tensor
     """``(B,)`` bool: images to jitter."""
     order: Tensor
-    """``(B, 4)`` int64: the operations in turn: 0 brightness, 1 contrast, 2 saturation, 3 hue; those off last."""
+    """``(B, 4)`` int64: order of the operations: 0 brightness, 1 contrast, 2 saturation, 3 hue; disabled ones last."""
     factors: Tensor
     """``(B, 4)`` float32: factors of brightness, contrast and saturation, and the shift of hue in turns."""
     gray: Tensor
@@ -39,7 +39,7 @@ class StrongParameters(NamedTuple):
     boxes: Tensor | None
     """``(B, 4)`` int64: the cutout's top, left, bottom and right, half-open; ``None`` without cutout."""
     noise: Tensor | None
-    """``(B, C, H, W)`` float32 in [0, 1): what fills the cutout; ``None`` without cutout."""
+    """``(B, C, H, W)`` float32 in [0, 1): noise that fills the cutout; ``None`` without cutout."""
 
 
 class StrongAugment(nn.Module):
@@ -47,24 +47,25 @@ class StrongAugment(nn.Module):
 
     Every draw is per image, the order of the four color operations included. Brightness multiplies, contrast
     blends with the mean of the gray image, saturation blends with the gray image (a factor of 1 is the identity),
-    hue turns; each is clamped to [0, 1] as PIL does. Images must therefore be in [0, 1], not yet normalized. If
-    they do not have three channels, hue, saturation and gray are left out, and contrast takes the mean over channels.
+    hue rotates the color circle; results are clamped to [0, 1] as in PIL. Images must therefore be in [0, 1], not
+    normalized. For images without three channels, hue, saturation and gray are skipped, and contrast uses the mean
+    over channels.
 
-    There is no host synchronization and no data-dependent control flow, so it compiles as one graph. It computes in
-    float32 (float64 for float64 images), autocast or not, and no gradients flow through it.
+    No host synchronization and no data-dependent control flow, so it compiles as one graph. Computes in float32
+    (float64 for float64 images) regardless of autocast; no gradients flow through it.
 
     Args:
         jitter: strengths of brightness, contrast, saturation (factors from ``max(0, 1 - s)`` to ``1 + s``) and hue
             (shifts from ``-s`` to ``s`` of the full circle, at most 0.5).
         jitter_p: probability of the color jitter.
-        gray_p: probability of gray.
+        gray_p: probability of the conversion to grayscale.
         blur_p: probability of the Gaussian blur.
         blur_sigma: smallest and largest standard deviation in pixels.
-        cutout: settings of the cutout; ``None`` leaves it out.
+        cutout: settings of the cutout; ``None`` for none.
 
     Shape:
-        images ``(B, C, H, W)`` float, masks ``(B, H, W)`` integer, where ``(B,)`` bool -> images and masks as they
-        came in shape and dtype. Rows where ``where`` is False come back bit for bit; the input is never changed.
+        images ``(B, C, H, W)`` float, masks ``(B, H, W)`` integer, where ``(B,)`` bool -> images and masks of
+        the same shapes and dtypes. Rows where ``where`` is False are returned unchanged; the input is not modified.
 
     Raises:
         ValueError: if a setting is out of its range; when called, if shapes do not match or the cutout's ignore
@@ -117,7 +118,7 @@ class StrongAugment(nn.Module):
         return self.transform(images, masks, self.draw(images, generator), where)
 
     def draw(self, images: Tensor, generator: Generator | None = None) -> StrongParameters:
-        """Draw everything for a batch ``(B, C, H, W)``, from the generator given or the default of the device."""
+        """Draw everything for a batch ``(B, C, H, W)``, from ``generator`` or the default one of the device."""
         batch = len(images)
         place: dict[str, Any] = {"generator": generator, "device": images.device}
         keys = torch.rand(batch, 4, **place)
@@ -144,7 +145,7 @@ class StrongAugment(nn.Module):
     def transform(
         self, images: Tensor, masks: Tensor, parameters: StrongParameters, where: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Apply what :meth:`draw` drew for images of this shape and these settings; the same every time."""
+        """Apply parameters that :meth:`draw` returned for images of this shape; deterministic."""
         check_batch(images, masks, where)
         if len(parameters.jitter) != len(images):
             raise ValueError(f"parameters are for {len(parameters.jitter)} images, but there are {len(images)}")
@@ -152,8 +153,8 @@ class StrongAugment(nn.Module):
             raise ValueError(
                 f"parameters are for images of shape {tuple(parameters.noise.shape)}, not {tuple(images.shape)}"
             )
-        # On a CPU the passes over the pixels are bound by memory: some images at a time stay in the cache, which
-        # halves the time. A GPU wants all at once, and a compiler sees to it itself.
+        # On a CPU the passes over the pixels are memory-bound: a few images at a time stay in the cache, which
+        # halves the time. A GPU is faster on the whole batch, and a compiler fuses the passes itself.
         rows = len(images)
         if images.device.type == "cpu" and not torch.compiler.is_compiling():
             rows = max(1, _ELEMENTS_PER_PASS // images[:1].numel()) if rows else 0
@@ -188,15 +189,15 @@ class StrongAugment(nn.Module):
         return x.clone() if x is images else x, masks.clone()
 
     def _operations(self, images: Tensor) -> list[int]:
-        """The color operations that the settings leave on and the channels allow."""
+        """Return the color operations that are enabled and that the number of channels allows."""
         possible = range(4) if images.shape[1] == 3 else (BRIGHTNESS, CONTRAST)
         return [operation for operation in possible if self.jitter[operation] > 0]
 
     def _jittered(self, x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-        """All operations in each image's own order, with the hue, by far the most expensive, once for all images.
+        """Apply all operations in each image's own order, with the hue, by far the most expensive, in one pass.
 
         An image whose hue comes third does two operations before the common pass and one after it; in the other
-        rounds its factor is 1, which leaves every value exactly as it is.
+        rounds its factor is 1, which is the identity.
         """
         operations = self._operations(x)
         if HUE not in operations:
@@ -212,13 +213,13 @@ class StrongAugment(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
+        """Return the settings for ``repr``."""
         names = ("jitter", "jitter_p", "gray_p", "blur_p", "blur_sigma", "cutout")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 def _blended(x: Tensor, operation: Tensor, factors: Tensor, active: Tensor | None = None) -> Tensor:
-    """Brightness, contrast or saturation, each image its own; all three blend ``x`` with something gray."""
+    """Apply brightness, contrast or saturation, chosen per image; all three blend ``x`` with a gray image."""
     factor = factors.gather(1, operation[:, None])[:, 0]
     if active is not None:
         factor = torch.where(active, factor, 1.0)
@@ -230,9 +231,9 @@ def _blended(x: Tensor, operation: Tensor, factors: Tensor, active: Tensor | Non
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    """Hue shifted by a part of the full circle.
+    """Shift the hue by a fraction of the full circle.
 
-    In closed form, not over saturation and value: a third of the passes over the pixels of the usual round trip.
+    Closed form: a third of the passes over the pixels of the usual round trip through HSV.
     """
     red, green, blue = x.unbind(1)
     high, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
@@ -246,9 +247,9 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def _blurred(x: Tensor, kernels: Tensor) -> Tensor:
-    """Each image with its own symmetric kernel ``(B, 2 * radius + 1)`` along both axes; the border is repeated.
+    """Blur each image with its own symmetric kernel ``(B, 2 * radius + 1)`` along both axes, repeating the border.
 
-    Weighted slices: kornia's ``gaussian_blur2d`` is as fast but reads sigma back to the host, and its
+    A sum of weighted slices: kornia's ``gaussian_blur2d`` is as fast but reads sigma back to the host, and its
     ``filter2d_separable`` does not but takes, on a CPU, two to five times as long at usual crop sizes.
     """
     radius = kernels.shape[1] // 2

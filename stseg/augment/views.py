@@ -1,4 +1,4 @@
-"""Strong views of a batch together with the targets that belong to it."""
+"""Strong views of a batch and its targets."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from stseg.types import BatchAugmentation
 def strong_view(
     images: Tensor, target: Tensor, strong: BatchAugmentation | None = None, mix: CutMix | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Augment a batch strongly, then mix it; the target follows as a mask does.
+    """Augment a batch strongly, then mix it, treating the target as a mask.
 
     Args:
         images: ``(B, C, H, W)`` float in [0, 1].
-        target: ``(B, H, W)`` int64, such as :func:`stseg.functional.consistency_target` makes.
+        target: ``(B, H, W)`` int64, such as :func:`stseg.functional.consistency_target` returns.
         strong: augmentation of the batch; None for none.
-        mix: exchange between the images of the batch; None for none.
+        mix: mixing of the images of the batch; None for none.
 
     Returns:
         Images and targets of the same shapes.

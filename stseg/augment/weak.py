@@ -1,4 +1,4 @@
-"""The weak augmentation, for every training image: one sample at a time, in data-loading workers."""
+"""Weak augmentation of training images, one sample at a time in data-loading workers."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from stseg.types import ImageLike, MaskLike
 
 @dataclass(frozen=True)
 class WeakAugment:
-    """Resize, pad, crop and mirror one sample, as every training image of ST is.
+    """Weak augmentation of ST: resize, pad, crop and flip one sample.
 
-    Images without an upright position, of the sky or of tissue, may be turned and mirrored vertically as well, which
-    the paper does not.
+    Images without a canonical orientation, such as aerial images or tissue, can also be rotated and flipped vertically,
+    which is not part of the paper.
 
     The long side is drawn as an integer, uniformly from ``int(base_size * scale[0])`` to
-    ``int(base_size * scale[1])`` inclusive, and the other side follows in proportion. The image is resized
-    bilinearly with antialiasing, the mask by nearest neighbor, both as PIL does it. What is smaller than the
-    crop is padded on the right and at the bottom: the image with 0, the mask with ``ignore_index``. Draws come
+    ``int(base_size * scale[1])`` inclusive, and the aspect ratio is kept. The image is resized
+    bilinearly with antialiasing, the mask by nearest neighbor, both as in PIL. Images smaller than the
+    crop are padded on the right and at the bottom: the image with 0, the mask with ``ignore_index``. Draws come
     from torch's global CPU generator, so ``torch.manual_seed`` (and a data loader's seeds) reproduce them.
 
     Args:
-        crop_size: side of the square that comes out, or ``(height, width)``, in pixels.
-        base_size: long side that ``scale`` multiplies, in pixels; ``None`` takes that of each image.
+        crop_size: side of the square crop, or ``(height, width)``, in pixels.
+        base_size: long side that ``scale`` multiplies, in pixels; ``None`` takes each image's own.
         scale: smallest and largest factor.
-        flip: probability of the mirror image, left and right exchanged.
+        flip: probability of a horizontal flip.
         ignore_index: mask value of the padding.
-        vertical_flip: probability that top and bottom are exchanged.
-        quarter_turns: whether the image is turned by 0, 90, 180 or 270 degrees, each as probable, before it is
-            resized.
+        vertical_flip: probability of a vertical flip.
+        quarter_turns: whether to rotate the image by 0, 90, 180 or 270 degrees with equal probability before
+            resizing.
 
     Shape:
         Image, ``(C, H, W)`` uint8 or float in [0, 1] or PIL, and mask, integer ``(H, W)`` or PIL -> image
-        ``(C, *crop_size)``, uint8 or float32, and mask ``(*crop_size)``: uint8 if it came as such and
-        ``ignore_index`` fits in it, else int32.
+        ``(C, *crop_size)``, uint8 or float32, and mask ``(*crop_size)``: uint8 if the input mask is uint8 and
+        ``ignore_index`` fits, else int32.
 
     Raises:
         ValueError: if a setting is out of its range.
-        DataError: when called with an image and a mask of different sizes, or of shapes that are none.
+        DataError: when called, if image and mask differ in size or have an invalid shape.
 
     Example:
         >>> weak = WeakAugment(4, base_size=8)
@@ -77,7 +77,7 @@ class WeakAugment:
             raise ValueError(f"ignore_index is {self.ignore_index}; expected an integer of 32 bits")
 
     def __call__(self, image: ImageLike, mask: MaskLike) -> tuple[Tensor, Tensor]:
-        """Augment one image and its mask alike."""
+        """Augment one image and its mask in the same way."""
         assert isinstance(self.crop_size, tuple)
         pixels, classes = pair_of((image, mask), name="sample")
         if not 0 <= self.ignore_index <= 255:
@@ -89,7 +89,7 @@ class WeakAugment:
         base = self.base_size or max(height, width)
         low, high = (max(1, int(base * factor)) for factor in self.scale)
         new, old = _integer(low, high), max(height, width)
-        # Multiplied first: an exact half (201 * 198 / 396) goes up, as in the paper's runs.
+        # Multiply first: an exact half (201 * 198 / 396) is rounded up, as in the paper's runs.
         height, width = (max(1, int(side * new / old + 0.5)) for side in (height, width))
         pixels = _bilinear(pixels, height, width)
         classes = classes[_nearest(classes.shape[0], height)][:, _nearest(classes.shape[1], width)]
@@ -103,29 +103,29 @@ class WeakAugment:
         mirrored = [-1] if torch.rand((), device="cpu") < self.flip else []
         if self.vertical_flip > 0 and torch.rand((), device="cpu") < self.vertical_flip:
             mirrored.append(-2)
-        # A flip copies, even along no axis: what leaves a worker must not alias the data set nor drag the image along.
+        # A flip copies even along no axis: the result must not alias the data set or keep the whole image alive.
         pixels, classes = (x[window].flip(mirrored) for x in (pixels, classes))
         return pixels.contiguous(), classes.contiguous()
 
 
 def _bilinear(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Resized with antialiasing, as PIL does it."""
+    """Resize with antialiasing, as PIL does."""
     if width > 1:
         resized: Tensor = vision.resize(pixels, [height, width], antialias=True)
         return resized
-    # If the result is one pixel wide, torch smears floats and raises on uint8; one pixel high is sound.
+    # If the result is one pixel wide, torch blurs floats and raises on uint8; one pixel high is correct.
     turned = pixels[:, None].mT.clone(memory_format=torch.contiguous_format)
     resized = vision.resize(turned, [width, height], antialias=True)
     return resized.mT[:, 0]
 
 
 def _nearest(old: int, new: int) -> Tensor:
-    """Index of the nearest old pixel for each new one, with PIL's roundings."""
+    """Return the index of the nearest old pixel for each new one, rounded as in PIL."""
     step = torch.full((new,), old / new, dtype=torch.float64, device="cpu")
     step[0] *= 0.5
     return step.cumsum(0).long().clamp_(max=old - 1)
 
 
 def _integer(low: int, high: int) -> int:
-    """Uniform from ``low`` to ``high`` inclusive, from the global CPU generator."""
+    """Draw uniformly from ``low`` to ``high`` inclusive with the global CPU generator."""
     return int(torch.randint(low, high + 1, (), device="cpu"))

@@ -1,4 +1,4 @@
-"""Data sets: folders and lists of images, splits, mixtures of labeled and pseudo-labeled images, drawn scenes."""
+"""Data sets: folders and lists of images, splits, mixtures of labeled and pseudo-labeled images, synthetic scenes."""
 
 from stseg.data.folder import SegmentationFolder
 from stseg.data.listed import FilePair, ListedFiles, read_pairs

@@ -1,4 +1,4 @@
-"""Class indices of the values that mask files hold."""
+"""Mapping of mask values to class indices."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from stseg.errors import DataError
 
 
 class ClassMap:
-    """Gives every value of a mask its class.
+    """Mapping of mask values to classes.
 
     Args:
         classes: the class, or the ignore index, of each value.
-        unmapped: what all other values become; None refuses them.
+        unmapped: class of all other values; None raises an error for them.
 
     Raises:
         TypeError: if ``classes`` is not a mapping, or a value is not an integer.
-        ValueError: if ``classes`` is empty or holds a class below 0.
+        ValueError: if ``classes`` is empty or has a class below 0.
 
     Example:
         >>> ClassMap({7: 0, 8: 1})(torch.tensor([[7, 8, 9, 255]]), name="a")
@@ -45,11 +45,11 @@ class ClassMap:
         dtype = torch.uint8 if max(outcomes) < 256 else torch.int32
         self._values = torch.tensor([value for value, _ in pairs], dtype=torch.int32)
         self._classes = torch.tensor([to for _, to in pairs], dtype=dtype)
-        # Of 8 bits there are so few values that all of them are looked up beforehand.
+        # There are only 256 values of 8 bits: build a lookup table.
         self._table = self._look_up(torch.arange(256, dtype=torch.int32))
 
     def __call__(self, mask: Tensor, *, name: str) -> Tensor:
-        """Classes, ``(H, W)`` uint8 (int32 if one is above 255), of a uint8 or int32 mask ``(H, W)``.
+        """Return the classes, ``(H, W)`` uint8 (int32 if one is above 255), of a uint8 or int32 mask ``(H, W)``.
 
         Raises:
             DataError: if a value has no class and ``unmapped`` is None; names the mask and the value.

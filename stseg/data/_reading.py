@@ -13,20 +13,20 @@ from stseg.data.convert import as_image, eight_bits, pair_of
 from stseg.errors import DataError, UnreadableImageError
 
 Mode = Literal["RGB", "RGBA", "L"]
-MASK_SUFFIXES = frozenset((".png", ".bmp", ".tif", ".tiff"))  # of formats that keep every value
+MASK_SUFFIXES = frozenset((".png", ".bmp", ".tif", ".tiff"))  # lossless formats
 
 
 class ItemReader:
-    """Reads what data sets of files have for items: an image, or an image and its mask.
+    """Reader of the items of file data sets: an image, or an image and its mask.
 
     Args:
         mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (gray), into which images are converted, or None for the
             channels that each file has.
         class_map: the class of each value of the masks, or None where the values are the classes.
-        unmapped: what values become that ``class_map`` does not have; None refuses them.
+        unmapped: class of the values that ``class_map`` lacks; None raises an error for them.
 
     Raises:
-        ValueError: if there is no such mode, or ``class_map`` is invalid.
+        ValueError: if ``mode`` is not one of these, or ``class_map`` is invalid.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class ItemReader:
         self.class_map = None if class_map is None else ClassMap(class_map, unmapped)
 
     def __call__(self, image: Path, mask: Path | None, *, name: str) -> Any:
-        """The image, uint8 ``(C, H, W)``; with a mask, the image and the mask, ``(H, W)`` uint8 or int32.
+        """Return the image, uint8 ``(C, H, W)``; with a mask, the image and the mask, ``(H, W)`` uint8 or int32.
 
         Raises:
-            DataError: if the mask holds colors, a value that is refused, or is not of the image's size.
+            DataError: if the mask is a color image, has an unmapped value, or differs from the image in size.
             UnreadableImageError: if a file is broken; names the file.
         """
         pixels = read_file(image)
@@ -57,7 +57,7 @@ class ItemReader:
 
 
 def read_file(path: Path, *, indices: bool = False) -> Image.Image:
-    """Read a file as an upright image; of masks (``indices``) the values that the file holds.
+    """Read a file as an upright image; with ``indices``, keep the values that the file stores.
 
     Raises:
         UnreadableImageError: if the file is missing or broken; names it.
@@ -65,31 +65,31 @@ def read_file(path: Path, *, indices: bool = False) -> Image.Image:
     try:
         with Image.open(path) as image:
             raw = image.tile[0][3] if image.tile else None
-            raw = raw[0] if isinstance(raw, tuple) else raw  # of TIFF
+            raw = raw[0] if isinstance(raw, tuple) else raw  # TIFF
             if indices and image.format == "BMP" and image.mode == "1" and path.read_bytes()[28:30] != b"\x01\x00":
                 raise ValueError("Pillow misreads a BMP of more than 1 bit whose palette is black and white; use PNG")
             image.load()
             upright = ImageOps.exif_transpose(image)
-            # Of gray with 2 or 4 bits PIL spreads the values over 0..255.
+            # PIL scales gray of 2 or 4 bits to 0..255.
             spread = {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else "", 1)
             return upright.point(lambda value: value // spread) if indices and spread > 1 else upright
-    except Exception as error:  # PIL raises many kinds for a broken file
+    except Exception as error:  # PIL raises many types for a broken file
         raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
 
 
 def check_folder(root: Path) -> None:
-    """Raise a ``DataError`` unless it is a folder."""
+    """Raise a ``DataError`` unless ``root`` is a folder."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder" if root.exists() else f"there is no folder {root}")
 
 
 def listed_suffixes(suffixes: frozenset[str]) -> str:
-    """The suffixes as messages show them."""
+    """Format suffixes for messages."""
     return " ".join(sorted(suffixes))
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of the lines of a file in UTF-8 that hold more than white space.
+    """Yield number, from 1, and text of each line of a UTF-8 file that is not blank.
 
     Raises:
         DataError: if the file is not UTF-8.

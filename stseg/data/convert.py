@@ -14,7 +14,7 @@ from stseg.errors import DataError, UnreadableImageError
 
 
 def image_of(item: Any, *, name: str) -> Tensor:
-    """Return the image of an item: the item itself, its first element, or what a mapping holds as ``image``."""
+    """Return the image of an item: the item itself, its first element, or the ``image`` of a mapping."""
     if isinstance(item, Mapping):
         item = _value(item, "image", name)
     elif isinstance(item, (tuple, list)):
@@ -54,17 +54,17 @@ def _value(item: Mapping[Any, Any], key: str, name: str) -> Any:
 
 
 def as_image(image: Any, *, name: str = "image") -> Tensor:
-    """An image as a ``(C, H, W)`` tensor: uint8, or float32 in [0, 1].
+    """Convert an image to a ``(C, H, W)`` tensor: uint8, or float32 in [0, 1].
 
     Args:
         image: uint8 or float ``(C, H, W)`` tensor, or a PIL image: gray gives one channel, palette and other
             color spaces become RGB, 16-bit gray is scaled to 8 bits, transparency is kept as a last channel.
-        name: how error messages call it.
+        name: name for error messages.
 
     Raises:
-        TypeError: if it is something else.
-        DataError: if the shape is wrong, it has no pixels, or float values are not in [0, 1].
-        UnreadableImageError: if it is a PIL image whose file turns out to be broken.
+        TypeError: if ``image`` is anything else.
+        DataError: if the shape is invalid, there are no pixels, or float values are outside [0, 1].
+        UnreadableImageError: if it is a PIL image whose file is broken.
 
     Example:
         >>> as_image(Image.new("L", (6, 4))).shape
@@ -100,11 +100,11 @@ def as_image(image: Any, *, name: str = "image") -> Tensor:
 
 
 def eight_bits(image: Image.Image, *, name: str = "image") -> Image.Image:
-    """A PIL image of any mode as one of mode L, LA, RGB or RGBA; 16-bit gray is divided by 257.
+    """Convert a PIL image of any mode to L, LA, RGB or RGBA; 16-bit gray is divided by 257.
 
     Raises:
-        DataError: if it has no pixels, or values that are not integers of 16 bits.
-        UnreadableImageError: if its file turns out to be broken.
+        DataError: if there are no pixels, or values are not 16-bit integers.
+        UnreadableImageError: if its file is broken.
     """
     _load(image, f"image {name!r}")
     if image.width == 0 or image.height == 0:
@@ -127,17 +127,17 @@ def eight_bits(image: Image.Image, *, name: str = "image") -> Image.Image:
 
 
 def as_mask(mask: Any, *, name: str = "mask") -> Tensor:
-    """A mask as an integer ``(H, W)`` tensor: uint8 if it comes as bool or uint8, else int32.
+    """Convert a mask to an integer ``(H, W)`` tensor: uint8 for bool or uint8 input, else int32.
 
     Args:
         mask: ``(H, W)`` or ``(1, H, W)`` integer tensor or array, or a PIL image: 8-bit gray, palette (whose
             indices are the classes), 16-bit gray, or black and white.
-        name: how error messages call it.
+        name: name for error messages.
 
     Raises:
-        TypeError: if it is no tensor, array or PIL image, or holds floats.
-        DataError: if the shape is wrong, it has no pixels, holds values beyond 32 bits, or is a color image.
-        UnreadableImageError: if it is a PIL image whose file turns out to be broken.
+        TypeError: if ``mask`` is not a tensor, array or PIL image, or is floating-point.
+        DataError: if the shape is invalid, there are no pixels, a value exceeds 32 bits, or it is a color image.
+        UnreadableImageError: if it is a PIL image whose file is broken.
 
     Example:
         >>> as_mask(np.array([[0, 1], [2, 255]])).dtype
@@ -194,5 +194,5 @@ def check_mask_values(mask: Tensor, num_classes: int, ignore_index: int, *, name
 def _load(image: Image.Image, what: str) -> None:
     try:
         image.load()
-    except Exception as error:  # PIL raises many kinds for a broken file
+    except Exception as error:  # PIL raises many types for a broken file
         raise UnreadableImageError(f"{what} cannot be read: {error}") from error

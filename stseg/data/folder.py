@@ -19,24 +19,23 @@ _UNFIT_MASKS = (".jpg", ".jpeg", ".webp", ".gif")  # lossy, or with a palette th
 
 
 class SegmentationFolder(Dataset[Any]):
-    """Images in a folder, with or without masks in another.
+    """Data set of the images in a folder, with or without masks in another.
 
     Files are paired by their path in the folder without suffix, which is the id: ``images/a/0001.jpg`` with
-    ``masks/a/0001.png``, id ``a/0001``. Folders are searched to any depth; hidden files and other kinds of
-    files do not count. Images may be JPEG, PNG, BMP, TIFF or WebP; masks PNG, BMP or TIFF, which keep every
-    value.
+    ``masks/a/0001.png``, id ``a/0001``. Folders are searched to any depth; hidden files and files of other
+    types are ignored. Images may be JPEG, PNG, BMP, TIFF or WebP; masks PNG, BMP or TIFF, which are lossless.
 
     Args:
-        images: folder of images: RGB, gray, RGBA, palette, 16-bit gray (scaled to 8 bits), turned upright as
-            their EXIF data say.
+        images: folder of images: RGB, gray, RGBA, palette, 16-bit gray (scaled to 8 bits), rotated
+            according to their EXIF data.
         masks: folder of masks: 8-bit gray, palette (the indices are the classes) or 16-bit gray; or None.
         ids: which of the images, in which order; by default all, sorted.
         mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (gray), into which images are converted, or None for the
             channels that each file has.
         class_map: the class of each value of the masks, such as ``{0: 0, 255: 1}``; by default the values are
             the classes.
-        unmapped: what all values become that ``class_map`` does not have: by default the ignore index, 255;
-            None refuses them.
+        unmapped: class of the values that ``class_map`` lacks: by default the ignore index, 255; None raises an
+            error for them.
 
     Attributes:
         ids: name of each item.
@@ -46,9 +45,9 @@ class SegmentationFolder(Dataset[Any]):
         int32.
 
     Raises:
-        DataError: if a folder is missing or holds nothing of use, an image has no mask or a mask no image, or
-            two files have one id; names the files. When an item is read, if its mask holds colors or a value
-            that is refused, or is not of the image's size.
+        DataError: if a folder is missing or has no usable file, an image has no mask or a mask no image, or
+            two files have the same id; names the files. When an item is read, if its mask is a color image, has
+            an unmapped value, or differs from the image in size.
         UnreadableImageError: when an item is read, if its file is broken; names the file.
 
     Example:
@@ -81,7 +80,7 @@ class SegmentationFolder(Dataset[Any]):
         if not found:
             raise DataError(f"{self.images} holds no images; expected files in {listed_suffixes(_IMAGES)}")
         self.ids = sorted(found) if ids is None else _chosen(ids, found, self.images)
-        # Only suffixes, in step with the ids: whole paths of a million files would fill the workers' memory.
+        # Only suffixes, parallel to the ids: full paths of a million files would fill the workers' memory.
         self._image_suffixes = [found[id] for id in self.ids]
         self._mask_suffixes = None
         if self.masks is not None:
@@ -129,7 +128,7 @@ class SegmentationFolder(Dataset[Any]):
 
 
 def _files(root: Path, kinds: frozenset[str]) -> dict[str, str]:
-    """Suffix by id of the files in a folder."""
+    """Map the ids of the files in a folder to their suffixes."""
     check_folder(root)
     found: dict[str, str] = {}
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_reraise):
@@ -175,5 +174,5 @@ def _why_no_mask(masks: Path, id: str) -> str:
     for suffix in _UNFIT_MASKS:
         for path in (masks / (id + suffix), masks / (id + suffix.upper())):
             if path.exists():
-                return f"{path} is of a format that need not keep class indices; expected PNG, BMP or TIFF"
+                return f"{path} has a format that may not preserve class indices; expected PNG, BMP or TIFF"
     return f"expected {masks / id} with one of the suffixes {listed_suffixes(MASK_SUFFIXES)}"

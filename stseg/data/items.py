@@ -1,4 +1,4 @@
-"""The items of any data set: how many there are, what they are called, and what they hold."""
+"""Uniform access to the items of any data set: length, names, images and masks."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from stseg.errors import DataError
 
 
 class Items(Dataset[Any]):
-    """Wraps a map-style data set at the door: length and names are resolved once.
+    """Wrapper of a map-style data set that resolves length and names once.
 
-    The ids are ``dataset.ids`` where there are any; a ``Subset`` or ``ConcatDataset`` asks the data sets it is made
-    of; all others are numbered ``"0"``, ``"1"``, ...
+    The ids are ``dataset.ids`` where present; for a ``Subset`` or ``ConcatDataset``, those of the underlying data
+    sets; otherwise ``"0"``, ``"1"``, ...
 
     Args:
         dataset: any map-style data set.
 
     Attributes:
         dataset: the data set.
-        names: what messages call the items: the ids, or ``dataset.item_names`` (of a data set that repeats items, whose
-            names are not unique).
-        has_ids: whether the items have ids of their own. Numbered ones, also of another data set in ``.dataset``, do
-            not: equal numbers do not mean equal images.
+        names: names of the items in messages: the ids, or ``dataset.item_names`` (of a data set that repeats items,
+            whose names are not unique).
+        has_ids: whether the items have ids of their own. Numbers do not count, even those of an
+            underlying data set: equal numbers do not mean equal images.
 
     Raises:
         TypeError: if the data set has no length.
-        DataError: if names and items differ in number.
+        DataError: if the number of names is not the number of items.
 
     Example:
         >>> items = Items([object(), object(), object()])
@@ -75,7 +75,7 @@ class Items(Dataset[Any]):
         return self._ids
 
     def subset(self, indices: Sequence[int], *, only_images: bool = False) -> Items:
-        """Return some of the items under their names; with ``only_images`` items are nothing but the image."""
+        """Return some of the items under their names; with ``only_images``, without masks."""
         part = object.__new__(Items)
         part.dataset, part.has_ids = self.dataset, self.has_ids
         part._ids = [self._ids[index] for index in indices]
@@ -134,7 +134,7 @@ def _has_ids(dataset: Any) -> bool:
 
 
 def duplicate(ids: Sequence[str]) -> str | None:
-    """Return the first of ``ids`` that has occurred before."""
+    """Return the first of ``ids`` that repeats an earlier one; None if there is none."""
     seen: set[str] = set()
     for id in ids:
         if id in seen:
@@ -144,6 +144,6 @@ def duplicate(ids: Sequence[str]) -> str | None:
 
 
 def shared(ids: Sequence[str], others: Sequence[str]) -> str | None:
-    """Return the first of ``ids`` that is also among ``others``."""
+    """Return the first of ``ids`` that is also in ``others``; None if there is none."""
     known = set(others)
     return next((id for id in ids if id in known), None)

@@ -1,4 +1,4 @@
-"""Images and masks that a list names, file by file."""
+"""Data sets of image and mask files given in a list."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from stseg.errors import DataError
 
 
 class FilePair(NamedTuple):
-    """An image and perhaps its mask, as a list names them.
+    """Paths of an image and, optionally, its mask.
 
     Attributes:
         image: path of the image, relative to a root.
         mask: path of its mask, or None.
-        line: position in the list, such as ``"labeled.txt, line 3"``; messages begin with it.
+        line: position in the list, such as ``"labeled.txt, line 3"``; prefix of error messages.
 
     Example:
         >>> FilePair("images/1.jpg", "masks/1.png")
@@ -36,15 +36,15 @@ class FilePair(NamedTuple):
 def read_pairs(path: str | Path) -> list[FilePair]:
     r"""Read a list of files: on each line an image, or an image and its mask.
 
-    The two are separated at tabs where a line has one, else at white space; so names that hold spaces need a tab
-    behind them. Empty lines do not count. Whether the files exist is not checked here.
+    The columns of a line are separated by tabs if it has any, else by white space; names with spaces therefore need a
+    tab after them. Empty lines are ignored. Whether the files exist is not checked here.
 
     Args:
         path: a text file in UTF-8.
 
     Raises:
-        DataError: if there is no line, one has more than two columns or not as many as the first one, an image occurs
-            twice, or the file is not UTF-8; names the line.
+        DataError: if the file is empty, a line has more than two columns or not as many as the first one, an image
+            occurs twice, or the file is not UTF-8; names the line.
         OSError: if there is no such file.
 
     Example:
@@ -62,7 +62,7 @@ def read_pairs(path: str | Path) -> list[FilePair]:
         if len(names) > 2:
             raise DataError(
                 f"{path}, line {number} has {len(names)} columns; expected an image, or an image and its mask "
-                "(names that hold spaces need a tab behind them)"
+                "(names that hold spaces need a tab after them)"
             )
         columns = columns or len(names)
         if len(names) != columns:
@@ -80,22 +80,22 @@ def read_pairs(path: str | Path) -> list[FilePair]:
 
 
 class ListedFiles(Dataset[Any]):
-    """Images, with or without masks, that a list names file by file.
+    """Data set of the images, with or without masks, given in a list.
 
-    For data whose masks lie where :class:`SegmentationFolder` does not look for them: beside their images, or under
-    other names. The id is the path of the image without suffix: ``train/a/0001_rgb`` for ``train/a/0001_rgb.jpg``.
+    For data whose masks are not where :class:`SegmentationFolder` expects them, such as next to their images or under
+    other names. The id is the path of the image without its suffix: ``train/a/0001_rgb`` for ``train/a/0001_rgb.jpg``.
 
     Args:
         root: folder that the paths are relative to.
-        pairs: the files, as of :func:`read_pairs`, or ``(image, mask)`` paths, or images alone. Images may be of any
-            format that PIL reads, in the kinds that :class:`SegmentationFolder` takes; masks PNG, BMP or TIFF.
-        masks: whether items have masks. Without, masks that the list names are not read and need not exist.
+        pairs: the files, such as :func:`read_pairs` returns, or ``(image, mask)`` paths, or paths of images. Images may
+            have any file format that PIL reads and any mode of :class:`SegmentationFolder`; masks PNG, BMP or TIFF.
+        masks: whether items have masks. If False, masks in the list are not read and need not exist.
         mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (gray), into which images are converted, or None for the
             channels that each file has.
         class_map: the class of each value of the masks, such as ``{7: 0, 8: 1}``; by default the values are the
             classes.
-        unmapped: what all values become that ``class_map`` does not have: by default the ignore index, 255;
-            None refuses them.
+        unmapped: class of the values that ``class_map`` lacks: by default the ignore index, 255; None raises an
+            error for them.
 
     Attributes:
         ids: name of each item.
@@ -105,9 +105,9 @@ class ListedFiles(Dataset[Any]):
         int32.
 
     Raises:
-        DataError: if the root or a file is missing, a path is absolute or leaves the root, a mask is not named, or is
-            of a format that need not keep its values, two images have one id, or there is no pair; names the line.
-            When an item is read, if its mask holds colors or a value that is refused, or is not of the image's size.
+        DataError: if the root or a file is missing, a path is absolute or leaves the root, a mask is not given or
+            has a lossy format, two images have the same id, or there is no pair; names the line. When an item is
+            read, if its mask is a color image, has an unmapped value, or differs from the image in size.
         UnreadableImageError: when an item is read, if its file is broken; names the file.
 
     Example:
@@ -138,7 +138,7 @@ class ListedFiles(Dataset[Any]):
         self.root = Path(root)
         check_folder(self.root)
         self.ids: list[str] = []
-        # Of a million files no more than their names is kept, and of images the suffix alone beside the id.
+        # Keep only names, and for images only the suffix beside the id: there may be a million files.
         self._suffixes: list[str] = []
         self._masks: list[str] | None = [] if masks else None
         lines: dict[str, str] = {}
@@ -188,7 +188,7 @@ def _mask(root: Path, files: FilePair, image: str, line: str) -> str:
         raise DataError(f"{line}: there is no mask {root / mask}")
     if os.path.splitext(mask)[1].lower() not in MASK_SUFFIXES:
         raise DataError(
-            f"{line}: the mask {mask!r} is of a format that need not keep class indices; "
+            f"{line}: the mask {mask!r} has a format that may not preserve class indices; "
             f"expected one of the suffixes {listed_suffixes(MASK_SUFFIXES)}"
         )
     if mask == image:
@@ -197,7 +197,7 @@ def _mask(root: Path, files: FilePair, image: str, line: str) -> str:
 
 
 def _relative(path: str | PurePath, line: str) -> str:
-    """A path without detours, checked to stay below the root."""
+    """Return a normalized path, checked to stay below the root."""
     path = path.as_posix() if isinstance(path, PurePath) else path
     if not isinstance(path, str):
         raise TypeError(f"{line}: the path is {path!r}; expected a string")
@@ -213,4 +213,4 @@ def _relative(path: str | PurePath, line: str) -> str:
 
 def _with_spaces(root: Path, files: FilePair) -> str:
     whole = f"{files.image} {files.mask}"
-    return f" (a tab behind {whole!r} would keep it in one piece)" if (root / whole).is_file() else ""
+    return f" (a tab after {whole!r} would keep it in one piece)" if (root / whole).is_file() else ""

@@ -1,4 +1,4 @@
-"""Labeled and pseudo-labeled images as one training set."""
+"""One training set of labeled and pseudo-labeled images."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from stseg.types import PairTransform
 
 
 class MixedDataset(Dataset[tuple[Tensor, Tensor, bool]]):
-    """The mixture on which ST and ST++ re-train (Yang et al., CVPR 2022, section 3.1).
+    """Mixture on which ST and ST++ retrain (Yang et al., CVPR 2022, section 3.1).
 
-    The labeled items, over-sampled to about as many as there are pseudo-labeled ones, then the
-    pseudo-labeled items; shuffling is the loader's part.
+    The labeled items, over-sampled to about the number of pseudo-labeled ones, followed by the
+    pseudo-labeled items; shuffling is left to the loader.
 
     Args:
         labeled: items ``(image, mask)``.
         pseudo: items ``(image, mask)`` with pseudo-masks, such as :class:`stseg.PseudoLabeled`; or None.
         transform: ``(image, mask) -> (image, mask)`` for every item, such as :class:`stseg.WeakAugment`.
-        repeat: how often the labeled items come; by default ``ceil(len(pseudo) / len(labeled))`` times, and
+        repeat: how often to repeat the labeled items; by default ``ceil(len(pseudo) / len(labeled))`` times, and
             once without ``pseudo``.
 
     Attributes:
-        item_names: what messages call each item; a labeled one comes as often as it is repeated.
+        item_names: name of each item in messages; those of labeled items are repeated.
 
     Shape:
         Items are the image, ``(C, H, W)`` uint8 or float32 in [0, 1]; the mask, ``(H, W)`` uint8 or int32;
         and whether it is a pseudo-mask, a bool.
 
     Raises:
-        DataError: if a data set is empty, or an id is in both: the image would be learned with its true mask
-            and with a guessed one. When an item is read, if its mask is missing or of another size than the
-            image.
+        DataError: if a data set is empty, or an id is in both: the network would see the image with its true
+            mask and with a predicted one. When an item is read, if its mask is missing or differs from the image
+            in size.
         ValueError: if ``repeat`` is less than 1.
 
     Example:

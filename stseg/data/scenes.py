@@ -1,4 +1,4 @@
-"""Street scenes that are drawn on the fly: small, free of any licence, and hard when only a few are annotated."""
+"""Synthetic street scenes drawn on the fly: small, free of any license, and hard to learn from few annotations."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _Point = tuple[float, float]
 
 
 class SyntheticScenes(Dataset[tuple[Tensor, Tensor]]):
-    """Streets with seven classes, each scene in a light, a season and colors of its own.
+    """Synthetic street scenes with seven classes and varying light, season and colors.
 
-    Shape and place tell the classes apart; color hardly does: facades can be as green as trees, cars as gray as the
-    road, and the light goes from noon to dusk and fog. A few annotated scenes show few of the combinations, which is
-    what makes scenes without masks worth having. A scene is drawn when it is first asked for, and kept.
+    Classes differ in shape and position but hardly in color: facades can be as green as trees, cars as gray as the
+    road, and the light varies from noon to dusk and fog. A few annotated scenes show few of the combinations, so
+    unlabeled scenes help. A scene is drawn on first access and cached.
 
     Args:
         n: number of scenes.
         size: side of the square images, or ``(height, width)``, in pixels; at least 16.
-        seed: scene ``i`` of a seed is the same however many there are; other seeds give other scenes.
+        seed: scene ``i`` depends on the seed and on ``i`` alone, not on ``n``.
 
     Attributes:
-        classes: their names; the position is the value in the masks.
+        classes: names of the classes, in the order of their mask values.
         ids: ``scene_<seed>_00000`` and so on.
 
     Shape:
@@ -80,7 +80,7 @@ class SyntheticScenes(Dataset[tuple[Tensor, Tensor]]):
 
 
 class _Scene:
-    """Colors and classes of one scene, drawn side by side from far to near. Coordinates are in 0..1, y downwards."""
+    """Colors and classes of one scene, drawn from far to near. Coordinates are in 0..1, y downwards."""
 
     def __init__(self, height: int, width: int, random: np.random.Generator) -> None:
         self.height, self.width, self.random = height, width, random
@@ -121,7 +121,7 @@ class _Scene:
         self.draw_sky_and_ground()
         self.draw_buildings()
         self.draw_road()
-        # Depths from the horizon (0) to the viewer (1): what is near hides what is far.
+        # Depths from the horizon (0) to the viewer (1): near objects occlude far ones.
         for depth in sorted(self.random.uniform(0.05, 0.75, int(self.random.integers(3, 8)))):
             draw = (self.draw_tree, self.draw_car, self.draw_person)[int(self.random.choice(3, p=[0.28, 0.3, 0.42]))]
             draw(float(depth))
@@ -129,7 +129,7 @@ class _Scene:
     def draw_sky_and_ground(self) -> None:
         sky = self.one_of(
             self.color((0.52, 0.65), (0.2, 0.7), (0.6, 1.0)),  # clear
-            self.color((0.5, 0.7), (0.0, 0.1), (0.5, 0.9)),  # clouded
+            self.color((0.5, 0.7), (0.0, 0.1), (0.5, 0.9)),  # cloudy
             self.color((0.95, 1.12), (0.3, 0.6), (0.6, 0.95)),  # evening
             self.color((0.6, 0.75), (0.3, 0.6), (0.15, 0.35)),  # night
         )
@@ -187,7 +187,7 @@ class _Scene:
             self.polygon(left + right, paint, ROAD)
 
     def foot(self, depth: float) -> tuple[float, float, float]:
-        """Return the position of something at a depth, and the scale there."""
+        """Return the position of an object at a depth, and the scale there."""
         return self.uniform(0.0, 1.0), self.horizon + (1 - self.horizon) * depth, 0.45 + 0.55 * depth
 
     def draw_tree(self, depth: float) -> None:
@@ -247,7 +247,7 @@ class _Scene:
         self.ellipse(x, y - 0.88 * height, 0.12 * height, 0.12 * height, skin, PERSON)
 
     def photograph(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The colors as a camera sees them: light, fog, blur and noise. uint8 ``(H, W, 3)``."""
+        """Return the image, uint8 ``(H, W, 3)``, with light, fog, blur and noise."""
         image = self.colors.resize((self.width, self.height), Image.Resampling.BOX)
         if self.random.random() < 0.4:
             image = image.filter(ImageFilter.GaussianBlur(self.uniform(0.2, 0.9)))
@@ -263,5 +263,5 @@ class _Scene:
         return np.asarray((pixels.clip(0, 1) * 255).round(), dtype=np.uint8)
 
     def mask(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The classes, uint8 ``(H, W)``."""
+        """Return the classes, uint8 ``(H, W)``."""
         return np.array(self.labels.resize((self.width, self.height), Image.Resampling.NEAREST))

@@ -1,4 +1,4 @@
-"""Which images count as labeled: id files, and splits drawn at random."""
+"""Splits into labeled and unlabeled images: from id files, or random."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from stseg.errors import DataError
 
 
 def read_ids(path: str | Path) -> list[str]:
-    r"""Read a file of ids, one a line; empty lines and white space around the ids do not count.
+    r"""Read a file of ids, one per line; empty lines and white space around the ids are ignored.
 
     Args:
         path: a text file in UTF-8.
 
     Raises:
-        DataError: if there is no id, one occurs twice, or the file is not UTF-8; names the line.
+        DataError: if there is no id, an id occurs twice, or the file is not UTF-8; names the line.
         OSError: if there is no such file.
 
     Example:
@@ -42,22 +42,22 @@ def read_ids(path: str | Path) -> list[str]:
 
 
 def split_ids(ids: Sequence[str], labeled: float | int = 1 / 8, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Draw the images that count as labeled.
+    """Split ids at random into labeled and unlabeled ones.
 
-    The draw depends on the set of ids and on the seed, not on the order in which the ids come. With one seed,
-    a smaller labeled set lies within a larger one.
+    The result depends on the set of ids and on the seed, not on the order of the ids. For the same seed, a
+    smaller labeled set is a subset of a larger one.
 
     Args:
         ids: all ids.
         labeled: how many to draw: a share in (0, 1), rounded up to whole images, or a number of images.
-        seed: another seed draws others.
+        seed: seed of the draw.
 
     Returns:
         The labeled and the unlabeled ids, each in the order of ``ids``.
 
     Raises:
-        DataError: if there is no id, or one occurs twice.
-        ValueError: if either side would be empty.
+        DataError: if there is no id, or an id occurs twice.
+        ValueError: if either part would be empty.
 
     Example:
         >>> labeled, unlabeled = split_ids([f"{i:03d}" for i in range(100)], labeled=1 / 8)

@@ -1,4 +1,4 @@
-"""Work shared between the processes of ``torch.distributed``; all of it does nothing in a single process."""
+"""Work shared between the processes of ``torch.distributed``; no-ops in a single process."""
 
 from stseg.distributed.batchnorm import synchronized_batchnorm
 from stseg.distributed.processes import (

@@ -16,12 +16,12 @@ from stseg.distributed.processes import world_size
 
 
 def synchronized_batchnorm(wanted: bool) -> AbstractContextManager[Any]:
-    """Inside, batch normalization that trains takes its statistics from the batches of all processes.
+    """Make batch normalization in training mode use the statistics of the batches of all processes.
 
-    As if their batches, which may differ in size, were one: outputs, gradients and running statistics. The network
-    itself stays as it is, and so do its state dict and all copies of it. Layers in evaluation mode are left alone;
-    ``torch.nn.SyncBatchNorm`` is unaffected. All processes must run the same layers in the same order. In a single
-    process, or where it is not wanted, nothing is changed.
+    Outputs, gradients and running statistics are those of one joint batch; the batches may differ in size. The network,
+    its state dict and its copies are not modified. Layers in evaluation mode and ``torch.nn.SyncBatchNorm`` are
+    unaffected. All processes must run the same layers in the same order. Does nothing in a single process or if
+    ``wanted`` is False.
 
     Example:
         >>> norm, x = torch.nn.BatchNorm2d(3), torch.rand(2, 3, 4, 4)
@@ -33,7 +33,7 @@ def synchronized_batchnorm(wanted: bool) -> AbstractContextManager[Any]:
 
 
 class _Synchronized(TorchFunctionMode):
-    """Takes the place of the function that all kinds of batch normalization call, those with activations as well."""
+    """Override of the function that all batch normalization layers call, including fused ones with activations."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -67,7 +67,7 @@ def _batch_norm(
         normalized = normalized * weight.reshape(shape)
     if bias is not None:
         normalized = normalized + bias.reshape(shape)
-    # The backward pass needs what was normalized, and the layer that follows may work in place.
+    # The backward pass needs the normalized values, and the next layer may work in place.
     result: Tensor = normalized.to(x.dtype, copy=weight is None and bias is None)
     return result
 
@@ -86,7 +86,7 @@ class _Normalized(torch.autograd.Function):
         total = _summed(torch.cat([x.sum(dims), pixels]))
         count = total[-1]
         mean = total[:-1] / count
-        # Not the mean of the squares less the square of the mean, which cancel where the mean is large.
+        # Not E[x^2] - E[x]^2, which cancels where the mean is large.
         centered = x - mean.reshape(shape)
         var = _summed(centered.square().sum(dims)) / count
         scale = (var + eps).rsqrt()
@@ -113,6 +113,6 @@ def _per_channel(x: Tensor) -> list[int]:
 
 
 def _summed(values: Tensor) -> Tensor:
-    """Over all processes, in place; on the device, where a collective of the training may not wait for the CPU."""
+    """Sum over all processes in place, on the device, so that training does not synchronize with the CPU."""
     dist.all_reduce(values)
     return values

@@ -1,4 +1,4 @@
-"""Sharing work between the processes of ``torch.distributed``; all of it does nothing in a single process."""
+"""Sharing work between the processes of ``torch.distributed``; no-ops in a single process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 def setup_device() -> torch.device:
-    """The device of this process, once it has met the others that ``torchrun`` or ``accelerate launch`` started.
+    """Join the process group that ``torchrun`` or ``accelerate launch`` started, and return the device of this process.
 
-    In a single process the best one there is. A group of processes that is formed here is left again at the exit of
-    the interpreter: the threads of one that is still there then abort the process.
+    In a single process, return the best device available. A process group formed here is destroyed when the
+    interpreter exits: its threads would otherwise abort the process.
     """
     met_before = _on()
     device: torch.device = PartialState().device
@@ -27,19 +27,20 @@ def setup_device() -> torch.device:
 
 
 def _leave() -> None:
-    # After an exception the others may be waiting for this process, and leaving for them: the launcher ends them.
+    # After an exception the other processes may wait for this one, and destroying the group would block: leave that to
+    # the launcher.
     if _on() and not hasattr(sys, "last_value"):
-        gc.collect()  # what still refers to the group, such as a DistributedDataParallel in a cycle, keeps its threads
+        gc.collect()  # references to the group, such as a DistributedDataParallel in a cycle, keep its threads alive
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if _on() else 0
 
 
 def world_size() -> int:
-    """How many processes share the work."""
+    """Return the number of processes."""
     return dist.get_world_size() if _on() else 1
 
 
@@ -50,7 +51,7 @@ def barrier() -> None:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """The values of all processes, in the order of their numbers."""
+    """Gather the values of all processes, in the order of their ranks."""
     if not _on():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -62,7 +63,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over all processes, on the tensor's own device."""
     if not _on():
         return tensor
-    if tensor.device.type == "cpu":  # of which NCCL takes none
+    if tensor.device.type == "cpu":  # not supported by NCCL
         return torch.stack(all_gather(tensor)).sum(0)
     total = tensor.clone()
     dist.all_reduce(total)
@@ -70,7 +71,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give all processes the buffers of the first one: running statistics differ, each has seen its own images."""
+    """Copy the buffers of the first process to all: running statistics differ, as each process sees other images."""
     if _on():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

@@ -1,8 +1,7 @@
-"""The labeled and the unlabeled stream: which samples make which batch, with which random numbers.
+"""Labeled and unlabeled streams: the samples of each batch and their random numbers.
 
-Everything here is a function of the seed, the stream and the number of the step or of the draw. So a run that was
-killed resumes as if nothing had happened, and neither the number of workers nor that of processes changes what is
-drawn.
+Everything is a function of the seed, the stream and the number of the step or draw. A killed run therefore resumes
+exactly, and the number of workers or processes does not change what is drawn.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ class Draw(NamedTuple):
 
 
 class BatchSampler(Sampler[list[Draw]]):
-    """The draws of this process for each step.
+    """Sampler of the draws of this process for each step.
 
-    Each pass over a stream is a permutation of its own, whose last incomplete batch is dropped; a stream smaller than
-    its batch is repeated to fill one. The shorter of two streams is passed over more often.
+    Each pass over a stream is a new permutation whose last incomplete batch is dropped; a stream smaller than its
+    batch is repeated to fill one. The shorter of two streams is repeated more often.
 
     Args:
         sizes: number of items and batch size over all processes of each stream.
-        steps: which steps, from 0.
+        steps: the steps, counted from 0.
         seed: seed of the permutations.
 
     Raises:
@@ -94,7 +93,7 @@ def _key(name: str, stream: StreamName) -> tuple[str, ...]:
 
 
 def steps_per_pass(items: int, batch_size: int) -> int:
-    """Return the number of complete batches of so many items; 1 where there are fewer items than that.
+    """Return the number of complete batches of ``items`` items, at least 1.
 
     Example:
         >>> steps_per_pass(366, 16), steps_per_pass(3, 16)
@@ -104,13 +103,13 @@ def steps_per_pass(items: int, batch_size: int) -> int:
 
 
 class Streams(Dataset[tuple[StreamName, Any]]):
-    """The augmented samples of both streams, by draw, and the batches made of them.
+    """Augmented samples of both streams, by draw, and the batches made of them.
 
     Args:
         labeled: items ``(image, mask)`` or ``(image, mask, is_pseudo)``.
         unlabeled: items are images; None for none.
         config: the settings.
-        view: what the method sees of an unlabeled image; see :meth:`stseg.Method.view`.
+        view: makes the view of an unlabeled image; see :meth:`stseg.Method.view`.
     """
 
     def __init__(
@@ -130,7 +129,7 @@ class Streams(Dataset[tuple[StreamName, Any]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of a pass over the longer stream."""
+        """Number of steps of a pass over the longer stream."""
         return max(steps_per_pass(*size) for size in self.sizes.values())
 
     def description(self) -> str:
@@ -155,7 +154,7 @@ class Streams(Dataset[tuple[StreamName, Any]]):
         return draw.stream, (image.cpu(), mask.cpu(), _is_pseudo(item))
 
     def _augment(self, name: str) -> PairTransform:
-        """The weak augmentation, whose results are checked to be an image and a mask."""
+        """Return the weak augmentation, with checks that its results are an image and a mask."""
         weak = self.config.weak
 
         def augment(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,20 +164,20 @@ class Streams(Dataset[tuple[StreamName, Any]]):
                 return pair_of(weak(image, mask), name=name)
             except StsegError:
                 raise
-            except Exception as error:  # each library has its own kinds
+            except Exception as error:  # libraries raise different types
                 raise DataError(f"the weak augmentation {weak!r} fails for {name!r}: {error}") from error
 
         return augment
 
     def loader(self, steps: range, *, num_workers: int = 0, pin_memory: bool = False) -> DataLoader[Any]:
-        """Return the collated batches of some steps, read ahead by workers."""
+        """Return a loader of the collated batches of some steps, prefetched by workers."""
         return DataLoader(
             self,
             batch_sampler=BatchSampler(self.sizes, steps, seed=self.config.seed),
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # of its own, or it would advance the caller's
+            generator=torch.Generator(),  # its own, so as not to advance the caller's
         )
 
     def batches(self, steps: range, total: int, device: torch.device, *, num_workers: int) -> Iterator[Batch]:
@@ -252,7 +251,7 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _is_pseudo(item: Any) -> bool:
-    """Whether the third element of an item is true; anything there but a bool of Python, numpy or torch is ignored."""
+    """Return whether the third element of an item is True; anything but a bool of Python, numpy or torch is ignored."""
     if isinstance(item, Mapping) or len(item) < 3:
         return False
     value = item[2]

@@ -1,4 +1,4 @@
-"""Weights on disk, and the folder in which a stage can be killed at any moment and resumed."""
+"""Weights on disk, and the checkpoint folder from which a killed stage resumes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write the weights of a network as safetensors.
 
     Args:
-        model: a network; of a :class:`stseg.Segmenter` the network inside, so that the file does not depend on stseg.
-        path: file to write; it appears when it is complete.
+        model: a network. For a :class:`stseg.Segmenter`, the wrapped network is saved, so the file does not depend on
+            stseg.
+        path: file to write, atomically.
 
     Example:
         >>> import tempfile
@@ -51,11 +52,11 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load the weights of a file, such as ``model.safetensors`` of a work directory, into a network.
+    """Load weights from a file, such as ``model.safetensors`` of a work directory, into a network.
 
     Args:
         model: a network of the same architecture, bare or in a :class:`stseg.Segmenter`; changed in place.
-        path: file that :func:`stseg.save_weights`, :func:`stseg.fit` or :class:`stseg.SelfTrainer` wrote.
+        path: file written by :func:`stseg.save_weights`, :func:`stseg.fit` or :class:`stseg.SelfTrainer`.
 
     Raises:
         DataError: if the file is missing, damaged or of another architecture.
@@ -80,7 +81,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def copy_to_cpu(model: nn.Module) -> nn.Module:
-    """Return a copy that shares nothing with the model, on the CPU, in evaluation mode and without gradients."""
+    """Return an independent copy of the model on the CPU, in evaluation mode and without gradients."""
     return copy.deepcopy(model).to("cpu").eval().requires_grad_(False)
 
 
@@ -110,24 +111,24 @@ class StageState:
         return self.history[-1]
 
     def shown(self, numbers: dict[str, float]) -> dict[str, str]:
-        """Return what a progress bar shows: the last numbers, and the last mIoU in per cent."""
+        """Format the last numbers, and the last mIoU in percent, for a progress bar."""
         miou = self.history[-1].get("miou") if self.history else None
         shown = {name: f"{number:.3f}" for name, number in numbers.items()}
         return shown | ({} if miou is None else {"mIoU": f"{100 * miou:.1f}"})
 
 
 class StageCheckpoint:
-    """What a stage keeps: in a folder, or in memory where that is None.
+    """Checkpoint of a stage, in a folder, or in memory if ``folder`` is None.
 
-    ``model.safetensors`` is written last, so a folder that has it holds a finished stage. Of several processes the
-    first one writes.
+    ``model.safetensors`` is written last, so a folder that contains it holds a finished stage. Only the first process
+    writes.
 
     Args:
-        folder: made when there is something to write.
-        record: settings and data of the stage, of JSON's types.
+        folder: created on the first write.
+        record: settings and data of the stage, JSON-serializable.
 
     Raises:
-        WorkdirMismatchError: if the folder belongs to a stage of another record.
+        WorkdirMismatchError: if the folder belongs to a stage with a different record.
     """
 
     def __init__(self, folder: str | Path | None, record: dict[str, Any]) -> None:
@@ -144,7 +145,7 @@ class StageCheckpoint:
             return None
         load_weights(model, self.folder / "model.safetensors")
         if rank() == 0:
-            shutil.rmtree(self.folder / "state", ignore_errors=True)  # left over if killed right after the weights
+            shutil.rmtree(self.folder / "state", ignore_errors=True)  # left over if killed after the weights
         path = self.folder / "progress.json"
         try:
             return StageState(**(read_record(path) or {"missing": path}))
@@ -161,7 +162,7 @@ class StageCheckpoint:
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             return StageState(**saved["progress"])
-        except Exception as error:  # torch raises many kinds for a broken file, with advice that does not fit here
+        except Exception as error:  # torch raises many types for a broken file, with advice that does not apply
             raise DataError(
                 f"{path} is damaged ({type(error).__name__}); delete it to start the stage from its beginning"
             ) from error
@@ -178,19 +179,19 @@ class StageCheckpoint:
         write_atomically(self.folder / "state" / "latest.pt", lambda file: torch.save(content, file))
 
     def write_history(self, state: StageState) -> None:
-        """Replace the history by what it is now."""
+        """Replace the saved history."""
         if self.folder is not None and rank() == 0:
             lines = "".join(json.dumps(row) + "\n" for row in state.history)
             write_atomically(self.folder / "history.jsonl", lambda file: file.write(lines.encode()))
 
     def add_snapshot(self, model: nn.Module, at: int) -> nn.Module:
-        """Keep a copy of the model as it is."""
+        """Keep a copy of the current model."""
         if self.folder is not None and rank() == 0:
             save_weights(model, self._snapshot(at))
         return copy_to_cpu(model)
 
     def snapshot(self, model: nn.Module, at: int) -> nn.Module:
-        """Return a copy of the model with the weights that were kept."""
+        """Return a copy of the model with the weights of a snapshot."""
         copied = copy_to_cpu(model)
         load_weights(copied, self._snapshot(at))
         return copied
@@ -203,7 +204,7 @@ class StageCheckpoint:
             save_weights(model, self.folder / "state" / "best.safetensors")
 
     def load_best(self, model: nn.Module) -> None:
-        """Give the model the weights that were best."""
+        """Load the best weights into the model."""
         barrier()
         if self.folder is not None:
             load_weights(model, self.folder / "state" / "best.safetensors")
@@ -211,8 +212,8 @@ class StageCheckpoint:
             model.load_state_dict(self._best)
 
     def finish(self, model: nn.Module, state: StageState) -> None:
-        """Write the result and remove what was only needed on the way."""
-        barrier()  # all have read the best weights by now
+        """Write the result and remove intermediate files."""
+        barrier()  # all processes have read the best weights
         if self.folder is not None and rank() == 0:
             write_record(self.folder / "progress.json", asdict(state))
             save_weights(model, self.folder / "model.safetensors")

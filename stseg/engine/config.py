@@ -24,34 +24,34 @@ class TrainConfig:
     Length and batches:
 
     Args:
-        epochs: passes over the data set, of two streams over the longer one. Either this or ``steps``.
-        steps: number of iterations instead, so that stages of different sizes can be given equal work.
-        batch_size: images of a step, over all processes together.
-        unlabeled_batch_size: of the unlabeled stream; None takes ``batch_size``.
+        epochs: passes over the data set; with two streams, over the longer one. Either this or ``steps``.
+        steps: number of iterations, so that stages on data sets of different sizes take equally long.
+        batch_size: labeled images per step, over all processes.
+        unlabeled_batch_size: unlabeled images per step; None uses ``batch_size``.
         weak: augmentation of every training image: a :class:`stseg.WeakAugment`, a torchvision v2 transform,
-            :func:`stseg.augment.from_albumentations`, or any function ``(image, mask) -> (image, mask)``. All images
-            must come out in one size. None takes items as they are.
+            :func:`stseg.augment.from_albumentations`, or any function ``(image, mask) -> (image, mask)``. All results
+            must have the same size. None uses items as they are.
         ignore_index: mask value of pixels without a label.
-        seed: of everything random in the stage.
+        seed: seed of all random numbers of the stage.
         optimizer: ``"sgd"``, ``"adamw"``, or a function of parameter groups that returns an optimizer, such as
-            ``functools.partial(torch.optim.RAdam, weight_decay=0.01)``. Its learning rates are those of the groups.
+            ``functools.partial(torch.optim.RAdam, weight_decay=0.01)``. Learning rates come from the groups.
         lr: learning rate of the backbone.
-        head_lr_factor: everything that is not backbone learns at ``head_lr_factor * lr``. A network in which no
-            backbone is found learns at ``lr`` as a whole.
-        backbone: name of the submodule that is the backbone, such as ``"model.encoder"``; None takes ``encoder``,
-            ``backbone`` or what ``base_model_prefix`` names.
+        head_lr_factor: learning rate of everything but the backbone, as a multiple of ``lr``. A network in which no
+            backbone is found learns at ``lr``.
+        backbone: name of the backbone submodule, such as ``"model.encoder"``; None uses ``encoder``, ``backbone`` or
+            the one that ``base_model_prefix`` names.
         momentum: momentum of ``"sgd"``.
         weight_decay: weight decay of ``"sgd"`` and ``"adamw"``.
         power: exponent of the schedule: all learning rates are multiplied by ``(1 - step / steps) ** power``.
-        schedule: ``(step, steps) -> factor`` instead of that.
-        sync_batchnorm: whether batch normalization takes its statistics from the images of all processes. Changes
-            nothing in a single process.
+        schedule: ``(step, steps) -> factor``, in place of the polynomial schedule.
+        sync_batchnorm: whether batch normalization uses the statistics of all processes. No effect in a single
+            process.
         precision: ``"fp32"``, or ``"bf16"`` for bfloat16 autocast with float32 weights.
-        num_workers: processes that read and augment, per device. They do not change the result.
-        eval_batch_size: images of equal size that are evaluated, labeled or ranked at once.
-        eval_every: a row of the history, with validation, each so many epochs (steps where the length is given in
-            steps) and at the end; None: every epoch, or about twenty rows.
-        save_every: seconds between saves of the state of a training that is under way.
+        num_workers: worker processes per device; does not change the result.
+        eval_batch_size: batch size of evaluation, labeling and ranking.
+        eval_every: epochs (steps if the length is given in steps) between rows of the history, each with validation;
+            there is always one at the end. None: every epoch, or about twenty rows.
+        save_every: seconds between saves of the training state.
 
     Raises:
         ValueError: if a setting is out of its range; names it.
@@ -127,7 +127,7 @@ class TrainConfig:
 
     @property
     def length(self) -> int:
-        """How many epochs, or steps where the length is given in steps."""
+        """Number of epochs, or of steps if the length is given in steps."""
         return self.epochs or self.steps or 0
 
     @classmethod
@@ -162,7 +162,7 @@ class TrainConfig:
         return cls(**settings)
 
     def provenance(self) -> dict[str, Any]:
-        """Return what the result depends on, of JSON's types."""
+        """Return the settings that the result depends on, JSON-serializable."""
         recorded = [each.name for each in fields(self) if each.metadata.get("record", True)]
         return {name: describe(getattr(self, name)) for name in recorded}
 

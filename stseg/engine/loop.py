@@ -39,9 +39,9 @@ class FitResult:
     Attributes:
         model: the trained network, wrapped, in evaluation mode, on the device it was trained on.
         snapshots: copies of it on the CPU, in the order of training.
-        history: rows of ``epoch``, ``step``, ``lr``, ``loss``, what the method logged, ``miou`` (with validation) and
-            ``seconds``.
-        seconds: duration, over all runs if it was interrupted.
+        history: rows of ``epoch``, ``step``, ``lr``, ``loss``, the values that the method logged, ``miou`` (with
+            validation) and ``seconds``.
+        seconds: duration, summed over all runs if interrupted.
     """
 
     model: nn.Module = field(repr=False)
@@ -64,10 +64,10 @@ def run_stage(
     progress: bool = True,
     title: str = "train",
 ) -> FitResult:
-    """Train a method on data that have been validated; arguments as those of :func:`stseg.fit`.
+    """Train a method on validated data; arguments as for :func:`stseg.fit`.
 
     Args:
-        method: on its device.
+        method: the method, on its device.
         streams: the labeled and the unlabeled stream, which know the number of classes.
         config: the settings.
         facts: fingerprints of the data, by name.
@@ -75,7 +75,7 @@ def run_stage(
         snapshots: after which epochs or steps to keep a copy.
         keep: which weights to return.
         workdir: folder of the stage.
-        log: function of each row.
+        log: called with each row.
         progress: whether to show a bar.
         title: name on the bar and in messages.
     """
@@ -164,7 +164,7 @@ def _distribute(method: Method, device: torch.device, *, find_unused_parameters:
 
 
 def _mean_iou(method: Method, val: Items | None, num_classes: int | None, config: TrainConfig) -> float | None:
-    """None without validation; NaN where the logits are not finite: the next training step will say so."""
+    """Return None without validation, and NaN if logits are not finite: the next training step reports that."""
     if val is None or num_classes is None:
         return None
     with suppress(NetworkError):

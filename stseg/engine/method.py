@@ -1,4 +1,4 @@
-"""The interface between a training method and the engine: a module, batch in, loss out."""
+"""Interface between a training method and the engine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from stseg.types import PairTransform
 
 
 class Batch(NamedTuple):
-    """What one process learns from in one step, on its device.
+    """Training data of one process for one step, on its device.
 
-    ``torch.no_grad``, autocast, devices and processes are the engine's concern; in a training loop of your own, fill
-    in what the method uses.
+    In a custom training loop, set the fields that the method uses.
     """
 
     images: Tensor
@@ -42,7 +41,7 @@ class Batch(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What a method returns for a batch."""
+    """Losses of a batch."""
 
     total: Tensor
     """The scalar to differentiate. Its mean over the processes is the loss of the whole batch."""
@@ -56,8 +55,8 @@ class Method(nn.Module):
     A method is a module that holds its networks and maps a :class:`Batch` to :class:`Losses`. Everything that changes
     from step to step is a parameter, a buffer or a submodule of it, so that its state dict is its whole state: the
     engine moves it to the device, saves it, resumes it and distributes it. All random numbers come from torch's
-    generators. It contains nothing about devices, files, processes or precision. Set ``model``, write ``forward``;
-    the other methods are optional.
+    generators. It need not deal with devices, files, processes or precision. Set ``model`` and implement
+    ``forward``; the other methods are optional.
 
     Example:
         >>> from stseg.functional import cross_entropy, entropy
@@ -82,37 +81,37 @@ class Method(nn.Module):
     """
 
     model: nn.Module
-    """``(B, C, H, W)`` images to ``(B, K, H, W)`` logits: what is validated, snapshotted, saved and returned."""
+    """``(B, C, H, W)`` images to ``(B, K, H, W)`` logits: the model that is validated, saved and returned."""
 
     uses_unlabeled: ClassVar[bool] = True
-    """Whether the method learns from the unlabeled stream. Without one it is then refused before training starts."""
+    """Whether the method learns from the unlabeled stream. If True, training without one raises an error."""
 
     def forward(self, batch: Batch) -> Losses:
-        """Compute the losses of a batch. All that needs gradients happens here, in training mode, under autocast."""
+        """Compute the losses of a batch, in training mode under autocast. All that needs gradients belongs here."""
         raise NotImplementedError(f"{type(self).__name__} must implement forward(batch) -> Losses")
 
     def after_step(self, batch: Batch) -> None:
-        """Update what does not learn by gradients, such as moving averages; called after each optimizer step."""
+        """Update state that is not learned by gradients, such as moving averages; called after each optimizer step."""
 
     def optimizers(self, config: TrainConfig) -> Sequence[torch.optim.Optimizer]:
-        """Build the optimizers, which together hold every trainable parameter once.
+        """Build the optimizers, which together hold every trainable parameter exactly once.
 
-        By default one over everything, with backbones and heads at their rates. All learning rates follow
+        By default a single one, with separate learning rates for backbones and heads. All learning rates follow
         ``config.schedule``.
         """
         return [build_optimizer(self, config)]
 
     def view(self, image: Tensor, weak: PairTransform) -> tuple[Any, Tensor | None]:
-        """Make what the method sees of one unlabeled image; called in the data-loading workers.
+        """Make the view of one unlabeled image; called in the data-loading workers.
 
         Args:
             image: ``(C, H, W)`` uint8 or float in [0, 1].
             weak: the weak augmentation, ``(image, mask) -> (image, mask)``.
 
         Returns:
-            Tensors in any nesting of tuples, lists and dictionaries, which are stacked to ``batch.unlabeled``, and
-            ``(H, W)`` bool, which become ``batch.valid``, or None. By default one weak crop and its pixels that are
-            not padding. uint8 tensors become float in [0, 1] on the device.
+            Tensors in any nesting of tuples, lists and dictionaries, stacked to ``batch.unlabeled``; and ``(H, W)``
+            bool, stacked to ``batch.valid``, or None. By default one weak crop, and which of its pixels are not
+            padding. uint8 tensors are converted to float in [0, 1] on the device.
         """
         return weak_crop(image, weak)
 
@@ -124,7 +123,7 @@ def weak_crop(image: Tensor, weak: PairTransform) -> tuple[Tensor, Tensor]:
 
 
 def provenance_of(method: Method) -> dict[str, dict[str, Any]]:
-    """Return the settings of a method and the architecture of its networks, of JSON's types.
+    """Return the settings of a method and the architecture of its networks, JSON-serializable.
 
     Settings are the attributes, and the modules without parameters, whose names do not begin with an underscore.
 
@@ -146,5 +145,5 @@ def provenance_of(method: Method) -> dict[str, dict[str, Any]]:
 
 
 def view_of(method: Method) -> Callable[[Tensor, PairTransform], tuple[Any, Tensor | None]]:
-    """Return the method's own view, or :func:`weak_crop`, so that workers need not hold the weights of a method."""
+    """Return the method's own view, or :func:`weak_crop`, which spares the workers a copy of the weights."""
     return weak_crop if type(method).view is Method.view else method.view

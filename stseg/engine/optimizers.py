@@ -1,4 +1,4 @@
-"""Parameter groups and optimizers of a method, and the learning rate of a step."""
+"""Parameter groups, optimizers and learning rates."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from stseg.models.segmenter import Segmenter
 
 
 def parameter_groups(module: nn.Module, config: TrainConfig) -> ParameterGroups:
-    """Split the trainable parameters: backbones at the base learning rate, the rest at ``head_lr_factor`` times that.
+    """Group the trainable parameters: backbones at the base learning rate, the rest at ``head_lr_factor`` times it.
 
     Args:
-        module: a network, or a method with one network or several. A network without a backbone learns at the base
-            rate as a whole; what belongs to no network, such as an auxiliary decoder, learns as a head.
+        module: a network, or a method with one or more networks. A network without a backbone learns at the base rate;
+            parameters outside of any network, such as an auxiliary decoder, learn as a head.
         config: the settings.
 
     Raises:
@@ -37,7 +37,7 @@ def parameter_groups(module: nn.Module, config: TrainConfig) -> ParameterGroups:
 
 
 def _networks(module: nn.Module) -> Iterator[nn.Module]:
-    """The bare networks in a method; a module that holds no wrapped network is one itself."""
+    """Yield the bare networks of a method; a module without a wrapped network counts as one."""
     wrapped = [each.network for each in module.modules() if isinstance(each, Segmenter)]
     trained = [network for network in wrapped if any(p.requires_grad for p in network.parameters())]
     yield from trained if wrapped else [module]
@@ -60,14 +60,14 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 
 def keep_initial_rates(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Note the learning rate of each group, which the schedule multiplies, as torch's own schedulers do."""
+    """Store the initial learning rate of each group for the schedule, as torch's schedulers do."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], config: TrainConfig, step: int, steps: int) -> float:
-    """Give every group its learning rate of a step, and return the factor of all of them."""
+    """Set the learning rates of a step, and return their common factor."""
     schedule = config.schedule or (lambda step, steps: polynomial_decay(step, steps, config.power))
     factor = schedule(step, steps)
     for optimizer in optimizers:

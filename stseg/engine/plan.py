@@ -1,4 +1,4 @@
-"""What happens at which step of a stage."""
+"""Schedule of a stage: its length, history rows and snapshots."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from stseg.engine.config import TrainConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """Length of a stage, its rows of history and its snapshots.
+    """Length, history rows and snapshots of a stage.
 
     Attributes:
         steps: length in steps.
         steps_per_epoch: steps of a pass over the longer stream.
         rows: after which steps a row is added to the history.
-        snapshots: after which epochs a copy is kept; after which steps where the length is given in steps.
+        snapshots: after which epochs (steps if the length is given in steps) a copy is kept.
         unit: steps between two values of ``snapshots``: those of an epoch, or 1.
     """
 
@@ -53,6 +53,6 @@ class Plan:
         return cls(steps, steps_per_epoch, frozenset(rows), wanted, unit)
 
     def snapshot_at(self, step: int) -> int | None:
-        """Return which snapshot is due once so many steps are done, if one is."""
+        """Return the snapshot that is due after ``step`` steps; None if there is none."""
         at, rest = divmod(step, self.unit)
         return at if not rest and at in self.snapshots else None

@@ -21,32 +21,32 @@ def training_step(
     batch: Batch,
     config: TrainConfig,
 ) -> dict[str, float]:
-    """Change the weights by one step.
+    """Run one training step.
 
     Args:
         network: the method, in training mode; inside DistributedDataParallel where there are several processes.
         method: the method itself.
         optimizers: its optimizers.
-        batch: what this process learns from.
+        batch: the batch of this process.
         config: the settings.
 
     Returns:
-        The loss, as ``"loss"``, and what the method logged; means over all processes.
+        The loss, as ``"loss"``, and the values that the method logged; means over all processes.
 
     Raises:
-        FloatingPointError: if loss or gradients are not finite; method and optimizers are left as they were.
+        FloatingPointError: if loss or gradients are not finite; method and optimizers are then unchanged.
     """
-    # Buffers change in the forward pass: a batch that ruins the loss ruins the running statistics as well.
+    # Buffers change in the forward pass: a batch with a non-finite loss also corrupts the running statistics.
     buffers = list(method.buffers())
     before = [buffer.clone() for buffer in buffers]
-    with synchronized_batchnorm(config.sync_batchnorm):  # in the backward pass too: it may compute layers again
+    with synchronized_batchnorm(config.sync_batchnorm):  # also in the backward pass, which may recompute layers
         with autocast(batch.images.device, config.precision):
             losses: Losses = network(batch)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         losses.total.backward()  # type: ignore[no-untyped-call]
     parameters = [p for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)  # which clips nothing
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)  # clips nothing
     total = losses.total.detach().float()
     logged = [torch.as_tensor(value, device=total.device).detach().float() for value in losses.logged.values()]
     values = all_reduce_sum(torch.stack([total, *logged])) / world_size()

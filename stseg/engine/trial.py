@@ -1,4 +1,4 @@
-"""One training step on a copy of a method, before time is spent."""
+"""Trial of one training step on a copy of a method before training starts."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from stseg.seeds import derive_seed, fixed_seed
 def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]:
     """Run one forward pass, backward pass and update on a copy of the method, with the first batch of the training.
 
-    The method and the states of all random generators are left as they were.
+    The method and all random generators are unchanged afterwards.
 
     Returns:
         Names of the trainable parameters that got no gradient.
 
     Raises:
-        MethodError: if the step fails, or the method does not keep to the interface: says where and why.
-        ValueError: if the method's ``strong`` writes another ignore index into masks than the config's.
+        MethodError: if the step fails, or the method does not implement the interface; says where and why.
+        ValueError: if the method's ``strong`` writes a different ignore index into masks than the config's.
     """
     name = type(method).__name__
     check_model(method)
@@ -43,14 +43,14 @@ def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]
     device = device_of(method)
     try:
         trial = copy.deepcopy(method).train()
-    except Exception as error:  # of any kind: each network has its own reasons
+    except Exception as error:  # of any type
         raise MethodError(f"{name} cannot be copied (copy.deepcopy), as snapshots are: {error}") from error
     steps = Plan.of(config, streams.steps_per_epoch).steps
     try:
         batch = next(streams.batches(range(1), total=steps, device=device, num_workers=0))
     except StsegError:
         raise
-    except Exception as error:  # of any kind: the view is the method's own
+    except Exception as error:  # of any type: the view is user code
         raise MethodError(f"the first batch of {name} cannot be made: {type(error).__name__}: {error}") from error
     seed = derive_seed(config.seed, "step", 0, rank())
     with fixed_seed(seed), preserved_random_state(device):
@@ -69,11 +69,11 @@ def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]
                 trial.after_step(batch)
         except StsegError:
             raise
-        except Exception as error:  # of any kind: it is the user's network, loss, augmentation or method
+        except Exception as error:  # of any type: user code
             shapes = f"images {tuple(batch.images.shape)}" + (
                 f", unlabeled {tuple(batch.unlabeled.shape)}" if isinstance(batch.unlabeled, Tensor) else ""
             )
-            # What torch's own losses say of a mask value that is not a class, where the method's author forgot it.
+            # The message of torch's losses for a mask value that is not a class.
             unknown = isinstance(error, IndexError) and f"Target {config.ignore_index} is out of bounds" in str(error)
             hint = f" (masks hold {config.ignore_index} where there is no label: ignore_index=...)" if unknown else ""
             raise MethodError(
@@ -128,6 +128,6 @@ def _check_optimizers(method: Method, optimizers: Sequence[torch.optim.Optimizer
 
 @contextmanager
 def preserved_random_state(device: torch.device) -> Iterator[None]:
-    """Leave torch's generators as they were before."""
+    """Restore the states of torch's generators on exit."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

@@ -1,4 +1,4 @@
-"""The mathematics: pure, batched functions on tensors of any device."""
+"""Pure, batched functions on tensors of any device."""
 
 from stseg.functional.classes import one_hot
 from stseg.functional.confidence import expected_iou, mean_certainty, mean_confidence, mean_margin

@@ -11,7 +11,7 @@ from stseg.functional._checks import countable
 
 
 def mean_over_classes(common: Tensor, union: Tensor, counts: Tensor, power: float) -> Tensor:
-    """``(B,)`` means of the IoU of the classes that count, each weighted by the power of its area; all ``(B, K)``."""
+    """Average the IoU of the classes that count, weighted by a power of their area: ``(B, K)`` -> ``(B,)``."""
     # Areas as shares of the largest: their powers always fit into a float.
     area = torch.where(counts, union.double(), 0.0)
     weight = torch.where(counts, (area / area.amax(1, keepdim=True)) ** power, 0.0)
@@ -19,7 +19,7 @@ def mean_over_classes(common: Tensor, union: Tensor, counts: Tensor, power: floa
 
 
 def class_areas(mask: Tensor, num_classes: int) -> Tensor:
-    """``(B, K)`` int64: pixels of each class in each image of ``(B, H, W)``."""
+    """Count the pixels of each class in each image: ``(B, H, W)`` -> ``(B, K)`` int64."""
     offset = torch.arange(len(mask), device=mask.device)[:, None] * num_classes
     cells = torch.bincount((mask.flatten(1) + offset).flatten(), minlength=len(mask) * num_classes)
     return countable(cells).reshape(len(mask), num_classes)

@@ -1,4 +1,4 @@
-"""Checks that functions share: shapes, dtypes and class indices."""
+"""Shared checks of shapes, dtypes and class indices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class indices: how many there are, and the dtype that holds them."""
+"""Class indices: their number and dtype."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def check_classes(num_classes: int, ignore_index: int) -> None:
-    """Raise an error unless both are integers and make sense together."""
+    """Raise an error unless both are integers, there are two or more classes, and the ignore index is not one."""
     for name, value in (("num_classes", num_classes), ("ignore_index", ignore_index)):
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}; expected an integer")
@@ -23,7 +23,7 @@ def check_classes(num_classes: int, ignore_index: int) -> None:
 
 
 def index_dtype(num_classes: int, ignore_index: int) -> torch.dtype:
-    """The dtype of predicted masks: uint8 where classes and ignore index fit in it, else int32."""
+    """Return the dtype of predicted masks: uint8 if classes and ignore index fit, else int32."""
     return torch.uint8 if num_classes <= 256 and 0 <= ignore_index <= 255 else torch.int32
 
 

@@ -57,8 +57,8 @@ def mean_certainty(logits: Tensor) -> Tensor:
         logits: ``(B, K, H, W)`` float logits or log-probabilities.
 
     Returns:
-        ``(B,)`` float64 scores in ``[0, 1]``: 1 where each pixel has one class for sure, 0 where all K classes are
-        equally probable; NaN for images with NaN logits.
+        ``(B,)`` float64 scores in ``[0, 1]``: 1 where each pixel has a class of probability 1, 0 where all K
+        classes are equally probable; NaN for images with NaN logits.
 
     Raises:
         ValueError: if logits are not 4-dimensional floats of two or more classes and one or more pixels.
@@ -72,16 +72,16 @@ def mean_certainty(logits: Tensor) -> Tensor:
 
 
 def expected_iou(logits: Tensor, *, power: float = 0.0) -> Tensor:
-    """Compute the mean IoU of an image's mask if its probabilities were right; not part of the paper.
+    """Compute the mean IoU of the predicted mask expected under its own probabilities; not part of the paper.
 
-    Let a mask give the class *c* to the pixels *M*, and let *p* be the probability of *c* at each pixel. The sum of
-    *p* over *M* is then how many of these are right, and its sum over all pixels how many there are of the class; both
-    give the class an IoU. The score is the mean over the classes in the mask. It is to
-    :func:`stseg.functional.mean_confidence` what the mean IoU is to the share of right pixels.
+    Let *M* be the pixels predicted as class *c*, and *p* the probability of *c* at each pixel. The sum of *p* over *M*
+    is the expected number of correct pixels in *M*, and its sum over all pixels the expected area of the class; both
+    give an IoU of the class. The score is the mean over the predicted classes. It relates to
+    :func:`stseg.functional.mean_confidence` as mean IoU relates to pixel accuracy.
 
     Args:
         logits: ``(B, K, H, W)`` float logits or log-probabilities.
-        power: the IoU of each class weighs as this power of its area, the expected union; 0 or more.
+        power: the IoU of each class is weighted by this power of its area, the expected union; 0 or more.
 
     Returns:
         ``(B,)`` float64 scores in ``[0, 1]``; NaN for images with NaN logits.
@@ -114,5 +114,5 @@ def _probabilities(logits: Tensor) -> Tensor:
 
 
 def _mean_over_pixels(values: Tensor) -> Tensor:
-    """``(B, H, W)`` -> ``(B,)`` float64."""
+    """Average over pixels: ``(B, H, W)`` -> ``(B,)`` float64."""
     return countable(values).flatten(1).mean(1, dtype=torch.float64)

@@ -14,10 +14,10 @@ def confusion_matrix(
     """Count how often each class was predicted where each class is true.
 
     Args:
-        prediction: integer class maps of any shape; values in ``[0, num_classes)`` wherever the target counts.
+        prediction: integer class maps of any shape; values in ``[0, num_classes)`` wherever the target is not ignored.
         target: integer class maps of the same shape.
         num_classes: number of classes.
-        ignore_index: target value of pixels that do not count.
+        ignore_index: target value of ignored pixels.
 
     Returns:
         ``(num_classes, num_classes)`` int64: rows are the true class, columns the predicted one.
@@ -40,7 +40,7 @@ def confusion_matrix(
 
 
 def compute_confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
-    """Compute :func:`confusion_matrix` of class maps that are known to be valid."""
+    """Compute :func:`confusion_matrix` of valid class maps, without checks."""
     cells = target.long().flatten() * num_classes + prediction.long().flatten()
     if ignore_index is not None:
         cells = torch.where(target.flatten() != ignore_index, cells, num_classes**2)
@@ -73,7 +73,7 @@ def mean_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ignore_ind
         prediction: integer class maps of any shape.
         target: integer class maps of the same shape.
         num_classes: number of classes.
-        ignore_index: target value of pixels that do not count.
+        ignore_index: target value of ignored pixels.
 
     Returns:
         float64 scalar in [0, 1]; NaN if no pixel counts.

@@ -1,4 +1,4 @@
-"""Consistency of two views with confident labels: the target, its loss, and how much of it is used."""
+"""Consistency of two views by confident labels: target, loss, and share of pixels used."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from stseg.functional.losses import mean_over_processes
 def consistency_target(
     logits: Tensor, *, threshold: float, valid: Tensor | None = None, ignore_index: int = 255
 ) -> Tensor:
-    """Make a target of the logits of one view for another view of the same pixels.
+    """Make a target for one view from the logits of another view of the same pixels.
 
-    One integer map tells three kinds of pixels apart, so that augmentations move and blank it like any mask: those with
-    a class, those that are not confident enough ("unsure"; they count in the denominator alone), and ignored ones.
+    The target is an integer map, so that augmentations treat it as a mask. Its pixels have a class, are not confident
+    enough ("unsure": counted in the denominator only), or are ignored.
 
     Args:
         logits: ``(B, K, H, W)`` floats; no gradient flows back to them.
-        threshold: the confidence, probability of the most probable class, from which a pixel gets that class.
-        valid: ``(B, H, W)`` bool, False where there is no image, such as in padding; all valid if it is not given.
-        ignore_index: value of pixels that are not valid; no class.
+        threshold: least confidence, the probability of the most probable class, for which a pixel gets that class.
+        valid: ``(B, H, W)`` bool, False where there is no image, such as in padding; None if all are valid.
+        ignore_index: value of pixels that are not valid; must not be a class.
 
     Returns:
         ``(B, H, W)`` int64: a class, or K (K + 1 if that is the ignore index) where unsure, or ``ignore_index``.
 
     Raises:
-        ValueError: if the threshold is no probability, or the ignore index is a class.
+        ValueError: if the threshold is not in [0, 1], or the ignore index is a class.
 
     Example:
         >>> logits = torch.tensor([[9.0, 0.0, 9.0], [0.0, 0.0, 0.0]]).reshape(1, 2, 1, 3)
@@ -40,7 +40,7 @@ def consistency_target(
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a probability in [0, 1]")
     logits = logits.detach()
-    # Not the arg max of the softmax, whose rounding makes equal what is not.
+    # Not the arg max of the softmax: rounding creates ties.
     target, confidence = logits.argmax(1), logits.float().softmax(1).amax(1)
     unsure = num_classes + int(ignore_index == num_classes)
     target = torch.where(confidence >= threshold, target, unsure)
@@ -48,18 +48,18 @@ def consistency_target(
 
 
 def consistency_loss(logits: Tensor, target: Tensor, *, ignore_index: int = 255) -> Tensor:
-    """Compute the cross-entropy with the sure pixels of a target, by the number of all that are not ignored.
+    """Compute the cross-entropy summed over the sure pixels of a target, divided by the number of valid pixels.
 
-    The unsupervised loss of FixMatch for segmentation as in UniMatch (Yang et al., CVPR 2023, section 3.1): the fewer
-    pixels are sure, the less it weighs.
+    The unsupervised loss of FixMatch for segmentation as in UniMatch (Yang et al., CVPR 2023, section 3.1).
 
     Args:
         logits: ``(B, K, H, W)`` floats.
-        target: ``(B, H, W)`` int64, of :func:`consistency_target`, augmented or not.
-        ignore_index: value of pixels that do not count.
+        target: ``(B, H, W)`` int64, from :func:`consistency_target`, augmented or not.
+        ignore_index: value of ignored pixels.
 
     Returns:
-        Scalar: the sum over sure pixels by the number of sure and unsure ones, of all processes; 0 if there is none.
+        Scalar: the sum over sure pixels divided by the number of sure and unsure ones, over all processes; 0 if there
+        are none.
 
     Example:
         >>> consistency_loss(torch.zeros(1, 2, 1, 3), torch.tensor([[[0, 2, 255]]]))  # log(2) / 2
@@ -72,12 +72,12 @@ def consistency_loss(logits: Tensor, target: Tensor, *, ignore_index: int = 255)
 
 
 def sure_share(target: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
-    """Compute the share of the pixels with a class among those that are not ignored.
+    """Compute the share of sure pixels among those that are not ignored.
 
     Args:
-        target: ``(B, H, W)`` int64, of :func:`consistency_target`.
+        target: ``(B, H, W)`` int64, from :func:`consistency_target`.
         num_classes: number of classes.
-        ignore_index: value of pixels that do not count.
+        ignore_index: value of ignored pixels.
 
     Returns:
         float32 scalar, whose mean over the processes is the share of all their pixels; 0 if none counts.

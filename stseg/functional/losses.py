@@ -1,8 +1,8 @@
-"""Losses of the training methods: each the mean over the pixels that count, of all processes.
+"""Losses of the training methods, averaged over the pixels of all processes that are not ignored.
 
-A sum over pixels is divided by a number of pixels that all processes have together (:func:`mean_over_processes`), so
-that any number of processes trains as one. All processes must therefore call the same losses in the same order.
-Nothing here waits for the device, but for :func:`without_ignored`. Logits of half precision are taken to float32.
+A sum over pixels is divided by the total number of pixels in all processes (:func:`mean_over_processes`), so that the
+result does not depend on the number of processes. All processes must call the same losses in the same order. Nothing
+synchronizes with the device except :func:`without_ignored`. Half-precision logits are converted to float32.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from stseg.types import Criterion
 
 
 def mean_over_processes(total: Tensor, count: Tensor) -> Tensor:
-    """Divide a sum by how many terms all processes have together.
+    """Divide a sum by the total number of terms in all processes.
 
-    DistributedDataParallel averages gradients over the processes, hence the factor: the result is ``total`` times the
-    number of processes by the sum of all counts, and its mean over the processes is the mean over all their terms.
+    The result is ``total`` times the number of processes, divided by the sum of all counts. As
+    DistributedDataParallel averages gradients over processes, the average is the mean over all terms.
 
     Args:
-        total: scalar, the sum of this process.
-        count: scalar, how many terms it has; no gradient flows through it.
+        total: scalar, the sum in this process.
+        count: scalar, the number of its terms; no gradient flows through it.
 
     Returns:
-        Scalar; 0 where no process has a term.
+        Scalar; 0 if no process has a term.
 
     Example:
         >>> mean_over_processes(torch.tensor(6.0), torch.tensor(4))
@@ -44,15 +44,16 @@ def cross_entropy(logits: Tensor, masks: Tensor, *, weight: Tensor | None = None
     Args:
         logits: ``(B, K, H, W)`` floats.
         masks: ``(B, H, W)`` integers.
-        weight: float or bool, ``(B, H, W)`` or with sides of 1, such as ``(B, 1, 1)`` for one value for each image.
-            It multiplies the loss of a pixel, not its part in the denominator: a pixel of weight 0 still counts.
-        ignore_index: mask value of pixels that do not count.
+        weight: float or bool, broadcastable to ``(B, H, W)``, such as ``(B, 1, 1)`` for one value per image. It
+            multiplies the loss of a pixel but not the denominator: a pixel of weight 0 still counts.
+        ignore_index: mask value of ignored pixels.
 
     Returns:
-        Scalar: the weighted sum by the number of pixels that are not ignored, of all processes; 0 if there is none.
+        Scalar: the weighted sum divided by the number of pixels that are not ignored, over all processes; 0 if there
+        are none.
 
     Raises:
-        ValueError: if ``weight`` has another shape.
+        ValueError: if ``weight`` has a shape that cannot be broadcast.
 
     Example:
         >>> logits, masks = torch.zeros(1, 2, 1, 2), torch.tensor([[[1, 255]]])
@@ -86,23 +87,23 @@ def ohem_cross_entropy(
         logits: ``(B, K, H, W)`` floats.
         masks: ``(B, H, W)`` integers.
         threshold: probability up to which a pixel is hard.
-        min_kept: how many pixels are kept at least, where there are so many.
-        ignore_index: mask value of pixels that do not count.
+        min_kept: least number of pixels to keep, if available.
+        ignore_index: mask value of ignored pixels.
 
     Returns:
-        Scalar: the sum over the kept pixels by their number, of all processes; 0 if there is none.
+        Scalar: the mean over the kept pixels of all processes; 0 if there are none.
 
     Example:
-        >>> logits = torch.tensor([[9.0, 0.0], [0.0, 0.0]]).reshape(1, 2, 1, 2)  # of the first pixel it is sure
+        >>> logits = torch.tensor([[9.0, 0.0], [0.0, 0.0]]).reshape(1, 2, 1, 2)  # the first pixel is easy
         >>> ohem_cross_entropy(logits, torch.zeros(1, 1, 2, dtype=torch.int64), min_kept=1)
         tensor(0.6931)
     """
     counted = masks != ignore_index
     losses = F.cross_entropy(_at_least_float32(logits), masks.long(), ignore_index=ignore_index, reduction="none")
-    probability = (-losses.detach()).exp().masked_fill(~counted, torch.inf)  # the last in the order
+    probability = (-losses.detach()).exp().masked_fill(~counted, torch.inf)  # sorted last
     least = min(min_kept, masks.numel())
     if least > 0:
-        # Not kthvalue, which torch.use_deterministic_algorithms forbids on a GPU.
+        # Not kthvalue, which is an error on a GPU under torch.use_deterministic_algorithms.
         kept = counted & (probability <= probability.flatten().sort().values[least - 1].clamp(min=threshold))
     else:
         kept = counted & (probability <= threshold)
@@ -114,14 +115,14 @@ def squared_difference(prediction: Tensor, target: Tensor, *, where: Tensor | No
 
     Args:
         prediction: ``(B, K, H, W)`` floats, probabilities or logits.
-        target: ``(B, K, H, W)`` floats. The gradient flows to it as well, unless it is detached.
-        where: ``(B, H, W)`` bool, the pixels that count; all if it is not given.
+        target: ``(B, K, H, W)`` floats. Gradients flow to it as well unless it is detached.
+        where: ``(B, H, W)`` bool, the pixels that count; None for all.
 
     Returns:
         Scalar: the mean over the pixels of all processes; 0 if none counts.
 
     Raises:
-        ValueError: if the shapes differ, or ``where`` has another one.
+        ValueError: if the shapes differ, or that of ``where`` does not match.
 
     Example:
         >>> squared_difference(torch.ones(1, 2, 1, 1), torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1))
@@ -137,13 +138,13 @@ def entropy(logits: Tensor, *, where: Tensor | None = None) -> Tensor:
 
     Args:
         logits: ``(B, K, H, W)`` floats.
-        where: ``(B, H, W)`` bool, the pixels that count; all if it is not given.
+        where: ``(B, H, W)`` bool, the pixels that count; None for all.
 
     Returns:
         Scalar from 0 to ``log K``: the mean over the pixels of all processes; 0 if none counts.
 
     Raises:
-        ValueError: if ``where`` has another shape.
+        ValueError: if the shape of ``where`` does not match.
 
     Example:
         >>> entropy(torch.zeros(1, 4, 2, 2))  # log 4
@@ -158,14 +159,14 @@ def adversarial_loss(scores: Tensor, *, real: bool, where: Tensor | None = None)
 
     Args:
         scores: ``(B, 1, H, W)`` floats, logits of "this is real".
-        real: what they should say.
-        where: ``(B, H, W)`` bool, the pixels that count; all if it is not given.
+        real: the label to learn.
+        where: ``(B, H, W)`` bool, the pixels that count; None for all.
 
     Returns:
         Scalar: the mean over the pixels of all processes; 0 if none counts.
 
     Raises:
-        ValueError: if scores have more than one channel, or ``where`` has another shape.
+        ValueError: if scores have more than one channel, or the shape of ``where`` does not match.
 
     Example:
         >>> adversarial_loss(torch.full((1, 1, 2, 2), 3.0), real=True)
@@ -179,21 +180,21 @@ def adversarial_loss(scores: Tensor, *, real: bool, where: Tensor | None = None)
 
 
 def supervised_loss(logits: Tensor, masks: Tensor, *, loss: Criterion | None = None, ignore_index: int = 255) -> Tensor:
-    """Compute the loss of masks: :func:`cross_entropy`, or what is put in its place.
+    """Compute the supervised loss: :func:`cross_entropy`, or a custom one.
 
     Args:
         logits: ``(B, K, H, W)`` floats.
         masks: ``(B, H, W)`` int64.
-        loss: ``(logits, masks) -> scalar``, such as a loss of segmentation_models_pytorch. It must know by itself
-            which mask value does not count (see :func:`without_ignored`), and is of the batch of one process.
-        ignore_index: mask value of pixels that do not count: for the cross-entropy, and for messages.
+        loss: ``(logits, masks) -> scalar``, such as a loss of segmentation_models_pytorch. It must
+            ignore pixels without a label itself (see :func:`without_ignored`), and covers the batch of one process.
+        ignore_index: mask value of ignored pixels, for the cross-entropy and for messages.
 
     Returns:
         Scalar.
 
     Raises:
-        TypeError: if ``loss`` returns no tensor.
-        ValueError: if it fails, or returns more than one value.
+        TypeError: if ``loss`` does not return a tensor.
+        ValueError: if ``loss`` fails, or returns more than one value.
 
     Example:
         >>> logits, masks = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)
@@ -206,7 +207,7 @@ def supervised_loss(logits: Tensor, masks: Tensor, *, loss: Criterion | None = N
         value = loss(logits, masks)
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # of any kind: each library has its own
+    except Exception as error:  # libraries raise different types
         raise ValueError(
             f"the loss {loss!r} fails on logits {tuple(logits.shape)} and masks {tuple(masks.shape)}: "
             f"{type(error).__name__}: {error}\n"
@@ -223,17 +224,17 @@ def supervised_loss(logits: Tensor, masks: Tensor, *, loss: Criterion | None = N
 
 
 def without_ignored(loss: Criterion, *, ignore_index: int = 255) -> nn.Module:
-    """Wrap a loss that has no ignore index, so that it sees only the pixels that count.
+    """Wrap a loss that has no ignore index, so that it gets only the pixels that are not ignored.
 
     Args:
-        loss: ``(logits, masks) -> scalar`` that does not look at where pixels lie, such as
-            ``smp.losses.JaccardLoss("multiclass")``. It is given all pixels that count as one image: logits
+        loss: ``(logits, masks) -> scalar`` that does not depend on the position of pixels, such as
+            ``smp.losses.JaccardLoss("multiclass")``. It is given all remaining pixels as one image: logits
             ``(1, K, N, 1)`` and masks ``(1, N, 1)``.
-        ignore_index: mask value of pixels that do not count.
+        ignore_index: mask value of ignored pixels.
 
     Returns:
-        The same kind of loss, for logits ``(B, K, H, W)`` and masks ``(B, H, W)``. It is 0, with a gradient of 0, where
-        no pixel counts. It waits for the device.
+        The same loss for logits ``(B, K, H, W)`` and masks ``(B, H, W)``; 0, with a gradient of 0, if all pixels are
+        ignored. It synchronizes with the device.
 
     Example:
         >>> loss = without_ignored(nn.CrossEntropyLoss())
@@ -261,7 +262,7 @@ class _WithoutIgnored(nn.Module):
 
 
 def _mean_of_pixels(values: Tensor, where: Tensor | None) -> Tensor:
-    """The mean of ``(B, H, W)`` values over the pixels that count."""
+    """Average ``(B, H, W)`` values over the pixels that count."""
     if where is None:
         return mean_over_processes(values.sum(), torch.full((), values.numel(), device=values.device))
     check_same_shape("where", where, "the map of pixels", values)

@@ -1,4 +1,4 @@
-"""Parts of one image in another: rectangles as masks, and pasting."""
+"""Mixing of images: rectangles as masks, and pasting."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def paste(where: Tensor, into: Tensor, source: Tensor) -> Tensor:
     Args:
         where: ``(B, H, W)`` bool, the pixels that are replaced.
         into: ``(B, C, H, W)`` or ``(B, H, W)``.
-        source: what comes there; of the shape of ``into``.
+        source: the new pixels, of the same shape as ``into``.
 
     Returns:
-        A new tensor of that shape.
+        A new tensor of the same shape.
 
     Raises:
         ValueError: if the shapes do not match.

@@ -29,14 +29,14 @@ def pseudo_label(
     Args:
         logits: ``(B, K, H, W)`` float logits or log-probabilities.
         threshold: pixels whose confidence is below it get ``ignore_index``; one value, or one for each of the K
-            classes that a pixel may be given to. The paper (Yang et al., CVPR 2022) uses 0.
+            predicted classes. The paper (Yang et al., CVPR 2022) uses 0.
         ignore_index: value of pixels that are left out.
 
     Returns:
         mask ``(B, H, W)`` uint8 (int32 where classes or ignore index do not fit) and confidence ``(B, H, W)`` float32.
 
     Raises:
-        ValueError: if logits are not 4-dimensional floats, a threshold is outside [0, 1], there are not K of them, or
+        ValueError: if logits are not 4-dimensional floats, a threshold is outside [0, 1], their number is not K, or
             the ignore index is a class.
 
     Example:
@@ -49,7 +49,7 @@ def pseudo_label(
     num_classes = logits.shape[1]
     check_classes(num_classes, ignore_index)
     threshold = check_threshold(threshold, num_classes)
-    # Not the arg max of the softmax, whose rounding makes equal what is not.
+    # Not the arg max of the softmax: rounding creates ties.
     mask, confidence = logits.argmax(1), logits.float().softmax(1).amax(1)
     if isinstance(threshold, tuple):
         least = torch.tensor(threshold, dtype=torch.float32, device=mask.device)

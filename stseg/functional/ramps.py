@@ -1,4 +1,4 @@
-"""Factors that depend on the step alone: decay of the learning rate, ramp-up of a weight."""
+"""Schedules: decay of the learning rate, ramp-up of a weight."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def polynomial_decay(step: int, total: int, power: float) -> float:
 
 
 def sigmoid_rampup(step: float, length: float) -> float:
-    """Compute the factor that a weight starts with: ``exp(-5 * (1 - step / length) ** 2)``, then 1.
+    """Compute the ramp-up factor of a weight: ``exp(-5 * (1 - step / length) ** 2)``, then 1.
 
-    The ramp of Laine and Aila (ICLR 2017, section 2.2), with which Mean Teacher begins its consistency loss.
+    The ramp of Laine and Aila (ICLR 2017, section 2.2), used by Mean Teacher for its consistency loss.
 
     Args:
-        step: steps done; what is below 0 counts as 0.
+        step: steps done; negative values count as 0.
         length: steps until the factor is 1; 0 or more. With 0 it is 1 from the start.
 
     Raises:
@@ -59,5 +59,5 @@ def linear_rampup(step: float, start: float, length: float) -> float:
 
 
 def _check_length(length: float) -> None:
-    if not length >= 0:  # which NaN is not
+    if not length >= 0:  # also catches NaN
         raise ValueError(f"length is {length}; expected 0 or more steps")

@@ -16,8 +16,8 @@ def stability(masks: Tensor, reference: Tensor, num_classes: int) -> Tensor:
     """Compute the agreement of earlier predictions with the last one for each image.
 
     The image-level reliability of ST++ (Yang et al., CVPR 2022, section 3.3): the mean, over the earlier
-    checkpoints, of the per-image mean IoU between their mask and the reference mask. Classes that are in
-    neither mask do not count.
+    checkpoints, of the per-image mean IoU between their mask and the reference mask. Classes in
+    neither mask are ignored.
 
     Args:
         masks: ``(K, B, H, W)`` integer class maps of K earlier checkpoints.
@@ -38,7 +38,7 @@ def stability(masks: Tensor, reference: Tensor, num_classes: int) -> Tensor:
 
 
 def compute_stability(masks: Tensor, reference: Tensor, num_classes: int) -> Tensor:
-    """Compute :func:`stability` of int64 class maps that are known to be valid."""
+    """Compute :func:`stability` of valid int64 class maps, without checks."""
     scores = []
     for common, union in _overlaps(masks, reference, num_classes):
         ratio = torch.where(union > 0, common.double() / union.clamp(min=1), 0.0)
@@ -51,17 +51,18 @@ def weighted_stability(
 ) -> Tensor:
     """Compute stability with classes weighted by area and small regions left out; not part of the paper.
 
-    A class of a few pixels weighs as much in the stability of the paper as one that fills the image. Here the IoU of
-    each class weighs as the ``power`` of its area, the union of the two masks. With ``power=0`` and ``min_share=0`` it
-    is :func:`stseg.functional.stability`. With ``power=1`` an earlier mask counts as ``a / (2 - a)``, where ``a`` is
-    the share of its pixels that are equal: of one earlier mask, the order of :func:`stseg.functional.pixel_agreement`.
+    In the paper, a class of a few pixels has the same weight as one that fills the image. Here the IoU of each class
+    is weighted by its area to the ``power``, where area means the union of the two masks. With ``power=0`` and
+    ``min_share=0`` it is :func:`stseg.functional.stability`. With ``power=1`` an earlier mask scores ``a / (2 - a)``,
+    where ``a`` is its share of equal pixels: for a single earlier mask, this ranks images as
+    :func:`stseg.functional.pixel_agreement` does.
 
     Args:
         masks: ``(K, B, H, W)`` integer class maps of K earlier checkpoints.
         reference: ``(B, H, W)`` class map of the last checkpoint.
         num_classes: number of classes; every value must lie in ``[0, num_classes)``.
-        power: how much area counts; 0 or more.
-        min_share: classes whose area is a smaller share of the image than this are left out; in ``[0, 1]``. The
+        power: exponent of the area; 0 or more.
+        min_share: smallest share of the image for a class to count; in ``[0, 1]``. The
             largest class always counts.
 
     Returns:
@@ -93,8 +94,8 @@ def weighted_stability(
 def pixel_agreement(masks: Tensor, reference: Tensor, num_classes: int) -> Tensor:
     """Compute the share of pixels on which earlier predictions agree with the last one; not part of the paper.
 
-    The mean over the earlier checkpoints. Unlike in :func:`stseg.functional.stability` a small class counts for as
-    little as it covers.
+    The mean over the earlier checkpoints. Unlike in :func:`stseg.functional.stability`, every pixel has
+    the same weight.
 
     Args:
         masks: ``(K, B, H, W)`` integer class maps of K earlier checkpoints.
@@ -118,7 +119,7 @@ def pixel_agreement(masks: Tensor, reference: Tensor, num_classes: int) -> Tenso
 
 
 def _checked_masks(masks: Tensor, reference: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Both as int64, checked to go together."""
+    """Return both as int64, checked to match."""
     if masks.ndim != 4 or reference.ndim != 3 or masks.shape[1:] != reference.shape:
         raise ValueError(
             f"masks have shape {tuple(masks.shape)} and reference {tuple(reference.shape)}; "
@@ -135,9 +136,9 @@ def _checked_masks(masks: Tensor, reference: Tensor, num_classes: int) -> tuple[
 
 
 def _overlaps(masks: Tensor, reference: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each mask and the reference: ``(B, K)`` int64 pixels that both give to a class, and that either does."""
+    """Yield, for each mask, the intersection and union with the reference by class: ``(B, K)`` int64 pixels."""
     area = class_areas(reference, num_classes)
     for mask in masks:
-        # Where the two differ, the pixel goes to one class more, which is then left out.
+        # Where the two differ, the pixel is counted in an extra class, which is then dropped.
         common = class_areas(torch.where(mask == reference, mask, num_classes), num_classes + 1)[:, :-1]
         yield common, area + class_areas(mask, num_classes) - common

@@ -1,4 +1,4 @@
-"""Thresholds of confidence: one for all classes, or one for each, and how they are found in a histogram."""
+"""Confidence thresholds, common or per class, and their computation from a histogram."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 _UNIT = 2.0**-24  # all float32 from 0.5 to 1 are multiples of it
 _BITS = 13
-_ONE = 0x3F800000 >> _BITS  # of the bits of 1.0
+_ONE = 0x3F800000 >> _BITS  # leading bits of 1.0
 STEPS = 24 * 2 ** (23 - _BITS) + 2
 """24,578 steps of confidence, finer the nearer they are to 1: within 0.1 % of ``1 - confidence``."""
 
 
 def check_threshold(threshold: Any, num_classes: int) -> float | tuple[float, ...]:
-    """A threshold of confidence as a float, or one for each class as a tuple.
+    """Return a confidence threshold as a float, or one for each class as a tuple.
 
     Raises:
-        ValueError: if it is neither a probability nor one for each class.
+        ValueError: if ``threshold`` is neither a probability nor one for each class.
 
     Example:
         >>> check_threshold(torch.tensor([0.5, 0.25]), 2), check_threshold(1, 2)
@@ -30,7 +30,7 @@ def check_threshold(threshold: Any, num_classes: int) -> float | tuple[float, ..
     try:
         values = torch.as_tensor(threshold, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
-        values = torch.zeros(0, 0)  # of no shape that is accepted
+        values = torch.zeros(0, 0)  # rejected below
     if values.shape not in ((), (num_classes,)):
         came = f"of shape {tuple(threshold.shape)}" if isinstance(threshold, Tensor) else repr(threshold)
         expected = f"a probability in [0, 1], or one for each of {num_classes} classes"
@@ -43,22 +43,22 @@ def check_threshold(threshold: Any, num_classes: int) -> float | tuple[float, ..
 
 
 def leaves_out(threshold: float | tuple[float, ...]) -> bool:
-    """Whether pixels may fall below a threshold, or below one of several."""
+    """Return whether pixels may fall below a threshold."""
     return (max(threshold) if isinstance(threshold, tuple) else threshold) > 0
 
 
 def step_of(confidence: Tensor) -> Tensor:
-    """In which step each float32 confidence lies, counted from 1 down: int64. NaN counts as 0.
+    """Return the histogram step of each float32 confidence, counted from 1 down: int64. NaN counts as 0.
 
-    Its distance from 1, in whole units, is a float32 whose bits, read as an integer, are in the order of the values.
-    What is left of them is the exponent and 10 bits of the fraction.
+    The distance from 1, in whole units, is a float32 whose bits, read as an integer, have the order of the values. The
+    step consists of the exponent and the first 10 bits of the fraction.
     """
     distance = 1 / _UNIT - (confidence.nan_to_num(0.0).clamp(0, 1) / _UNIT).floor()
     return ((distance.view(torch.int32) >> _BITS).long() - _ONE + 1).clamp(min=0)
 
 
 def lower_end(step: int) -> float:
-    """The lowest confidence of a step.
+    """Return the lowest confidence of a step.
 
     Example:
         >>> [lower_end(step) for step in (0, 1, STEPS - 1)] == [1.0, 1.0 - _UNIT, 0.0]
@@ -70,7 +70,7 @@ def lower_end(step: int) -> float:
 
 
 def least_confidence(counts: Sequence[int], keep: float) -> float:
-    """The lowest confidence of the highest steps that hold the share ``keep`` of all pixels; 0 if they hold all."""
+    """Return the lowest confidence of the top steps that hold the share ``keep`` of pixels; 0 if they hold all."""
     total = sum(counts)
     for step, kept in enumerate(accumulate(counts)):
         if kept >= keep * total:

@@ -1,1 +1,1 @@
-"""A network over a data set: prediction, evaluation, ranking."""
+"""Inference over data sets: prediction, evaluation, ranking."""

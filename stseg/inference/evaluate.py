@@ -30,7 +30,7 @@ def evaluate(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> MeanIoU:
-    """Compare a model with the true masks, each image at its full size, at one scale.
+    """Evaluate a model against the true masks, on whole images at one scale.
 
     The evaluation of the paper (Yang et al., CVPR 2022): one confusion matrix over the whole set.
 
@@ -38,21 +38,21 @@ def evaluate(
         model: a network or a wrapped one; its training mode is restored.
         dataset: items ``(image, mask)``.
         num_classes: number of classes.
-        ignore_index: value of mask pixels that do not count.
-        batch_size: how many images of equal size at once; does not change the result.
+        ignore_index: mask value of ignored pixels.
+        batch_size: batch size; does not change the result.
         num_workers: processes that read the data.
         precision: ``"fp32"`` or ``"bf16"``.
-        device: where to move the model, or None to leave it where it is.
+        device: device to move the model to; None leaves it where it is.
         progress: whether to show a bar.
 
     Returns:
-        The metric: ``.compute()`` is the mIoU, ``.iou()`` that of each class. Under ``torch.distributed``
-        the processes share the work and each gets the whole result.
+        The metric: ``.compute()`` returns the mIoU, ``.iou()`` the IoU of each class. Under ``torch.distributed``
+        the processes share the work and each gets the complete result.
 
     Raises:
-        DataError: if there is no item, or a mask is missing, of another size than its image, or holds a value that
+        DataError: if the data set is empty, or a mask is missing, differs from its image in size, or has a value that
             is not a class.
-        NetworkError: if the network has another number of classes, or returns NaN or infinite logits.
+        NetworkError: if the network has a different number of classes, or returns NaN or infinite logits.
 
     Example:
         >>> data = [(torch.zeros(3, 8, 8), torch.zeros(8, 8, dtype=torch.uint8))] * 3

@@ -1,4 +1,4 @@
-"""Checksums of images, so that results of other data are never taken for those of the same ids."""
+"""Checksums of images, which detect that the data behind the same ids have changed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def checksum(tensor: Tensor) -> int:
 
 
 def image_checksums(items: Items, *, most: int = 8) -> dict[str, int]:
-    """Compute the checksums of at most so many images, evenly spread, by id: equal ids need not mean equal images."""
+    """Compute the checksums of at most ``most`` evenly spaced images, by id."""
     chosen = sorted({len(items) * k // most for k in range(most)}) if len(items) else []
     unreadable: list[Skipped] = []
     return {items.ids[index]: checksum(image) for index, image in read_items(items, chosen, skip=unreadable.append)}
 
 
 def dataset_fingerprint(items: Items, *, most: int = 256) -> str:
-    """Describe a data set by number, ids and the pixels of at most so many images, evenly spread."""
+    """Describe a data set by length, ids and the pixels of at most ``most`` evenly spaced images."""
     return join_checksums(items.ids, list(image_checksums(items, most=most).items()))
 
 

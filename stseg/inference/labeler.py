@@ -29,12 +29,12 @@ from stseg.types import Precision
 
 
 class PseudoLabeled(Dataset[tuple[Tensor, Tensor]]):
-    """The data set that a labeler makes: items ``(image, mask)`` in the order of the images' data set.
+    """Pseudo-labeled data set: items ``(image, mask)`` in the order of the images' data set.
 
     Attributes:
         ids: name of each item.
         indices: index of each item in the images' data set.
-        skipped: what could not be read, where that was permitted.
+        skipped: items that could not be read, if ``skip_unreadable`` was set.
         store: the masks.
     """
 
@@ -68,33 +68,33 @@ class PseudoLabeled(Dataset[tuple[Tensor, Tensor]]):
         return image, mask
 
     def confidence(self, position: int) -> Tensor:
-        """``(H, W)`` float32 confidence of an item's mask.
+        """Return the ``(H, W)`` float32 confidence of an item's mask.
 
         Raises:
-            KeyError: if it was not asked for when labeling.
+            KeyError: if labeling did not keep the confidence.
         """
         return self.store.confidence(self.ids[position])
 
 
 class PseudoLabeler:
-    """Labels images with a network, as the teacher of ST does (Yang et al., CVPR 2022, section 3.1).
+    """Labeler of images by a network, such as the teacher of ST (Yang et al., CVPR 2022, section 3.1).
 
     Args:
-        model: a network or a wrapped one. For the paper's 10 views hand in ``stseg.MultiScaleFlip(model)``.
-            Runs where the model is; its training mode is restored.
+        model: a network or a wrapped one. For the paper's 10 views, pass ``stseg.MultiScaleFlip(model)``.
+            Its training mode is restored.
         num_classes: number of classes; at least 2.
         threshold: pixels whose confidence is below it get ``ignore_index``; one value, or one for each class, such as
             those of :meth:`class_thresholds`. The paper keeps all (0).
         ignore_index: value of pixels that are left out.
-        batch_size: how many images of equal size at once; does not change the labels.
+        batch_size: batch size; does not change the labels.
         num_workers: processes that read images.
         precision: ``"fp32"``, or ``"bf16"`` for speed.
-        device: where to move the model, or None to leave it where it is.
+        device: device to move the model to; None leaves it where it is.
         progress: whether to show a bar.
 
     Raises:
         ValueError: if an argument is out of its range; names it.
-        NetworkError: when labeling, if the network does not give finite logits of ``num_classes`` classes.
+        NetworkError: when labeling, if the network does not return finite logits of ``num_classes`` classes.
 
     Example:
         >>> labeler = PseudoLabeler(nn.Conv2d(3, 4, 1), num_classes=4, progress=False)
@@ -157,22 +157,23 @@ class PseudoLabeler:
     ) -> PseudoLabeled:
         """Label all images of a data set.
 
-        Batches of equal size are formed on the fly and need no more memory for many images than for few. Each mask is
-        in the store as soon as it is made; images that this same model has labeled in it before are not labeled
-        again. Under ``torch.distributed`` the processes share the images, and a folder must be one they all see.
+        Images of equal size are batched on the fly; memory does not grow with the number of images. Each mask is stored
+        as soon as it is computed; images that the same model has already labeled in the store are skipped. Under
+        ``torch.distributed`` the processes share the images, and a folder must be visible to all of them.
 
         Args:
-            dataset: items are images, or tuples that begin with one. Its ``ids`` name the masks, else their numbers do.
+            dataset: items are images, or tuples that begin with one. Masks are named by its ``ids``, else by number.
             store: a folder, a store, or None for memory.
-            confidence: whether to keep the confidence beside each mask.
-            skip_unreadable: whether to go on where an image cannot be read, and list it in ``.skipped``.
+            confidence: whether to store the confidence of each mask.
+            skip_unreadable: whether to skip images that cannot be read and list them in ``.skipped``.
 
         Returns:
             A data set of ``(image, mask)``, in the order and with the ids of ``dataset``.
 
         Raises:
-            DataError: before any work, if there is no image or an id would leave the store.
-            WorkdirMismatchError: before any work, if the store was filled by another model or with other settings.
+            DataError: before labeling starts, if there is no image or an id would leave the store.
+            WorkdirMismatchError: before labeling starts, if the store was filled by another model or with other
+                settings.
             UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false; the masks made
                 so far stay in the store.
         """
@@ -192,7 +193,7 @@ class PseudoLabeler:
             kept = labels.confidence.cpu() if confidence else [None] * len(batch)
             return list(zip(labels.mask.cpu(), kept, strict=True)), finite_images(labels.confidence)
 
-        # PNGs are written by threads beside the network, a bounded number of them waiting.
+        # Threads write the PNGs while the network runs; their queue is bounded.
         with ThreadPoolExecutor(4) as writers:
             writing: deque[Future[None]] = deque()
             for index, (mask, kept) in sweep.predict([self.model], label_each, indices=todo):
@@ -211,22 +212,22 @@ class PseudoLabeler:
     def class_thresholds(
         self, dataset: Dataset[Any], keep: float = 0.8, *, skip_unreadable: bool = False
     ) -> tuple[float, ...]:
-        """Thresholds that keep the same share of the pixels of each class, for the images of a data set.
+        """Compute thresholds that keep the same share of the predicted pixels of each class in a data set.
 
-        One threshold for all classes leaves most pixels of the hard ones out; these are balanced (the idea of CBST, Zou
-        et al., ECCV 2018). The network sees every image once more. Nothing of the images is kept but a histogram of the
-        confidence for each class, in steps that are finer the nearer it is to 1: within 0.1 % of ``1 - confidence``. So
-        of a class ``keep`` is kept, and beyond it at most what lies in the same step as the threshold. Under
-        ``torch.distributed`` the processes share the images, and each gets the same thresholds.
+        A common threshold drops most pixels of hard classes; these thresholds are class-balanced (the idea of CBST, Zou
+        et al., ECCV 2018). They take one more pass over the images. Memory holds only a histogram of the confidence of
+        each class, whose steps get finer towards 1: within 0.1 % of ``1 - confidence``. At least the share ``keep`` of
+        a class is kept, plus at most the pixels in the same step as the threshold. Under ``torch.distributed`` the
+        processes share the images, and each gets the same thresholds.
 
         Args:
             dataset: items are images, or tuples that begin with one.
-            keep: share of the pixels predicted as a class that shall keep it, in (0, 1].
-            skip_unreadable: whether to go on where an image cannot be read.
+            keep: share of the pixels of each predicted class to keep, in (0, 1].
+            skip_unreadable: whether to skip images that cannot be read.
 
         Returns:
-            A threshold for each class, for the ``threshold`` of a labeler of the same model; 0 for a class of which
-            all pixels are kept, or which is never predicted. The ``threshold`` of this one has no part in it.
+            A threshold for each class, to be used as ``threshold`` of a labeler of the same model; 0 for a class that
+            is kept entirely or never predicted. The ``threshold`` of this labeler is not used.
 
         Raises:
             DataError: if there is no image.
@@ -266,7 +267,7 @@ class PseudoLabeler:
         return pseudo_label(self._predict(images), threshold=self.threshold, ignore_index=self.ignore_index)
 
     def provenance(self) -> dict[str, Any]:
-        """Return what the labels depend on, of JSON's types; takes the time to read all weights."""
+        """Return the settings and weights that the labels depend on, JSON-serializable; reads all weights."""
         return {
             "model": fingerprint(self.model),
             "num_classes": self.num_classes,
@@ -277,13 +278,13 @@ class PseudoLabeler:
 
 
 def check_stored(ignore_index: int) -> None:
-    """Raise a ``ValueError`` if a store on disk cannot hold the value of pixels that are left out."""
+    """Raise a ``ValueError`` if a store on disk cannot represent the ignore index."""
     if not 0 <= ignore_index <= 65535:
         raise ValueError(f"ignore_index is {ignore_index}; a store on disk takes values in 0..65535")
 
 
 def _share_memory(store: MaskStore, mine: list[str]) -> None:
-    """Give every process the masks of all, some at a time: NCCL sends them through the memory of the GPU."""
+    """Give every process the masks of all, in chunks: NCCL sends them through the memory of the GPU."""
     made = [id for id in mine if id in store]
     for start in range(0, max(all_gather(len(made))), 32):
         part = []

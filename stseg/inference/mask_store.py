@@ -1,4 +1,4 @@
-"""Pseudo-masks by id: in memory, or as PNG files that are written whole or not at all."""
+"""Pseudo-masks by id: in memory, or as PNG files that are written atomically."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from stseg.storage.files import write_atomically
 from stseg.storage.records import claim, merge_claim, read_record
 
 _CONFIDENCE = ".confidence"
-_LONGEST_PART = 255 - len(_CONFIDENCE + ".png")  # of what file systems allow
+_LONGEST_PART = 255 - len(_CONFIDENCE + ".png")  # limit of file systems
 
 
 class MaskStore:
-    """Masks by id, with their confidence where that is kept too.
+    """Store of masks by id, optionally with their confidence.
 
     On disk, the mask of id ``a/b`` is ``a/b.png`` in the folder: an 8-bit palette PNG whose indices are the
     classes (16-bit gray for masks that are not uint8); its confidence is ``a/b.confidence.png``, 16-bit gray,
-    65535 standing for 1. A process killed at any moment leaves whole files only.
+    where 65535 is 1. Files are written atomically.
 
     Args:
-        folder: where the files go; made when the first mask comes. ``None`` keeps everything in memory.
+        folder: folder of the files, created with the first mask. ``None`` keeps everything in memory.
 
     Example:
         >>> store = MaskStore()
@@ -50,7 +50,7 @@ class MaskStore:
         self._owner: dict[str, Any] | None = None
 
     def put(self, id: str, mask: Tensor, confidence: Tensor | None = None) -> None:
-        """Keep a mask under an id, in place of what is there.
+        """Store a mask under an id, replacing any earlier one.
 
         Args:
             id: name of the image; slashes make folders.
@@ -58,8 +58,8 @@ class MaskStore:
             confidence: ``(H, W)`` floats in [0, 1], or None.
 
         Raises:
-            DataError: if the id would leave the store or the mask cannot be kept.
-            TypeError: if the mask holds floats.
+            DataError: if the id would leave the store, or the mask cannot be stored.
+            TypeError: if the mask is floating-point.
         """
         check_store_id(id)
         mask = as_mask(mask, name=id).cpu()
@@ -72,7 +72,7 @@ class MaskStore:
             if confidence is not None:
                 self._confidence[id] = confidence.clone()
             return
-        # The mask comes last: where there is a mask, everything that belongs to it is there.
+        # The mask is written last: if it exists, so does its confidence.
         png = _as_png(mask, id)
         beside = self._path(id, _CONFIDENCE)
         if confidence is None:
@@ -83,7 +83,7 @@ class MaskStore:
         _write_png(png, self._path(id))
 
     def get(self, id: str) -> Tensor:
-        """A copy of the mask of an id, ``(H, W)`` uint8 or int32.
+        """Return a copy of the mask of an id, ``(H, W)`` uint8 or int32.
 
         Raises:
             KeyError: if there is none.
@@ -94,7 +94,7 @@ class MaskStore:
         return as_mask(_read_png(self._path(id), id), name=id)
 
     def confidence(self, id: str) -> Tensor:
-        """A copy of the confidence kept with a mask, ``(H, W)`` float32 (in steps of 1/65535 from disk).
+        """Return a copy of the confidence of a mask, ``(H, W)`` float32 (in steps of 1/65535 from disk).
 
         Raises:
             KeyError: if there is none.
@@ -105,24 +105,24 @@ class MaskStore:
         return torch.from_numpy((_read_png(self._path(id, _CONFIDENCE), id) / 65535.0).astype(np.float32))
 
     def holds(self, id: str, *, confidence: bool = False) -> bool:
-        """Whether the mask (and its confidence, where asked for) is there and its file is not broken."""
+        """Return whether the mask, and with ``confidence`` its confidence, exists and is not broken."""
         check_store_id(id)
         if self.folder is None:
             return id in self._masks and (not confidence or id in self._confidence)
         return _intact(self._path(id)) and (not confidence or _intact(self._path(id, _CONFIDENCE)))
 
     def claim(self, owner: dict[str, Any], *, images: dict[str, int] | None = None) -> None:
-        """Say who fills this store, so that masks of two labelers are never taken for one another's.
+        """Record the labeler that fills this store, so that masks of different labelers are not mixed.
 
-        On disk this is kept in ``labels.json``.
+        On disk the record is ``labels.json``.
 
         Args:
-            owner: description of the labeler, of JSON's types.
-            images: check sums of some of the images, by id.
+            owner: description of the labeler, JSON-serializable.
+            images: checksums of some of the images, by id.
 
         Raises:
-            WorkdirMismatchError: if another one has filled it, it holds masks of other images under the same ids, or
-                of unknown origin.
+            WorkdirMismatchError: if the store was filled by another labeler, with masks of other images under the same
+                ids, or from an unknown origin.
         """
         where = self.folder or "the store"
         record = None if self.folder is None else self.folder / "labels.json"
@@ -145,7 +145,7 @@ class MaskStore:
         return id in self._masks if self.folder is None else self._path(id).is_file()
 
     def __iter__(self) -> Iterator[str]:
-        """The ids that have a mask: in memory in the order they came, on disk in no particular one."""
+        """Iterate over the ids that have a mask: in insertion order in memory, in arbitrary order on disk."""
         if self.folder is None:
             yield from self._masks
             return
@@ -167,7 +167,7 @@ class MaskStore:
 
 
 def check_store_id(id: str) -> None:
-    """Raise a ``DataError`` unless the id names a file inside a folder, on every system.
+    """Raise a ``DataError`` unless the id is a valid file name inside a folder on every system.
 
     Example:
         >>> check_store_id("../secret")
@@ -198,7 +198,7 @@ def _is_store_id(id: str) -> bool:
 
 @cache
 def palette() -> tuple[int, ...]:
-    """256 colors, flat: those of Pascal VOC, the bits of the index spread over red, green and blue.
+    """Return the 256 colors of Pascal VOC as a flat tuple: the bits of the index spread over red, green and blue.
 
     Example:
         >>> palette()[3:9]
@@ -240,21 +240,21 @@ def _write_png(image: Image.Image, path: Path) -> None:
 
 def _read_png(path: Path, id: str) -> np.ndarray[Any, np.dtype[Any]]:
     try:
-        # Not Image.open: its limit on the number of pixels is meant for the files of strangers.
+        # Not Image.open: its limit on the number of pixels is meant for untrusted files.
         with PngImageFile(path) as image:
             return np.array(image)
     except FileNotFoundError:
         raise KeyError(id) from None
-    except Exception as error:  # PIL raises many kinds for a broken file
+    except Exception as error:  # PIL raises many types for a broken file
         raise UnreadableImageError(f"{path} cannot be read as a PNG: {error}") from error
 
 
 def _intact(path: Path) -> bool:
     try:
         with PngImageFile(path) as image:
-            image.verify()  # the check sums of all its parts, without decoding them
+            image.verify()  # verifies the checksums of all chunks without decoding them
         with open(path, "rb") as file:
             file.seek(-12, os.SEEK_END)
             return file.read(8)[4:] == b"IEND"
-    except Exception:  # PIL raises many kinds for a broken file
+    except Exception:  # PIL raises many types for a broken file
         return False

@@ -12,14 +12,14 @@ from stseg.functional.confusion import compute_confusion_matrix
 
 
 class MeanIoU:
-    """Mean IoU out of one confusion matrix over everything that was added.
+    """Mean IoU from one confusion matrix over all updates.
 
     Classes that are neither true nor predicted anywhere are left out of the mean. This is the evaluation of
     the paper (Yang et al., CVPR 2022): not a mean over images.
 
     Args:
         num_classes: number of classes.
-        ignore_index: value of mask pixels that do not count.
+        ignore_index: mask value of ignored pixels.
 
     Example:
         >>> metric = MeanIoU(2)
@@ -40,7 +40,7 @@ class MeanIoU:
 
         Args:
             prediction: integer class maps of any shape.
-            target: the true classes, same shape.
+            target: true class maps of the same shape.
 
         Raises:
             ValueError: if shapes differ, or a value is neither a class nor the ignore index.
@@ -49,23 +49,23 @@ class MeanIoU:
         self.matrix += confusion_matrix(prediction, target, self.num_classes, ignore_index=self.ignore_index).cpu()
 
     def add(self, prediction: Tensor, target: Tensor) -> None:
-        """Add predictions of a network and masks that are known to be valid."""
+        """Add predictions of a network and valid masks, without checks."""
         self.matrix += compute_confusion_matrix(prediction, target, self.num_classes, self.ignore_index).cpu()
 
     def iou(self) -> Tensor:
-        """``(K,)`` float64: IoU of each class, NaN where it is neither true nor predicted."""
+        """Return the IoU of each class: ``(K,)`` float64, NaN for classes neither true nor predicted."""
         return iou(self.matrix)
 
     def compute(self) -> float:
-        """The mean IoU in [0, 1]; NaN before anything was added."""
+        """Return the mean IoU in [0, 1]; NaN before the first update."""
         return float(self.iou().nanmean())
 
     def reset(self) -> None:
-        """Forget everything that was added."""
+        """Reset the counts to zero."""
         self.matrix.zero_()
 
     def merge_processes(self) -> None:
-        """Add up the counts of all processes of ``torch.distributed``, so that each has the whole."""
+        """Sum the counts over all processes of ``torch.distributed``."""
         self.matrix = all_reduce_sum(self.matrix)
 
     def __repr__(self) -> str:

@@ -27,15 +27,16 @@ def check_labeled(
     num_workers: int = 0,
     progress: bool = True,
 ) -> str:
-    """Read every image and mask once. Images must have so many channels, or as many as the first one.
+    """Read and validate every image and mask. Images must have ``channels`` channels, or as many as the first one.
 
     Returns:
         A fingerprint of ids, images and masks.
 
     Raises:
-        DataError: if there is no item, an image cannot be read, or a mask is missing, of another size than its image or
-            holds a value that is neither a class nor the ignore index; names the item. Also if no mask holds a class.
-        TypeError: if a mask holds floats; names the item.
+        DataError: if the data set is empty, an image cannot be read, or a mask is missing, differs from its image in
+            size or has a value that is neither a class nor the ignore index; names the item. Also if no mask has a
+            class.
+        TypeError: if a mask is floating-point; names the item.
     """
     if not len(items):
         raise DataError(f"the {name} data set is empty")
@@ -60,14 +61,14 @@ def find_unreadable(
     num_workers: int = 0,
     progress: bool = True,
 ) -> tuple[Skipped, ...]:
-    """Read every image once. They must have so many channels, or as many as the first one.
+    """Read every image. They must have ``channels`` channels, or as many as the first one.
 
     Returns:
-        What could not be read, where ``skip`` is true.
+        The items that could not be read, if ``skip`` is true.
 
     Raises:
-        UnreadableImageError: if one cannot be read and ``skip`` is false.
-        DataError: if one has other channels, or none can be read.
+        UnreadableImageError: if an image cannot be read and ``skip`` is false.
+        DataError: if an image has a different number of channels, or none can be read.
     """
     sweep = Sweep(items, "check unlabeled", num_workers=num_workers, progress=progress, skip_unreadable=skip)
     for index, image in sweep.read():
@@ -76,7 +77,7 @@ def find_unreadable(
 
 
 def refuse_common_ids(datasets: dict[str, Items | None]) -> None:
-    """Raise a ``DataError`` if an id is in two of the data sets, given by name; unnamed items are left alone."""
+    """Raise a ``DataError`` if an id is in two of the data sets, given by name; items without ids are ignored."""
     named = [(name, items.ids) for name, items in datasets.items() if items is not None and items.has_ids]
     for (name, ids), (other, others) in combinations(named, 2):
         if (both := shared(ids, others)) is not None:
@@ -89,17 +90,17 @@ def check_network(model: nn.Module, image: Tensor, num_classes: int | None = Non
     """Run a wrapped network on one image ``(C, H, W)``.
 
     Returns:
-        Its number of classes.
+        The number of classes.
 
     Raises:
-        NetworkError: if it cannot take the image, does not return logits, or not of ``num_classes`` classes.
+        NetworkError: if the network fails on the image, or does not return logits of ``num_classes`` classes.
     """
     with evaluating(model), torch.no_grad():
         try:
             logits = model(image[None].to(device_of(model)))
         except StsegError:
             raise
-        except Exception as error:  # each library has its own kinds
+        except Exception as error:  # libraries raise different types
             raise NetworkError(f"the network cannot take an image of shape {tuple(image.shape)}: {error}") from error
     classes = int(logits.shape[1])
     if num_classes is not None and classes != num_classes:

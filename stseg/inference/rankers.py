@@ -28,7 +28,7 @@ from stseg.types import Precision
 
 
 class _Ranker(ABC):
-    """Scores images in batches, and whole data sets."""
+    """Base class that scores batches and ranks data sets."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class _Ranker(ABC):
 
     @abstractmethod
     def _score(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, C, H, W)`` images -> ``(B,)`` scores, and whether the logits of each are finite."""
+        """Score images ``(B, C, H, W)``: ``(B,)`` scores, and whether the logits of each image are finite."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Score a batch.
@@ -75,17 +75,17 @@ class _Ranker(ABC):
     def rank(self, dataset: Dataset[Any], *, store: str | Path | None = None, skip_unreadable: bool = False) -> Ranking:
         """Score and rank all images of a data set.
 
-        Under ``torch.distributed`` the processes share the images and each gets the whole ranking.
+        Under ``torch.distributed`` the processes share the images and each gets the complete ranking.
 
         Args:
-            dataset: items are images, or tuples or mappings that hold one.
-            store: a file that takes each score as soon as it is known; entries already present are skipped. Of several
-                processes each further one appends to a file beside it.
-            skip_unreadable: whether to go on where an image cannot be read, and list it in ``.skipped``.
+            dataset: items are images, or tuples or mappings that contain one.
+            store: file to which each score is appended as soon as it is known; images already in it are skipped. With
+                several processes, each further one appends to its own file next to it.
+            skip_unreadable: whether to skip images that cannot be read and list them in ``.skipped``.
 
         Raises:
-            DataError: if there is no image, or ``store`` holds a broken line.
-            WorkdirMismatchError: if ``store`` holds scores of other networks or settings, or another score.
+            DataError: if there is no image, or ``store`` has a malformed line.
+            WorkdirMismatchError: if ``store`` was made with other networks, settings or another score function.
             UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false.
         """
         items = Items.of(dataset)
@@ -113,7 +113,7 @@ class _Ranker(ABC):
         )
 
     def provenance(self) -> dict[str, Any]:
-        """Return what the scores depend on, of JSON's types; takes the time to read all weights."""
+        """Return the settings and weights that the scores depend on, JSON-serializable; reads all weights."""
         return {
             "networks": [fingerprint(network) for network in self.networks],
             "num_classes": self.num_classes,
@@ -127,28 +127,28 @@ class _Ranker(ABC):
 
 
 class StabilityRanker(_Ranker):
-    """Ranks images by the stability of their predictions over the training.
+    """Ranker of images by the stability of their predictions during training.
 
-    The selection of ST++ (Yang et al., CVPR 2022, section 3.3): each checkpoint labels the image, at one scale, and the
-    score is the mean over the earlier checkpoints of the image's mean IoU with the mask of the last one.
+    The selection of ST++ (Yang et al., CVPR 2022, section 3.3): each checkpoint labels the image at one scale; the
+    score is the mean IoU with the mask of the last checkpoint, averaged over the earlier ones.
 
     Args:
         checkpoints: two or more networks (bare or wrapped) in the order of training; the last one is the reference.
-            They may share one device or not; each runs where it is, unless ``device`` is given.
+            They may be on different devices; each runs where it is, unless ``device`` is given.
         num_classes: number of classes; at least 2.
         score: ``(masks, reference, num_classes) -> (B,)`` scores in [0, 1], higher where more reliable. The default is
             the paper's; :func:`stseg.functional.pixel_agreement`, ``functools.partial`` of
-            :func:`stseg.functional.weighted_stability` or a custom function can take its place.
-        batch_size: images of equal size that are scored at once.
+            :func:`stseg.functional.weighted_stability` and custom functions can be used instead.
+        batch_size: batch size.
         num_workers: processes that read images.
         precision: ``"fp32"``, or ``"bf16"`` for speed.
-        device: where to move the networks, or None to leave them where they are.
+        device: device to move the networks to; None leaves them where they are.
         progress: whether to show a bar.
 
     Raises:
         ValueError: if there are fewer than two checkpoints, or an argument is out of its range. When scoring, if
             ``score`` does not return (B,) numbers in [0, 1].
-        NetworkError: when scoring, if a network does not give finite logits of ``num_classes`` classes.
+        NetworkError: when scoring, if a network does not return finite logits of ``num_classes`` classes.
 
     Example:
         >>> nets = [nn.Conv2d(3, 4, 1) for _ in range(3)]
@@ -183,36 +183,33 @@ class StabilityRanker(_Ranker):
         reference = masks[-1]
         earlier = torch.stack([mask.to(reference.device) for mask in masks[:-1]])
         finite = torch.stack([finite_images(values).to(reference.device) for values in highest]).all(0)
-        score = (
-            compute_stability if self.score is stability else self.score
-        )  # the masks are valid: an arg max made them
+        score = compute_stability if self.score is stability else self.score  # arg max makes valid masks
         return score(earlier, reference, self.num_classes), finite
 
 
 class ConfidenceRanker(_Ranker):
-    """Ranks images by how confident one network is of its predictions; not part of the paper.
+    """Ranker of images by the confidence of one network; not part of the paper.
 
-    What one would try in place of stability: it needs no checkpoints but the network itself. It
-    cannot detect confident mistakes.
+    An alternative to stability that needs no earlier checkpoints. It cannot detect confident mistakes.
 
     Args:
-        model: a network or a wrapped one, such as the teacher. With ``stseg.MultiScaleFlip(model)`` the score is that
-            of the probabilities with which images are labeled. Its training mode is restored.
+        model: a network or a wrapped one, such as the teacher. With ``stseg.MultiScaleFlip(model)`` the score uses
+            the same probabilities as labeling. Its training mode is restored.
         num_classes: number of classes; at least 2.
         score: ``logits (B, K, H, W) -> (B,)`` scores in [0, 1], higher where more reliable:
             :func:`stseg.functional.mean_confidence`, :func:`stseg.functional.mean_margin`,
             :func:`stseg.functional.mean_certainty` (entropy), :func:`stseg.functional.expected_iou`, or a custom
             function.
-        batch_size: images of equal size that are scored at once.
+        batch_size: batch size.
         num_workers: processes that read images.
         precision: ``"fp32"``, or ``"bf16"`` for speed.
-        device: where to move the networks, or None to leave them where they are.
+        device: device to move the networks to; None leaves them where they are.
         progress: whether to show a bar.
 
     Raises:
         ValueError: if an argument is out of its range. When scoring, if ``score`` does not return (B,) numbers in
             [0, 1].
-        NetworkError: when scoring, if the network does not give finite logits of ``num_classes`` classes.
+        NetworkError: when scoring, if the network does not return finite logits of ``num_classes`` classes.
 
     Example:
         >>> ranker = ConfidenceRanker(nn.Conv2d(3, 4, 1), num_classes=4, progress=False)

@@ -1,4 +1,4 @@
-"""Images from the most to the least reliable, and how they are cut into the two parts of ST++."""
+"""Ranking of images by reliability, and its split into the two parts of ST++."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stseg.storage.files import write_atomically
 
 
 def reliable_count(images: int, fraction: float) -> int:
-    """How many of so many images are reliable: ``floor(images * fraction)``.
+    """Return the number of reliable images: ``floor(images * fraction)``.
 
     Example:
         >>> reliable_count(100, 0.29)
@@ -28,13 +28,13 @@ def reliable_count(images: int, fraction: float) -> int:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Images from the most to the least reliable.
+    """Ranking of images from the most to the least reliable.
 
     Attributes:
-        indices: index of each image in the ranked data set, best first; equal scores in the data set's order.
-        scores: the score of each, in step.
-        ids: the name of each, in step.
-        skipped: what could not be read, where the caller chose to go on.
+        indices: index of each image in the data set, best first; ties in the order of the data set.
+        scores: score of each, in the same order.
+        ids: name of each, in the same order.
+        skipped: items that could not be read, if ``skip_unreadable`` was set.
 
     Example:
         >>> ranking = Ranking.from_scores([0.5, 0.9, 0.5, 0.7], ids=["a", "b", "c", "d"])
@@ -55,7 +55,7 @@ class Ranking:
         if not len(self.indices) == len(self.scores) == len(self.ids):
             raise ValueError(
                 f"indices, scores and ids have {len(self.indices)}, {len(self.scores)} and {len(self.ids)} "
-                "values; expected as many of each"
+                "values; expected equal lengths"
             )
 
     @classmethod
@@ -67,23 +67,21 @@ class Ranking:
         indices: Sequence[int] | None = None,
         skipped: Sequence[Skipped] = (),
     ) -> Ranking:
-        """Rank by score, highest first; equal scores keep their order.
+        """Rank by score, highest first; ties keep their order.
 
         Args:
-            scores: one for each image.
+            scores: score of each image.
             ids: name of each image.
             indices: index of each in its data set; by default 0, 1, 2, ...
-            skipped: what is left out.
+            skipped: items that were left out.
 
         Raises:
-            ValueError: if a score is NaN, or there are not as many of each.
+            ValueError: if a score is NaN, or the lengths differ.
         """
         values = [float(s) for s in scores]
         places = list(range(len(values))) if indices is None else list(indices)
         if not len(values) == len(ids) == len(places):
-            raise ValueError(
-                f"{len(values)} scores, {len(ids)} ids and {len(places)} indices; expected as many of each"
-            )
+            raise ValueError(f"{len(values)} scores, {len(ids)} ids and {len(places)} indices; expected equal lengths")
         for value, id in zip(values, ids, strict=True):
             if math.isnan(value):
                 raise ValueError(f"the score of {id!r} is NaN")
@@ -99,16 +97,16 @@ class Ranking:
         return len(self.indices)
 
     def split(self, fraction: float = 0.5) -> tuple[list[int], list[int]]:
-        """Cut into the reliable and the unreliable images.
+        """Split into reliable and unreliable images.
 
         Args:
-            fraction: share of reliable images; of n images the first ``floor(n * fraction)`` are (the paper: 0.5).
+            fraction: share of reliable images: the first ``floor(n * fraction)`` of n (0.5 in the paper).
 
         Returns:
             Data-set indices of the reliable and of the unreliable images, each best first.
 
         Raises:
-            ValueError: if the fraction is not in [0, 1].
+            ValueError: if ``fraction`` is not in [0, 1].
         """
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction is {fraction}; expected a share in [0, 1]")
@@ -116,23 +114,23 @@ class Ranking:
         return list(self.indices[:cut]), list(self.indices[cut:])
 
     def to_csv(self, path: str | Path) -> None:
-        """Write ``index,id,score`` lines, best first; scores survive exactly."""
-        # Left to itself, the writer does not quote carriage returns, but the reader ends lines there.
+        """Write ``index,id,score`` lines, best first; scores are exact."""
+        # By default the writer does not quote carriage returns, at which the reader ends lines.
         returns = any("\r" in id for id in self.ids)
         text = io.StringIO("index,id,score\n")
         text.seek(0, io.SEEK_END)
         writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
         writer.writerows((int(i), id, float(s)) for i, id, s in zip(self.indices, self.ids, self.scores, strict=True))
-        # Ids made of file names may hold surrogates, where a name is not valid UTF-8.
+        # Ids from file names that are not valid UTF-8 contain surrogates.
         content = text.getvalue().encode(errors="surrogatepass")
         write_atomically(Path(path), lambda file: file.write(content))
 
     @classmethod
     def from_csv(cls, path: str | Path) -> Ranking:
-        """Read what ``to_csv`` wrote.
+        """Read a file written by ``to_csv``.
 
         Raises:
-            DataError: if the file is not such a table; names it.
+            DataError: if the file is malformed; names it.
         """
         with open(path, newline="", encoding="utf-8", errors="surrogatepass") as file:
             try:

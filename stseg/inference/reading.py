@@ -1,4 +1,4 @@
-"""Items of a data set in order, read ahead by workers."""
+"""Reading of the items of a data set in order, prefetched by workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stseg.seeds import derive_seed, fixed_seed
 
 @dataclass(frozen=True)
 class Skipped:
-    """An item that could not be read and was left out on request."""
+    """Item that could not be read and was skipped."""
 
     index: int
     id: str
@@ -36,11 +36,11 @@ def read_items(
 
     Args:
         items: the data set.
-        indices: which of its items.
-        batch_size: how many a worker returns at once.
-        num_workers: processes that read; 0 reads in this one.
+        indices: indices of the items to read.
+        batch_size: how many items a worker returns at once.
+        num_workers: worker processes; 0 reads in this process.
         with_mask: whether to yield ``(image, mask)`` instead of the image.
-        skip: called with what cannot be read; without it that is an error.
+        skip: called with each item that cannot be read; None raises an error instead.
 
     Raises:
         UnreadableImageError: if an item cannot be read and ``skip`` is None.
@@ -50,7 +50,7 @@ def read_items(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,
-        generator=torch.Generator(),  # of its own, or it would advance the caller's
+        generator=torch.Generator(),  # its own, so as not to advance the caller's
     )
     for batch in loader:
         for index, value in batch:
@@ -80,11 +80,11 @@ class _Parts(Dataset[Any]):
     def __getitem__(self, position: int) -> tuple[int, Any]:
         index = self.indices[position]
         try:
-            with fixed_seed(derive_seed(0, "read", index)):  # a data set that augments gives the same every time
+            with fixed_seed(derive_seed(0, "read", index)):  # makes data sets that augment deterministic
                 parts = self.items.pair(index) if self.with_mask else (self.items.image(index),)
         except OSError as error:  # returned, not raised: a worker would wrap it in its own traceback
             name = self.items.names[index]
             text = str(error) if isinstance(error, UnreadableImageError) else f"item {name!r}: {error}"
             return index, _Unreadable(UnreadableImageError(text))
-        # A tensor from a worker holds a file descriptor as long as it lives, an array does not.
+        # A tensor from a worker keeps a file descriptor open for its lifetime; an array does not.
         return index, tuple(part.cpu().numpy() for part in parts)

@@ -1,4 +1,4 @@
-"""Scores on disk as they come, so that a ranking that was killed resumes."""
+"""Scores appended to disk, so that a killed ranking resumes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from stseg.storage.records import claim
 
 
 class ScoreLog:
-    """Scores appended to a file, one a line; of several processes each has a file of its own.
+    """Log of scores, one per line; each process appends to its own file.
 
-    Whose scores they are is recorded beside it, in a file that ends in ``.json``.
+    The origin of the scores is recorded next to it, in a file that ends in ``.json``.
 
     Args:
-        path: file of the first process; that of process ``n`` is beside it, with ``.n`` behind its name.
-        owner: whose scores they are, of JSON's types.
+        path: file of the first process; process ``n`` uses the same name with ``.n`` appended.
+        owner: origin of the scores, JSON-serializable.
         images: checksums of some of the images, by id.
 
     Raises:
-        WorkdirMismatchError: if the scores are those of another owner or of other images, or of unknown origin.
+        WorkdirMismatchError: if the scores have another owner, are those of other images, or are of unknown origin.
     """
 
     def __init__(self, path: Path, owner: dict[str, Any], images: dict[str, int]) -> None:
@@ -35,7 +35,7 @@ class ScoreLog:
         used = bool(self._files())
         barrier()
         if not used and rank() == 0:
-            record.unlink(missing_ok=True)  # the scores that it was about have been deleted
+            record.unlink(missing_ok=True)  # its scores have been deleted
         if used and not record.exists():
             raise WorkdirMismatchError(
                 f"{path} is of unknown origin, as there is no {record.name} beside it; "
@@ -47,14 +47,14 @@ class ScoreLog:
         """Return the scores in all files, by position in ``ids``.
 
         Raises:
-            DataError: if a file is damaged; a last line cut short is only dropped.
+            DataError: if a file is damaged; an incomplete last line is dropped.
         """
         index_of = {id: index for index, id in enumerate(ids)}
         scores: dict[int, float] = {}
         for path in self._files():
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
-            if path == self.mine and whole != content:  # the process was killed while it wrote a line
+            if path == self.mine and whole != content:  # the process was killed while writing a line
                 os.truncate(path, len(whole))
             try:
                 known = [(str(id), float(score)) for id, score in map(json.loads, whole.splitlines())]

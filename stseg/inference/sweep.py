@@ -1,4 +1,4 @@
-"""The one loop over a data set with a network: batches of exact size, shared between processes, at bounded memory."""
+"""Loop over a data set with networks: equal-size batches, shared between processes, in bounded memory."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ T = TypeVar("T")
 
 @dataclass
 class Sweep:
-    """One pass over the items of a data set, of which each process takes its share.
+    """Pass over the items of a data set, shared between processes.
 
     Args:
         items: the data set.
         title: name on the progress bar.
-        batch_size: images of equal size that are processed at once.
-        num_workers: processes that read.
+        batch_size: images of equal size per batch.
+        num_workers: worker processes that read.
         progress: whether to show a bar, in the first process.
-        skip_unreadable: whether to go on where an image cannot be read.
+        skip_unreadable: whether to skip images that cannot be read.
         with_mask: whether to read ``(image, mask)``.
     """
 
@@ -51,7 +51,7 @@ class Sweep:
 
     @property
     def share(self) -> range:
-        """The items of this process."""
+        """Indices of the items of this process."""
         return range(rank(), len(self.items), world_size())
 
     def read(self, indices: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
@@ -70,10 +70,11 @@ class Sweep:
         """Yield index and result of the items of this process, or of some of them, in order.
 
         Args:
-            networks: all that the function runs; in evaluation mode meanwhile. Batches go where the last of them is.
+            networks: all networks that ``function`` runs, set to evaluation mode meanwhile. Batches are moved to the
+                device of the last one.
             function: ``(B, C, H, W)`` images -> B results, and ``(B,)`` bool, whether the logits are finite.
-            indices: which items.
-            on_pair: called with index, image and mask of an item once it is read, where masks are read.
+            indices: which items; None for all.
+            on_pair: called with index, image and mask of each item, if masks are read.
 
         Raises:
             NetworkError: if the logits of an image are not finite; names it.
@@ -97,10 +98,10 @@ class Sweep:
             yield index, result
 
     def skipped(self) -> tuple[Skipped, ...]:
-        """Return what no process could read, in order.
+        """Return the items that could not be read by any process, in order.
 
         Raises:
-            DataError: if that is all.
+            DataError: if no item could be read.
         """
         skipped = sorted((s for part in all_gather(self._skipped) for s in part), key=lambda s: s.index)
         if len(skipped) == len(self.items):
@@ -131,19 +132,19 @@ def batch_by_size(
 ) -> Iterator[tuple[int, T]]:
     """Apply a batched function to single images of any sizes, in order.
 
-    Images wait until there are ``batch_size`` of their size, never padded: that would change what global pooling sees.
-    An image waits for at most ``longest_wait`` others (8 batches) before its batch goes incomplete, so memory is
-    bounded however many sizes there are.
+    Images wait until there are ``batch_size`` of their size. They are never padded, which would change global pooling.
+    An image waits for at most ``longest_wait`` others (8 batches) before its incomplete batch is run, so memory is
+    bounded for any number of sizes.
 
     Args:
         function: ``(B, C, H, W)`` batch on the device -> B results.
         images: ``(index, image)`` pairs.
-        batch_size: how many images at once.
-        device: where the batches go.
-        longest_wait: how many images may come before a waiting one goes.
+        batch_size: images per batch.
+        device: device of the batches.
+        longest_wait: how many later images an image may wait for.
 
     Yields:
-        ``(index, result)``, in the order in which the images came.
+        ``(index, result)``, in the order of the images.
     """
     longest_wait = 8 * batch_size if longest_wait is None else longest_wait
     waiting: dict[Any, list[tuple[int, int, Tensor]]] = {}  # by size, each with position, index and image
@@ -174,13 +175,13 @@ def batch_by_size(
 
 
 def predictor(model: nn.Module, num_classes: int, precision: Precision) -> Callable[[Tensor], Tensor]:
-    """``(B, C, H, W)`` images -> ``(B, K, H, W)`` float logits, checked to be of ``num_classes`` classes.
+    """Make a function from images ``(B, C, H, W)`` to float logits ``(B, K, H, W)`` of ``num_classes`` classes.
 
-    Gradients and training mode are the caller's matter (see ``frozen``).
+    Gradients and training mode are left to the caller (see ``evaluating``).
 
     Raises:
-        ValueError: if there is no such precision.
-        NetworkError: when called, if the network has another number of classes.
+        ValueError: if ``precision`` is not one of the two.
+        NetworkError: when called, if the network has a different number of classes.
     """
     check_choice("precision", precision, "fp32", "bf16")
 
@@ -198,18 +199,18 @@ def predictor(model: nn.Module, num_classes: int, precision: Precision) -> Calla
 def finite_images(values: Tensor) -> Tensor:
     """Return ``(B,)`` bool: whether all values of an image are finite.
 
-    Of logits their maximum over the classes is enough: one that is NaN is the highest.
+    For logits, their maximum over the classes suffices, as it propagates NaN.
     """
     return values.isfinite().flatten(1).all(1)
 
 
 def check_finite(finite: bool, *, name: str) -> None:
-    """Raise a ``NetworkError`` unless all logits of an image were finite: the arg max would make a class of NaN."""
+    """Raise a ``NetworkError`` unless all logits of an image were finite: arg max would turn NaN into a class."""
     if not finite:
         raise NetworkError(f"the network returned NaN or infinite logits for {name}")
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raise a ``ValueError`` unless it is positive."""
+    """Raise a ``ValueError`` unless the batch size is positive."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more")

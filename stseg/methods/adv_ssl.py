@@ -16,29 +16,29 @@ from stseg.types import Criterion
 
 
 class AdvSSL(Method):
-    """AdvSSL (Hung et al., BMVC 2018): a critic that tells masks from predictions trains and selects the predictions.
+    """AdvSSL (Hung et al., BMVC 2018): a critic that distinguishes masks from predictions.
 
     The critic maps class probabilities to a score for each pixel; high means "annotated mask". With p the
     probabilities of labeled (l) and unlabeled (u) images and D the critic,
 
     ``L = Ls + adversarial[0] * BCE(D(p_l), 1) + adversarial[1] * BCE(D(p_u), 1) + semi * CE(p_u, argmax p_u)``,
 
-    the last from the share ``semi_from`` of the training on, as the mean over the pixels that the critic scores
-    ``threshold`` or more. The critic learns ``(BCE(D(p), 0) + BCE(D(one-hot masks), 1)) / 2``, with predictions of
-    labeled and unlabeled images as one batch. Both are updated at the same time: the network's loss runs through the
-    critic with constant parameters, and the critic's sees detached predictions. Pixels without a label and padding
-    count nowhere.
+    where the last term starts after the share ``semi_from`` of the training and is the mean over the pixels whose
+    score is at least ``threshold``. The critic learns ``(BCE(D(p), 0) + BCE(D(one-hot masks), 1)) / 2``, with
+    predictions of labeled and unlabeled images as one batch. Both are updated at the same time: the network's loss
+    passes through the critic with fixed parameters, and the critic's loss uses detached predictions. Pixels without a
+    label and padding are ignored.
 
-    Unlike in the authors' code, the masks that the critic sees are those of the same batch, not of another one, and
-    padded pixels of unlabeled images do not count.
+    Unlike in the authors' code, the critic sees the masks of the same batch, not of another one, and padded pixels of
+    unlabeled images are ignored.
 
     Args:
         network: a network, bare or in a :class:`stseg.Segmenter`.
         num_classes: number of classes, 2 for a network with one logit.
         adversarial: weights of the adversarial terms of labeled and unlabeled images.
         semi: weight of the cross-entropy on unlabeled images.
-        threshold: score of the critic, after a sigmoid, from which a pixel is learned from.
-        semi_from: share of the training after which that begins: 5,000 of 20,000 steps in the paper.
+        threshold: least score of the critic, after a sigmoid, of a pixel to learn from.
+        semi_from: share of the training after which that term starts: 5,000 of 20,000 steps in the paper.
         critic_lr: learning rate of the critic's Adam, whose betas are 0.9 and 0.99.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 

@@ -15,7 +15,7 @@ from stseg.types import Criterion
 
 
 class CPS(Method):
-    """CPS (Chen et al., CVPR 2021): two networks, each of which learns from the other's hard labels.
+    """CPS (Chen et al., CVPR 2021): two networks that learn from each other's hard labels.
 
     ``L = Ls(1) + Ls(2) + weight * (CE(z1, argmax z2) + CE(z2, argmax z1))``, the last two over labeled and unlabeled
     images together: without CutMix, as in section 3. There is no threshold and no teacher; the labels come from the
@@ -23,11 +23,11 @@ class CPS(Method):
 
     As in the authors' code each network sees labeled and unlabeled images in separate forward passes, so that batch
     normalization sees them separately, and the first network alone is validated and returned. Unlike there, padded
-    pixels of unlabeled images do not count.
+    pixels of unlabeled images are ignored.
 
     Args:
         network: the first network, bare or in a :class:`stseg.Segmenter`.
-        other: the second, of the same kind with other initial weights.
+        other: the second network, with the same architecture and different initial weights.
         weight: weight of the cross pseudo supervision: 1.5 for Pascal VOC, 6 for Cityscapes.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 

@@ -17,21 +17,21 @@ class FixMatch(Method):
     """FixMatch (Sohn et al., NeurIPS 2020), for segmentation as in UniMatch (Yang et al., CVPR 2023, section 3.1).
 
     Confident predictions on weakly augmented images are the targets of their strongly augmented views, in which CutMix
-    exchanges a box with another image of the batch:
+    pastes a box of another image of the batch:
 
     ``L = (Ls + Lu) / 2``, where Lu sums the cross-entropy over the pixels whose confidence is at least ``threshold``
     and divides by the number of all valid pixels.
 
     The targets come from the forward pass of labeled and unlabeled images together, in training mode, as in the
     authors' code; so batch normalization sees both. Unlike there, the box comes from another image of the same batch:
-    the authors draw the partner from a second loader with the same order, which makes it a crop of the same image, not
-    intended according to them.
+    the authors draw the partner from a second loader with the same order, so it is a crop of the same image, which they
+    say was not intended.
 
     Args:
         network: a network, bare or in a :class:`stseg.Segmenter`.
-        threshold: confidence from which a pixel is a target; 0.95 for Pascal VOC, 0 for Cityscapes.
+        threshold: least confidence of a target pixel; 0.95 for Pascal VOC, 0 for Cityscapes.
         strong: augmentation of the unlabeled images; None for none.
-        mix: exchange of boxes; None for none.
+        mix: mixing of boxes; None for none.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 
     Logged: ``supervised``, ``consistency``, and ``sure``, the share of valid pixels that are targets.
@@ -49,7 +49,7 @@ class FixMatch(Method):
         network: nn.Module,
         *,
         threshold: float = 0.95,
-        strong: BatchAugmentation | None = StrongAugment(cutout=None),  # noqa: B008  it holds settings alone
+        strong: BatchAugmentation | None = StrongAugment(cutout=None),  # noqa: B008  it has no state
         mix: CutMix | None = CutMix(),  # noqa: B008  frozen
         loss: Criterion | None = None,
     ) -> None:

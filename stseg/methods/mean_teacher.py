@@ -17,29 +17,29 @@ from stseg.types import BatchAugmentation, Criterion
 
 
 class MeanTeacher(Method):
-    """Mean Teacher (Tarvainen and Valpola, NeurIPS 2017): the student agrees with the average of its past weights.
+    """Mean Teacher (Tarvainen and Valpola, NeurIPS 2017): a student consistent with the average of its past weights.
 
     ``L = Ls + weight * r(t) * Lu``, where Lu is the mean, over classes and valid pixels, of the squared difference of
     the student's probabilities on the strong view and the teacher's on the weak one, and
     ``r(t) = exp(-5 (1 - t / rampup)^2)`` rises from near 0 to 1 in the first ``rampup`` of the training.
 
-    The paper is about classification. Two reproductions for segmentation differ, and are reached by settings:
+    The paper is about classification. The settings of two reproductions for segmentation are:
 
     - the authors of CPS: ``weight=100, rampup=0, strong=None, include_labeled=True, warmup=False,
       deploy="student"``;
     - the authors of GCT: ``space="logits", weight=1, rampup=1/9, strong=None``.
 
-    The teacher runs in training mode, so it gathers batch statistics of its own, and its weights alone are averaged, as
-    in both. Unlike in the first, it is updated after the step. Padded pixels do not count, unlike in both.
+    As in both, the teacher runs in training mode with its own batch statistics, and only its weights are averaged.
+    Unlike in the first, it is updated after the step. Unlike in both, padded pixels are ignored.
 
     Args:
         network: the student, bare or in a :class:`stseg.Segmenter`; the teacher is a copy.
-        decay: of the average; with ``warmup`` ``min(1 - 1 / (t + 1), decay)``.
+        decay: decay of the average; with ``warmup``, ``min(1 - 1 / (t + 1), decay)``.
         warmup: whether the average follows the student closely in the first steps.
-        weight: weight of the consistency at its full height.
-        rampup: share of the training in which that is reached; 0 for none.
-        strong: augmentation of what the student sees, which must not move pixels; None for none.
-        space: what is compared: ``"softmax"`` or ``"logits"``.
+        weight: final weight of the consistency.
+        rampup: share of the training until the final weight is reached; 0 for no ramp-up.
+        strong: augmentation of the student's images, which must not move pixels; None for none.
+        space: outputs to compare: ``"softmax"`` or ``"logits"``.
         include_labeled: whether the consistency covers the labeled images too.
         deploy: which of the two is validated and returned: ``"teacher"`` or ``"student"``.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
@@ -62,7 +62,7 @@ class MeanTeacher(Method):
         warmup: bool = True,
         weight: float = 10.0,
         rampup: float = 0.1,
-        strong: BatchAugmentation | None = StrongAugment(cutout=None),  # noqa: B008  it holds settings alone
+        strong: BatchAugmentation | None = StrongAugment(cutout=None),  # noqa: B008  it has no state
         space: Literal["softmax", "logits"] = "softmax",
         include_labeled: bool = False,
         deploy: Literal["teacher", "student"] = "teacher",
@@ -80,8 +80,8 @@ class MeanTeacher(Method):
         self.include_labeled, self.deploy, self.loss = include_labeled, deploy, loss
 
     @property
-    def model(self) -> nn.Module:  # type: ignore[override]  # one of the two, not a module of its own
-        """The teacher or the student, as ``deploy`` says."""
+    def model(self) -> nn.Module:  # type: ignore[override]  # an alias, not another submodule
+        """Teacher or student, according to ``deploy``."""
         return self.teacher.model if self.deploy == "teacher" else self.student
 
     def forward(self, batch: Batch) -> Losses:

@@ -1,4 +1,4 @@
-"""ST and ST++ (Yang et al., CVPR 2022): self-training in two and in three trainings."""
+"""ST and ST++ (Yang et al., CVPR 2022): self-training in two and three trainings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AnyST = TypeVar("AnyST", bound="ST")
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline(Recipe):
-    """Section 3.1: training on the labeled images alone; the baseline, and the teacher of ST and ST++.
+    """Supervised baseline, section 3.1: training on the labeled images alone; also the teacher of ST and ST++.
 
     Args:
         teacher: ``make_model -> Method`` in place of :class:`stseg.methods.Supervised`, such as
@@ -38,7 +38,7 @@ class Baseline(Recipe):
 
     Raises:
         ValueError: if a setting is out of its range; names it.
-        TypeError: if a setting is of another kind.
+        TypeError: if a setting has the wrong type.
 
     Example:
         >>> Baseline(double_below=0).uses_unlabeled
@@ -60,7 +60,7 @@ class Baseline(Recipe):
         return self.train_teacher(stages, labeled)
 
     def train_teacher(self, stages: Stages, labeled: Items) -> FitResult:
-        """Train the step ``"teacher"``, with the three checkpoints that ST++ ranks by."""
+        """Train the step ``"teacher"``, keeping the three checkpoints by which ST++ ranks."""
         repeated = MixedDataset(labeled, repeat=2 if len(labeled) < self.double_below else 1)
         return stages.train(
             "teacher", self.teacher or self.supervised, repeated, snapshots=thirds(stages.config.length)
@@ -71,7 +71,7 @@ class Baseline(Recipe):
         return Supervised(make_model(), loss=self.loss)
 
     def check_images(self, count: int) -> None:
-        """Accept any number: they are not used."""
+        """Accept any number: the images are not used."""
 
     def check_teacher(self, teacher: FitResult) -> None:
         """Accept any teacher."""
@@ -79,24 +79,24 @@ class Baseline(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class ST(Baseline):
-    """Section 3.2: the teacher labels all images, and a student learns from annotated and pseudo-masks.
+    """ST, section 3.2: the teacher labels all images, and a student learns from annotated and pseudo-masks.
 
     Args:
         strong: augmentation of pseudo-labeled images: :class:`stseg.StrongAugment`, a kornia
             ``AugmentationSequential``, or None for none.
         pseudo_weight: lambda, the weight of pseudo-labeled pixels.
         labeling: how pseudo-labels are made.
-        student_init: ``"fresh"``, the paper's, or ``"teacher"``: a student starts from the weights of the network that
-            labeled last. The second one of ST++ so starts from those of the first.
+        student_init: ``"fresh"``, as in the paper, or ``"teacher"``: each student starts from the weights of the
+            network that labeled its images; the second student of ST++ starts from the first.
         student: ``make_model -> Method`` in place of :class:`stseg.methods.Supervised`.
-        teacher: see :class:`Baseline`, as for ``loss`` and ``double_below``.
+        teacher: see :class:`Baseline`, also for ``loss`` and ``double_below``.
 
     Example:
         >>> ST(student_init="teacher", labeling=Labeling(tta=None, threshold=0.9)).pseudo_weight
         1.0
     """
 
-    strong: BatchAugmentation | None = StrongAugment()  # noqa: RUF009  it holds settings alone
+    strong: BatchAugmentation | None = StrongAugment()  # noqa: RUF009  it has no state
     pseudo_weight: float = 1.0
     labeling: Labeling = Labeling()  # noqa: RUF009  frozen
     student_init: Literal["fresh", "teacher"] = "fresh"
@@ -114,14 +114,14 @@ class ST(Baseline):
 
     @classmethod
     def from_scratch(cls: type[AnyST], **changes: Any) -> AnyST:
-        """Return settings for networks without pretrained weights; what they gave is in the docs under Results.
+        """Return settings for networks without pretrained weights; see Results in the documentation.
 
-        Students start from their teacher's weights, and of each class the 80 % most confident pixels are kept.
+        Students start from their teacher's weights, and the most confident 80 % of each predicted class are kept.
         """
         return cls(**{"student_init": "teacher", "labeling": Labeling(keep_per_class=0.8), **changes})
 
     def run(self, stages: Stages, labeled: Items, unlabeled: Items) -> FitResult:
-        """Section 3.2, algorithm 1."""
+        """Run algorithm 1 of section 3.2."""
         teacher = self.train_teacher(stages, labeled)
         labels = stages.label("labels", teacher, unlabeled, self.labeling)
         return self.train_student(stages, "student", MixedDataset(labeled, labels), teacher)
@@ -132,7 +132,7 @@ class ST(Baseline):
         return stages.train(step, self.make_student(stages.config), mixed, init=init)
 
     def make_student(self, config: TrainConfig) -> MakeMethod:
-        """Return what makes the method of a student."""
+        """Return the function that makes the method of a student."""
 
         def make(make_model: MakeModel) -> Supervised:
             return Supervised(
@@ -146,7 +146,7 @@ class ST(Baseline):
         return self.student or make
 
     def later_methods(self, config: TrainConfig) -> Mapping[str, MakeMethod]:
-        """Return the student's."""
+        """Return the method of the student."""
         return {"student": self.make_student(config)}
 
     def check_settings(self, config: TrainConfig, *, num_classes: int, on_disk: bool) -> None:
@@ -156,18 +156,18 @@ class ST(Baseline):
         self.labeling.check(num_classes, config.ignore_index, on_disk=on_disk)
 
     def check_images(self, count: int) -> None:
-        """Check that there are some."""
+        """Check that there is at least one."""
         Recipe.check_images(self, count)
 
 
 @dataclass(frozen=True, kw_only=True)
 class STPlusPlus(ST):
-    """Section 3.3: the images whose predictions stabilized early in the teacher's training are labeled first.
+    """ST++, section 3.3: images whose predictions stabilized early in the teacher's training are labeled first.
 
     Args:
-        reliable_fraction: share of the images that count as reliable; of n, the first ``floor(n * fraction)``.
-        ranker: ranks the images in place of their stability: any object with ``.rank(dataset) -> Ranking``.
-        strong: see :class:`ST`, as for all others.
+        reliable_fraction: share of reliable images: the first ``floor(n * fraction)`` of n.
+        ranker: ranks the images in place of stability: any object with ``.rank(dataset) -> Ranking``.
+        strong: see :class:`ST`, also for all other arguments.
 
     Example:
         >>> STPlusPlus(reliable_fraction=0.4).labeling.keep_per_class is None
@@ -185,7 +185,7 @@ class STPlusPlus(ST):
             raise TypeError(f"ranker is {self.ranker!r}; expected None or an object with the method 'rank'")
 
     def run(self, stages: Stages, labeled: Items, unlabeled: Items) -> FitResult:
-        """Section 3.3, algorithm 2."""
+        """Run algorithm 2 of section 3.3."""
         teacher = self.train_teacher(stages, labeled)
         reliable, rest = stages.rank("ranking", teacher, unlabeled, self.ranker).split(self.reliable_fraction)
         easy = stages.label("reliable", teacher, unlabeled.subset(reliable), self.labeling)
@@ -203,7 +203,7 @@ class STPlusPlus(ST):
             )
 
     def check_images(self, count: int) -> None:
-        """Check that some images are reliable, and some not."""
+        """Check that both parts are non-empty."""
         super().check_images(count)
         if not 0 < reliable_count(count, self.reliable_fraction) < count:
             raise DataError(
@@ -221,7 +221,7 @@ class STPlusPlus(ST):
 
 
 def check_make_method(name: str, make: object) -> None:
-    """Raise a ``TypeError`` unless it is None or a function that makes a method."""
+    """Raise a ``TypeError`` unless ``make`` is None or a function that makes a method."""
     if make is not None and (not callable(make) or isinstance(make, (type, nn.Module))):
         made = f"the class {make.__name__}" if isinstance(make, type) else repr(make)
         kind = type(make).__name__ if isinstance(make, nn.Module) else made
@@ -232,7 +232,7 @@ def check_make_method(name: str, make: object) -> None:
 
 
 def thirds(length: int) -> list[int]:
-    """Return after which epochs (or steps) ST++ keeps a checkpoint; none of fewer than 3.
+    """Return after which epochs (or steps) ST++ keeps a checkpoint; empty if ``length`` is below 3.
 
     Example:
         >>> thirds(80), thirds(4)

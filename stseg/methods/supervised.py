@@ -18,26 +18,26 @@ from stseg.types import BatchAugmentation, Criterion
 class Supervised(Method):
     r"""Supervised training (Yang et al., CVPR 2022, section 3.1).
 
-    The loss is the mean cross-entropy over the pixels of the batch, of all processes, that are not ignored. Rows with
+    The loss is the mean cross-entropy over the pixels of the batch, in all processes, that are not ignored. Rows with
     a pseudo-mask are augmented strongly and weighted:
 
     ``L = (sum over annotated pixels + pseudo_weight * sum over pseudo-labeled pixels) / number of pixels``,
 
-    which at a weight of 1, the paper's, is the one mean over the mixed batch. At 0 only annotated masks count.
+    which is the mean over the mixed batch for a weight of 1, as in the paper. For 0 only annotated masks count.
 
     Args:
-        network: a network, bare or in a :class:`stseg.Segmenter`. It is itself trained, not a copy.
+        network: a network, bare or in a :class:`stseg.Segmenter`. It is trained in place.
         strong: augmentation of the rows with a pseudo-mask, on the device, such as :class:`stseg.StrongAugment` or a
             kornia ``AugmentationSequential``; None for none.
         pseudo_weight: lambda of the paper.
         loss: ``(logits, masks) -> scalar`` in place of cross-entropy, such as
             ``smp.losses.DiceLoss("multiclass", ignore_index=255)``; ``masks`` hold the ignore index where there is no
-            label. Each process takes it over its own part of the batch. With a ``pseudo_weight`` other than 1 it is
-            taken over the annotated and over the pseudo-labeled rows, each weighted by its share of the pixels.
-        ignore_index: mask value of pixels without a label; that of the config.
+            label. Each process computes it on its part of the batch. If ``pseudo_weight`` is not 1, it is computed
+            separately on annotated and pseudo-labeled rows, each weighted by its share of the pixels.
+        ignore_index: mask value of pixels without a label, as in the config.
 
     Raises:
-        ValueError: if ``pseudo_weight`` is negative, or the cutout of ``strong`` writes another ignore index.
+        ValueError: if ``pseudo_weight`` is negative, or the cutout of ``strong`` writes a different ignore index.
 
     Example:
         >>> method = Supervised(nn.Conv2d(3, 2, 1))

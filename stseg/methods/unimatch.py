@@ -26,24 +26,24 @@ class UniMatch(Method):
 
     Confident predictions on weakly augmented images are the targets of three streams:
 
-    ``L = (Ls + (L1 + L2) / 4 + Lf / 2) / 2``, where L1 and L2 are FixMatch's loss on two strong views, each with
-    augmentations and CutMix box of its own, and Lf is the same on features with dropped channels. Each sums the
+    ``L = (Ls + (L1 + L2) / 4 + Lf / 2) / 2``, where L1 and L2 are FixMatch's loss on two strong views with
+    independent augmentations and CutMix boxes, and Lf is the same on features with dropped channels. Each sums the
     cross-entropy over the pixels whose confidence is at least ``threshold`` and divides by the number of valid pixels.
 
     As in the authors' code, the encoder runs once on labeled and unlabeled images together; the decoder then sees their
     features and a copy of them with dropped channels in one batch, so that batch normalization sees all of them, and
-    the perturbed labeled rows are not used. Unlike there, channels are dropped in every feature that the encoder hands
-    on, not in the first and the last level alone, since networks differ in what they hand on; and the CutMix box comes
+    the perturbed labeled rows are not used. Unlike there, channels are dropped in every feature that the encoder
+    returns, not only in the first and last level, since networks differ in what they return; and the CutMix box comes
     from another image of the same batch, since the authors' partner turned out to be a crop of the same image.
 
     Args:
         network: a network, bare or in a :class:`stseg.Segmenter`, with a backbone.
-        threshold: confidence from which a pixel is a target; 0.95 for Pascal VOC, 0 for Cityscapes.
+        threshold: least confidence of a target pixel; 0.95 for Pascal VOC, 0 for Cityscapes.
         dropout: probability that a channel is dropped.
         strong: augmentation of the two strong views; None for none.
-        mix: exchange of boxes; None for none.
-        backbone: name of the submodule of the network whose output is perturbed; None takes ``encoder``, ``backbone``
-            or what ``base_model_prefix`` names.
+        mix: mixing of boxes; None for none.
+        backbone: name of the submodule of the network whose output is perturbed; None uses ``encoder``, ``backbone``
+            or the one that ``base_model_prefix`` names.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 
     Logged: ``supervised``, ``strong`` (mean of L1 and L2), ``features``, and ``sure``, the share of valid pixels that
@@ -67,7 +67,7 @@ class UniMatch(Method):
         *,
         threshold: float = 0.95,
         dropout: float = 0.5,
-        strong: BatchAugmentation | None = StrongAugment(cutout=None),  # noqa: B008  it holds settings alone
+        strong: BatchAugmentation | None = StrongAugment(cutout=None),  # noqa: B008  it has no state
         mix: CutMix | None = CutMix(),  # noqa: B008  frozen
         backbone: str | None = None,
         loss: Criterion | None = None,

@@ -1,4 +1,4 @@
-"""Networks: the wrapper that makes any of them usable, and the three that the paper trained."""
+"""Networks: a wrapper for any network, and the three networks of the paper."""
 
 from stseg.models.backbone import backbone_of
 from stseg.models.deeplab import DeepLabV2, DeepLabV3Plus

@@ -1,4 +1,4 @@
-"""What the paper's networks have in common: a dilated backbone, convolution blocks, resizing."""
+"""Parts shared by the networks of the paper: dilated backbone, convolution blocks, resizing."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 
 def dilated_backbone(name: str, *, in_channels: int, pretrained: bool) -> nn.Module:
-    """A timm backbone that returns its levels of features, dilated where it would go below an eighth.
+    """Build a timm backbone that returns feature levels, dilated to an output stride of 8.
 
-    In a ResNet that is stages 3 and 4, with dilations 2 and 4; the first block of each keeps the dilation of
+    In a ResNet this dilates stages 3 and 4, with dilations 2 and 4; the first block of each keeps the dilation of
     the stage before it, as in the paper.
 
     Raises:
         RuntimeError: if timm has no such model.
-        ValueError: if it has it without levels of features, or without an output stride of 8.
+        ValueError: if the model has no feature levels, or no output stride of 8.
     """
-    import timm  # here, because it is slow to import and few programs need it
+    import timm  # slow to import, and rarely needed
 
     try:
         backbone: nn.Module = timm.create_model(
@@ -33,13 +33,13 @@ def dilated_backbone(name: str, *, in_channels: int, pretrained: bool) -> nn.Mod
 
 
 def feature_levels(backbone: nn.Module) -> tuple[list[int], list[int]]:
-    """Channels and strides of the levels of a timm backbone."""
+    """Return channels and strides of the levels of a timm backbone."""
     info: Any = backbone.feature_info
     return info.channels(), info.reduction()
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1) -> nn.Sequential:
-    """A convolution without bias that keeps the size, batch normalization, ReLU."""
+    """Build a size-preserving convolution without bias, batch normalization and ReLU."""
     padding = dilation * (kernel_size // 2)
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
@@ -49,5 +49,5 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int = 1, dila
 
 
 def resize_as(x: Tensor, other: Tensor) -> Tensor:
-    """``x`` at the height and width of ``other``: bilinear, corners aligned."""
+    """Resize ``x`` to the height and width of ``other``: bilinear, corners aligned."""
     return F.interpolate(x, size=other.shape[-2:], mode="bilinear", align_corners=True)

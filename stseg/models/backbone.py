@@ -1,4 +1,4 @@
-"""Where the backbone of a network is."""
+"""Lookup of the backbone of a network."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ def backbone_of(network: nn.Module, name: str | None = None) -> nn.Module | None
 
     Args:
         network: any network, not wrapped.
-        name: the submodule's dotted name; else what libraries call theirs is tried: ``encoder``, ``backbone``, and what
+        name: dotted name of the submodule; None tries ``encoder``, ``backbone``, and the one that
             ``base_model_prefix`` names (Hugging Face).
 
     Returns:
-        The submodule; None if no name is given and none is found.
+        The submodule; None if ``name`` is None and none is found.
 
     Raises:
-        ValueError: if the network has no submodule of the name that is given.
+        ValueError: if the network has no submodule called ``name``.
 
     Example:
         >>> network = nn.ModuleDict({"backbone": nn.Conv2d(3, 8, 1), "head": nn.Conv2d(8, 2, 1)})

@@ -13,22 +13,22 @@ from stseg.models._parts import conv_bn_relu, dilated_backbone, feature_levels, 
 class DeepLabV3Plus(nn.Module):
     """DeepLabV3+ (Chen et al., ECCV 2018) at output stride 8, as ST++ (Yang et al., CVPR 2022) trains it.
 
-    An atrous pyramid of dense convolutions with rates 12, 24 and 36, beside the low-level features of
-    stride 4 (these first), fused by two convolutions of 256 channels. It is another network than the
-    DeepLabV3Plus of segmentation_models_pytorch, whose convolutions are separable and output stride is 16.
+    Low-level features of stride 4, concatenated with an atrous pyramid of dense convolutions with rates 12,
+    24 and 36, and fused by two convolutions of 256 channels. It differs from the DeepLabV3Plus of
+    segmentation_models_pytorch, which has separable convolutions and output stride 16.
     With 21 classes: 40,352,181 parameters on ResNet-50, 59,344,309 on ResNet-101.
 
-    The head starts from PyTorch's default initialization. ``pretrained=True`` fetches timm's ImageNet weights
-    for the backbone; the paper starts from torchvision's, which are ``backbone="resnet50.tv_in1k"``.
+    The head starts from PyTorch's default initialization. ``pretrained=True`` downloads timm's ImageNet
+    weights for the backbone; the paper uses torchvision's, which are ``backbone="resnet50.tv_in1k"``.
 
     Args:
-        backbone: any timm model that has ``features_only`` and ``output_stride=8``.
+        backbone: any timm model that supports ``features_only`` and ``output_stride=8``.
         num_classes: channels of the logits.
         in_channels: channels of the images.
         pretrained: whether the backbone starts from timm's weights, adapted where there are not 3 channels.
 
     Attributes:
-        backbone: the timm backbone; ``stseg.fit`` gives all the rest a learning rate of its own.
+        backbone: the timm backbone; ``stseg.fit`` trains all other layers with a separate learning rate.
 
     Shape:
         Normalized images ``(B, in_channels, H, W)`` -> logits ``(B, num_classes, H, W)``, any H and W.
@@ -67,7 +67,7 @@ class DeepLabV3Plus(nn.Module):
         self.classifier = nn.Conv2d(256, num_classes, kernel_size=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, num_classes, H, W)`` of normalized images ``(B, C, H, W)``."""
+        """Map normalized images ``(B, C, H, W)`` to logits ``(B, num_classes, H, W)``."""
         features = self.backbone(images)
         low = self.reduce(features[self.low_level])
         high = resize_as(self.aspp(features[-1]), low)
@@ -78,12 +78,12 @@ class DeepLabV3Plus(nn.Module):
 class DeepLabV2(nn.Module):
     """DeepLabV2 (Chen et al., TPAMI 2018) at output stride 8, as ST++ (Yang et al., CVPR 2022) trains it.
 
-    The sum of four dilated convolutions, each a classifier, whose weights start from N(0, 0.01). The
-    paper has it on ResNet-101 with weights from COCO, for which the head learns at the rate of the backbone
+    The sum of four dilated convolutions, each a classifier, with weights initialized from N(0, 0.01). The
+    paper uses ResNet-101 with weights from COCO, where the head has the learning rate of the backbone
     (``head_lr_factor=1`` in :class:`stseg.TrainConfig`). With 21 classes: 44,048,532 parameters.
 
     Args:
-        backbone: any timm model that has ``features_only`` and ``output_stride=8``.
+        backbone: any timm model that supports ``features_only`` and ``output_stride=8``.
         num_classes: channels of the logits.
         in_channels: channels of the images.
         pretrained: whether the backbone starts from timm's ImageNet weights, adapted where there are not
@@ -122,14 +122,14 @@ class DeepLabV2(nn.Module):
             self.classifiers.append(classifier)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, num_classes, H, W)`` of normalized images ``(B, C, H, W)``."""
+        """Map normalized images ``(B, C, H, W)`` to logits ``(B, num_classes, H, W)``."""
         features = self.backbone(images)[-1]
         logits = torch.stack([classifier(features) for classifier in self.classifiers]).sum(0)
         return resize_as(logits, images)
 
 
 class _AtrousPyramid(nn.Module):
-    """A 1x1 convolution, dilated ones and the mean of the image side by side, projected to one width."""
+    """Parallel 1x1 convolution, dilated convolutions and image-level pooling, projected to one width."""
 
     def __init__(self, in_channels: int, width: int, rates: Sequence[int]) -> None:
         super().__init__()

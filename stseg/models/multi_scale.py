@@ -1,4 +1,4 @@
-"""Test-time augmentation: the mean over scales and mirror images."""
+"""Test-time augmentation over scales and horizontal flips."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from stseg.models.segmenter import as_segmenter
 
 
 class MultiScaleFlip(nn.Module):
-    """A model that looks at each image at several scales, mirrored too, and averages the probabilities.
+    """Test-time augmentation that averages the probabilities over scales and horizontal flips.
 
-    As the paper labels images (Yang et al., CVPR 2022): sides ``int(h * s)`` and ``int(w * s)``, softmax for each
+    The labeling of the paper (Yang et al., CVPR 2022): sides ``int(h * s)`` and ``int(w * s)``, softmax for each
     view, resized back (bilinear, corners aligned), averaged. With the defaults these are 10 views.
 
     Args:
         model: a network or a wrapped one; a bare network is wrapped in :class:`stseg.Segmenter`.
         scales: factors of height and width.
-        flip: whether every view comes with its mirror image.
+        flip: whether to add the horizontal flip of every view.
 
     Shape:
         ``(B, C, H, W)`` uint8 or float in [0, 1] -> ``(B, K, H, W)`` log of the mean probability; its softmax is
-        the mean probability again, so this is a drop-in for the model.
+        the mean probability again, so this can replace the model.
 
     Raises:
-        ValueError: if there is no scale, or one is not positive.
+        ValueError: if ``scales`` is empty or has a value that is not positive.
 
     Example:
         >>> model = MultiScaleFlip(nn.Conv2d(3, 4, 1), scales=(0.5, 1.0))
@@ -49,7 +49,7 @@ class MultiScaleFlip(nn.Module):
         self.flip = flip
 
     def forward(self, images: Tensor) -> Tensor:
-        """Log of the mean probability ``(B, K, H, W)`` of images ``(B, C, H, W)``."""
+        """Compute the log of the mean probability ``(B, K, H, W)`` of images ``(B, C, H, W)``."""
         if images.dtype == torch.uint8:
             images = images.float() / 255
         height, width = images.shape[-2:]
@@ -65,7 +65,7 @@ class MultiScaleFlip(nn.Module):
         return mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
 
     def extra_repr(self) -> str:
-        """What `repr` shows beside the model."""
+        """Return the settings for ``repr``."""
         return f"scales={self.scales}, flip={self.flip}"
 
 

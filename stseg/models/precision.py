@@ -11,5 +11,5 @@ from stseg.types import Precision
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Return bfloat16 autocast where ``precision`` is ``"bf16"``; for ``"fp32"`` none, even inside another one."""
+    """Return bfloat16 autocast for ``"bf16"``; for ``"fp32"`` disable autocast, even inside another one."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

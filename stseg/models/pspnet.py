@@ -11,21 +11,21 @@ from stseg.models._parts import conv_bn_relu, dilated_backbone, feature_levels, 
 class PSPNet(nn.Module):
     """PSPNet (Zhao et al., CVPR 2017) at output stride 8, as ST++ (Yang et al., CVPR 2022) trains it.
 
-    The last features, and beside them the same pooled to 1, 2, 3 and 6 cells a side, each in a quarter of the
-    channels. There is no auxiliary loss. It is another network than the PSPNet of
-    segmentation_models_pytorch, whose widths differ. With 21 classes on ResNet-50: 46,592,597 parameters.
+    The last features, concatenated with the same features pooled to 1, 2, 3 and 6 cells per side, each with a
+    quarter of the channels. There is no auxiliary loss. It differs in its widths from the PSPNet of
+    segmentation_models_pytorch. With 21 classes on ResNet-50: 46,592,597 parameters.
 
-    The head starts from PyTorch's default initialization. ``pretrained=True`` fetches timm's ImageNet weights
-    for the backbone; the paper starts from torchvision's, which are ``backbone="resnet50.tv_in1k"``.
+    The head starts from PyTorch's default initialization. ``pretrained=True`` downloads timm's ImageNet
+    weights for the backbone; the paper uses torchvision's, which are ``backbone="resnet50.tv_in1k"``.
 
     Args:
-        backbone: any timm model that has ``features_only`` and ``output_stride=8``.
+        backbone: any timm model that supports ``features_only`` and ``output_stride=8``.
         num_classes: channels of the logits.
         in_channels: channels of the images.
         pretrained: whether the backbone starts from timm's weights, adapted where there are not 3 channels.
 
     Attributes:
-        backbone: the timm backbone; ``stseg.fit`` gives all the rest a learning rate of its own.
+        backbone: the timm backbone; ``stseg.fit`` trains all other layers with a separate learning rate.
 
     Shape:
         Normalized images ``(B, in_channels, H, W)`` -> logits ``(B, num_classes, H, W)``, any H and W.
@@ -60,7 +60,7 @@ class PSPNet(nn.Module):
         self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, num_classes, H, W)`` of normalized images ``(B, C, H, W)``."""
+        """Map normalized images ``(B, C, H, W)`` to logits ``(B, num_classes, H, W)``."""
         features = self.backbone(images)[-1]
         pooled = [resize_as(level(features), features) for level in self.pyramid]
         logits = self.classifier(self.fuse(torch.cat([features, *pooled], dim=1)))

@@ -1,4 +1,4 @@
-"""Any network as a map from images to logits of the images' size."""
+"""Wrapper of any network that maps images to logits of the same size."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Segmenter(nn.Module):
-    """Wraps a network so that images go in and logits of the same height and width come out.
+    """Wrapper that makes a network map images to logits of the same height and width.
 
-    Normalizes, pads right and bottom up to a multiple of the network's stride (by repeating the border),
-    picks the logits out of what the network returns, and resizes or crops them back to the image. Everything
-    in stseg accepts a bare network and wraps it in this with its defaults.
+    Normalizes, pads right and bottom to a multiple of the network's stride (by repeating the border),
+    selects the logits in the network's output, and resizes or crops them to the image. All functions of stseg
+    accept a bare network and wrap it with the defaults.
 
-    A network that returns one channel ``z``, the logit of foreground, tells two classes apart: its logits are
+    A network that returns one channel ``z``, the foreground logit, has two classes: its logits are
     ``(0, z)``. Their softmax is the sigmoid of ``z``, their cross-entropy its binary cross-entropy, and their arg max
     is 1 where the sigmoid is above 0.5.
 
@@ -32,21 +32,21 @@ class Segmenter(nn.Module):
         network: any module that maps ``(B, C, H, W)`` float images to logits ``(B, K, h, w)``, whether alone,
             first in a tuple or list, under ``"out"`` or ``"logits"`` in a mapping, or as an attribute
             ``.logits``.
-        mean: per channel, subtracted from images in [0, 1]. One value serves all channels; ``None`` for
-            networks that normalize for themselves. The default is ImageNet's; of images that have not 3
-            channels every channel gets the average of the three.
-        std: likewise, what the difference is divided by.
-        stride: what the sides must be divisible by. If it is not given, what the network needs is found by
-            trial on small inputs when the first images come, from what it tells about itself (as networks of
-            segmentation_models_pytorch do) upwards.
-        select: ``output -> logits``, for networks that return them in yet another way.
+        mean: per channel, subtracted from images in [0, 1]. One value applies to all channels; ``None`` for
+            networks that normalize their input. The default is ImageNet's; for images without 3 channels,
+            every channel uses the average of the three.
+        std: per channel, divides the difference; likewise.
+        stride: number that the sides must be divisible by. ``None`` determines it by trial on small inputs at
+            the first call, starting from the output stride that the network reports (as networks of
+            segmentation_models_pytorch do).
+        select: ``output -> logits``, for networks that return them in another way.
 
     Shape:
         ``(B, C, H, W)`` uint8 or float in [0, 1] -> ``(B, K, H, W)`` float32 logits (float64 from a float64
         network), K at least 2. Any H and W.
 
     Raises:
-        NetworkError: when called, if what the network returns is no batch of logits.
+        NetworkError: when called, if the network does not return a batch of logits.
 
     Example:
         >>> net = Segmenter(nn.Conv2d(3, 5, kernel_size=3, stride=4, padding=1))
@@ -55,7 +55,7 @@ class Segmenter(nn.Module):
     """
 
     takes_images = True
-    """What tells ``as_segmenter`` that a module is already in this form."""
+    """Marks modules that ``as_segmenter`` leaves unwrapped."""
 
     def __init__(
         self,
@@ -83,17 +83,17 @@ class Segmenter(nn.Module):
                 raise ValueError(f"mean is {self.mean} and std {self.std}; expected as many values in both")
             if not min(self.std) > 0:
                 raise ValueError(f"std is {self.std}; expected positive values")
-            # Not in the state dict, which stays the network's own.
+            # Not persistent: the state dict is that of the network.
             device = device_of(network)
             self.register_buffer("_mean", torch.tensor(self.mean, device=device), persistent=False)
             self.register_buffer("_std", torch.tensor(self.std, device=device), persistent=False)
         self.stride = stride
         self.select = select
-        self._sides = None if stride is None else (stride, 1)  # what they are multiples of, and at least
-        self._rows_per_image = 1  # more where features are multiplied on their way (stseg.modules.perturbed_features)
+        self._sides = None if stride is None else (stride, 1)  # stride and least side
+        self._rows_per_image = 1  # more inside stseg.modules.perturbed_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, K, H, W)`` of images ``(B, C, H, W)``."""
+        """Map images ``(B, C, H, W)`` to logits ``(B, K, H, W)``."""
         x = self._normalized(images)
         height, width = x.shape[-2:]
         if self._sides is None:
@@ -105,7 +105,7 @@ class Segmenter(nn.Module):
         return logits[..., :height, :width]
 
     def extra_repr(self) -> str:
-        """What `repr` shows beside the network."""
+        """Return the settings for ``repr``."""
         return f"mean={self.mean}, std={self.std}, stride={self.stride}"
 
     def _normalized(self, images: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class Segmenter(nn.Module):
             if self._rows_per_image != 1:
                 expected = (
                     f"{rows} rows of logits, as the features were multiplied (what returns them must be called as a "
-                    "module, and nothing behind it may look at the images)"
+                    "module, and no later layer may use the images)"
                 )
             raise NetworkError(
                 f"the network ({type(self.network).__name__}) returned {_described(logits)} for images of "
@@ -150,7 +150,7 @@ class Segmenter(nn.Module):
 
 
 def as_segmenter(model: nn.Module) -> nn.Module:
-    """The model itself if it takes images already (a ``Segmenter`` or ``MultiScaleFlip``), else wrapped.
+    """Return the model itself if it is a ``Segmenter`` or ``MultiScaleFlip``, else wrap it.
 
     Example:
         >>> model = as_segmenter(nn.Conv2d(3, 2, 1))
@@ -160,7 +160,7 @@ def as_segmenter(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a network (torch.nn.Module), got {type(model).__name__}")
     if isinstance(model, DistributedDataParallel):
-        model = model.module  # it waits for the other processes at each call, and they may have fewer batches
+        model = model.module  # it synchronizes processes at each call, and they may have different numbers of batches
     return model if takes_images(model) else Segmenter(model)
 
 
@@ -171,7 +171,7 @@ def takes_images(model: nn.Module) -> bool:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _sides_by_trial(network: nn.Module, x: Tensor) -> tuple[int, int]:
-    """The smallest stride, and with it the smallest side, to which images must be padded for the network."""
+    """Find the smallest stride and the smallest side to which images must be padded for the network."""
     network = getattr(network, "_orig_mod", network)  # torch.compile would recompile for every size
     reported = getattr(getattr(network, "encoder", None), "output_stride", None)
     first = reported if isinstance(reported, int) and reported > 0 else 1
@@ -179,16 +179,16 @@ def _sides_by_trial(network: nn.Module, x: Tensor) -> tuple[int, int]:
     def takes(height: int, width: int, stride: int) -> bool:
         try:
             network(_padded(x.new_zeros(1, x.shape[1], height, width), stride))
-        except Exception:  # of any kind: each library has its own for this
+        except Exception:  # libraries raise different types
             return False
         return True
 
     with evaluating(network), torch.no_grad():
-        # Two sides that, padded to any of the strides, differ and are not both multiples of the next one.
+        # Two sides that differ when padded to any stride and are not both multiples of the next one.
         larger = (s for s in (2, 4, 8, 14, 16, 28, 32, 64) if s > first and s % first == 0)  # 14: DINOv2
         stride = next((s for s in (first, *larger) if takes(131, 210, s)), None)
         if stride is None:
-            return first, 1  # it takes one size only, or no images at all: let it speak for itself
+            return first, 1  # it takes a single size or no images: let its own error surface
         return stride, next((side for side in (1, 2, 4, 8, 16, 32, 64) if takes(side, side, stride)), 128)
 
 

@@ -1,4 +1,4 @@
-"""Where a network is, in which mode, and which weights it has."""
+"""Device, mode and weights of a network."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def place(model: nn.Module, device: torch.device | str | None) -> nn.Module:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule is in the mode it was in before.
+    """Set models to evaluation mode, and restore the mode of every submodule on exit.
 
     Example:
         >>> net = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
-        >>> _ = net[0].eval()  # one that the caller keeps frozen while training the rest
+        >>> _ = net[0].eval()  # frozen by the caller
         >>> with evaluating(net):
         ...     net.training
         False
@@ -47,7 +47,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def cpu_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the model's state dict on the CPU, each tensor with memory of its own."""
+    """Return a copy of the model's state dict on the CPU, each tensor with its own memory."""
     return {
         name: value.detach().to("cpu", copy=True).contiguous()
         for name, value in model.state_dict().items()
@@ -56,9 +56,9 @@ def cpu_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module, *, weights: bool = True) -> str:
-    """Compute a short name of a model's architecture and weights: equal models have equal names.
+    """Compute a hash of a model's architecture and weights.
 
-    Neither its use, its mode nor its device changes it.
+    It does not depend on the mode or the device.
 
     Example:
         >>> net = nn.Conv2d(3, 2, 1)

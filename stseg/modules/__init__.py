@@ -1,4 +1,4 @@
-"""What training methods share: averaged weights, access to features, critics."""
+"""Modules shared by training methods: averaged weights, access to features, critics."""
 
 from stseg.modules.critics import ConvCritic, conv_critic, frozen
 from stseg.modules.ema import EMA

@@ -1,4 +1,4 @@
-"""Critics of label maps, and gradients that pass through a network and leave it alone."""
+"""Critics of label maps, and networks with fixed parameters."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ _LEAST = 32  # five halvings
 
 
 class ConvCritic(nn.Module):
-    """Score every pixel of a map, as the fully convolutional discriminator of AdvSSL does (Hung et al., BMVC 2018).
+    """Critic that scores every pixel: the fully convolutional discriminator of AdvSSL (Hung et al., BMVC 2018).
 
     Five 4x4 convolutions of stride 2 with 64, 128, 256, 512 and ``out_channels`` channels, leaky ReLUs of slope 0.2
-    between them, no normalization. Its scores are brought back to the size of the map: bilinear, corners aligned. Maps
-    with a side below 32 are padded to 32, on the right and at the bottom, by repeating their border, and the scores are
-    cropped again.
+    between them, no normalization. Scores are resized to the map: bilinear, corners aligned. Maps with a side below
+    32 are padded to 32 on the right and at the bottom by repeating the border, and the scores are cropped.
 
     Args:
         in_channels: channels of the maps, such as the number of classes.
@@ -45,7 +44,7 @@ class ConvCritic(nn.Module):
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Scores ``(B, out_channels, H, W)`` of maps ``(B, in_channels, H, W)``."""
+        """Compute scores ``(B, out_channels, H, W)`` of maps ``(B, in_channels, H, W)``."""
         height, width = maps.shape[-2:]
         bottom, right = max(0, _LEAST - height), max(0, _LEAST - width)
         padded = F.pad(maps, (0, right, 0, bottom), mode="replicate") if bottom or right else maps
@@ -64,16 +63,16 @@ def conv_critic(in_channels: int, out_channels: int = 1) -> ConvCritic:
 
 
 def frozen(module: nn.Module) -> Callable[..., Any]:
-    """Take a module as a fixed function: gradients reach its input, not its parameters.
+    """Return a module as a function whose gradients reach its input but not its parameters.
 
-    So a network's loss may run through a critic, and the critic's own loss be differentiated in the same backward pass.
-    Buffers stay the module's own: in training mode its running statistics go on.
+    A network's loss can thus pass through a critic while the critic's own loss is differentiated in the same backward
+    pass. Buffers are shared: in training mode, running statistics are updated.
 
     Args:
-        module: any module; it is not changed.
+        module: any module; it is not modified.
 
     Returns:
-        A function that takes and returns what the module does, with the parameters that it has at each call.
+        A function with the signature of the module, which uses its current parameters at each call.
 
     Example:
         >>> import torch

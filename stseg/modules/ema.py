@@ -1,4 +1,4 @@
-"""The exponential moving average of a network's weights: the teacher of Mean Teacher and its kin."""
+"""Exponential moving average of a network's weights, the teacher of Mean Teacher and related methods."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class EMA(AveragedModel):
-    """Keep the exponential moving average of a network's weights, in a copy of it that has no gradients.
+    """Exponential moving average of a network's weights, in a copy without gradients.
 
     After each step of the optimizer the average becomes ``decay_t * average + (1 - decay_t) * weights``. With the
     warm-up ``decay_t = min(1 - 1 / (t + 1), decay)`` after step ``t``, counted from 0: the first update copies the
-    weights, the next ones are plain means of all weights so far, until ``decay`` is reached. Without it ``decay_t`` is
-    always ``decay``.
+    weights, and the next ones are plain means of all weights so far until ``decay`` is reached. Without warm-up,
+    ``decay_t`` is always ``decay``.
 
-    The step is an argument of :meth:`update`, not read from the device, so an update waits for nothing. All that
-    changes is in the state dict.
+    The step is an argument of :meth:`update`, not read from the device, so an update does not synchronize. The whole
+    state is in the state dict.
 
     Args:
-        model: what is averaged, in its state at the beginning; it is copied.
-        decay: from 0 to 1; the mean goes back over about ``1 / (1 - decay)`` steps.
-        warmup: whether it begins with smaller decays.
-        buffers: ``"own"`` leaves those of the copy alone: in training mode it gathers running statistics of its own.
-            ``"average"`` averages floating-point ones as the weights and copies the others.
+        model: the network in its initial state; it is copied.
+        decay: from 0 to 1; the mean covers about ``1 / (1 - decay)`` steps.
+        warmup: whether to start with smaller decays.
+        buffers: ``"own"`` leaves the buffers of the copy alone: in training mode it tracks its own running statistics.
+            ``"average"`` averages floating-point buffers like the weights and copies the others.
 
     Raises:
-        ValueError: if ``decay`` is out of its range or ``buffers`` is something else.
+        ValueError: if ``decay`` is out of its range or ``buffers`` is not one of the two.
 
     Example:
         >>> student = nn.Linear(1, 1)
@@ -59,7 +59,7 @@ class EMA(AveragedModel):
 
     @property
     def model(self) -> nn.Module:
-        """The averaged network."""
+        """Averaged network."""
         return self.module
 
     def decay_at(self, step: int) -> float:
@@ -68,14 +68,14 @@ class EMA(AveragedModel):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights that a network has after a step of its optimizer.
+        """Update the average with the weights of a network after an optimizer step.
 
         Args:
-            model: the network, of the architecture that was copied.
+            model: the network, with the same architecture as the copy.
             step: the number of the step, counted from 0.
 
         Raises:
-            ValueError: if ``step`` is negative, or the network has other tensors than the copy.
+            ValueError: if ``step`` is negative, or the tensors of the network do not match the copy.
         """
         if step < 0:
             raise ValueError(f"step is {step}; expected 0 or more")
@@ -92,11 +92,11 @@ class EMA(AveragedModel):
         self.n_averaged += 1
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Refused: the number of the step is needed. Use :meth:`update`."""
+        """Raise a ``NotImplementedError``: use :meth:`update`, which takes the number of the step."""
         raise NotImplementedError("an EMA needs the number of the step: update(model, step)")
 
     def extra_repr(self) -> str:
-        """What `repr` shows beside the network."""
+        """Return the settings for ``repr``."""
         return f"decay={self.decay}, warmup={self.warmup}, buffers={self.buffers_from!r}"
 
 

@@ -1,4 +1,4 @@
-"""Features inside a network, read or rewritten without touching its code."""
+"""Access to the features inside a network without changing its code."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from stseg.models.segmenter import Segmenter
 
 @contextmanager
 def captured(module: nn.Module) -> Iterator[list[Any]]:
-    """Collect what a module returns.
+    """Collect the outputs of a module.
 
     Args:
         module: any submodule of a network.
 
     Yields:
-        A list that gets the output of each call of the module.
+        A list to which the output of each call is appended.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
@@ -43,11 +43,11 @@ def captured(module: nn.Module) -> Iterator[list[Any]]:
 
 @contextmanager
 def rewritten(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace what a module returns by a function of it.
+    """Replace the output of a module by a function of it.
 
     Args:
         module: any submodule of a network.
-        change: from the output to what takes its place.
+        change: from the output to its replacement.
 
     Raises:
         TypeError: when the module is called, if ``change`` returns None.
@@ -61,8 +61,8 @@ def rewritten(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         changed = change(output)
-        if changed is None:  # which for torch means "leave it as it is"
-            raise TypeError(f"{change!r} returned None; expected what takes the place of the output")
+        if changed is None:  # which torch takes as "no change"
+            raise TypeError(f"{change!r} returned None; expected the new output")
         return changed
 
     handle = module.register_forward_hook(hook)
@@ -73,14 +73,14 @@ def rewritten(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]
 
 
 def map_features(change: Callable[[Tensor], Any], features: Any) -> Any:
-    """Apply a function to every tensor of what a backbone returned.
+    """Apply a function to every tensor in the output of a backbone.
 
     Args:
-        change: from one tensor to what takes its place.
-        features: a tensor; or tensors in lists, tuples, named tuples or mappings, nested or not.
+        change: from a tensor to its replacement.
+        features: a tensor, or possibly nested lists, tuples, named tuples or mappings of tensors.
 
     Returns:
-        The same structure. What is neither stays as it is.
+        The same structure; other values are kept.
 
     Example:
         >>> map_features(lambda x: tuple(x.shape), {"out": torch.zeros(1, 8, 4, 4), "levels": [torch.zeros(1, 2)]})
@@ -101,10 +101,10 @@ def map_features(change: Callable[[Tensor], Any], features: Any) -> Any:
 
 
 def channel_dropout(features: Tensor, p: float) -> Tensor:
-    """Zero whole channels at random, image by image, and scale the others by ``1 / (1 - p)``.
+    """Zero whole channels at random, independently per image, and scale the others by ``1 / (1 - p)``.
 
     Args:
-        features: maps ``(B, C, H, W)``, tokens ``(B, N, C)``, all of which lose the same channels, or vectors
+        features: maps ``(B, C, H, W)``, tokens ``(B, N, C)``, which share the dropped channels, or vectors
             ``(B, C)``.
         p: probability that a channel of an image is zeroed, from 0 to 1.
 
@@ -112,7 +112,7 @@ def channel_dropout(features: Tensor, p: float) -> Tensor:
         Features of the same shape.
 
     Raises:
-        ValueError: if the features have another number of dimensions, or ``p`` is no probability.
+        ValueError: if the features have any other number of dimensions, or ``p`` is not in [0, 1].
 
     Example:
         >>> dropped = channel_dropout(torch.ones(1, 100, 2, 2), p=0.5)
@@ -134,25 +134,25 @@ def channel_dropout(features: Tensor, p: float) -> Tensor:
 def perturbed_features(
     model: nn.Module, perturb: Callable[[Tensor], Tensor], *, backbone: str | None = None
 ) -> Iterator[None]:
-    """Run the decoder of a network on its features and on perturbed ones, in one batch.
+    """Run the decoder of a network on clean and perturbed features in one batch.
 
     Inside, every feature ``f`` of the backbone becomes ``torch.cat([f, perturb(f)])``, and the model returns two rows
     of logits for each image: first all clean ones, then all perturbed ones. The backbone runs once, and batch
-    normalization in the decoder sees both halves together, as in UniMatch (Yang et al., CVPR 2023, section 3.2). An
-    image that a backbone passes on among its features is repeated, not perturbed.
+    normalization in the decoder sees both halves together, as in UniMatch (Yang et al., CVPR 2023, section 3.2). If a
+    backbone returns the image among its features, it is repeated, not perturbed.
 
     Args:
         model: a wrapped network.
         perturb: from features to features of the same shape, such as ``functools.partial(channel_dropout, p=0.5)``. It
             is called once for each tensor that the backbone returns.
-        backbone: dotted name of the submodule that returns the features; else it is looked for as
-            :func:`stseg.models.backbone_of` does.
+        backbone: dotted name of the submodule that returns the features; None finds it by
+            :func:`stseg.models.backbone_of`.
 
     Raises:
         TypeError: if the model is not wrapped.
-        NetworkError: if no backbone is found; when the model is called, if the backbone returns something other than
+        NetworkError: if no backbone is found; when the model is called, if the backbone does not return
             features with a row for each image, or the network does not return two rows of logits for each.
-        ValueError: if the network has no submodule of the name that is given.
+        ValueError: if the network has no submodule called ``backbone``.
 
     Example:
         >>> from functools import partial

@@ -1,1 +1,1 @@
-"""A durable run of several steps."""
+"""Durable runs of several steps."""

@@ -1,4 +1,4 @@
-"""How a stage of self-training makes its pseudo-labels."""
+"""Settings of pseudo-labeling."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Labeling:
     """Settings of pseudo-labeling; the defaults are those of the paper (Yang et al., CVPR 2022).
 
     Args:
-        tta: wraps the network for labeling; None labels at one scale, in a fifteenth of the time.
+        tta: wraps the network for labeling; None labels at one scale, about 15 times faster.
         threshold: pixels whose confidence is below it are ignored in pseudo-masks; one value, or one for each class.
             The paper keeps all (0).
-        keep_per_class: share, in (0, 1], of the pixels predicted as a class that is kept, in place of ``threshold``.
-            The thresholds are found at each labeling for its images, which the network then sees twice.
+        keep_per_class: share, in (0, 1], of the pixels of each predicted class to keep, in place of ``threshold``. The
+            thresholds are computed for each labeling, which takes a second pass over its images.
 
     Raises:
         ValueError: if a setting is out of its range, or both thresholds are given.
-        TypeError: if ``tta`` cannot be called.
+        TypeError: if ``tta`` is not callable.
 
     Example:
         >>> Labeling(tta=None, keep_per_class=0.8).keep_per_class

@@ -1,4 +1,4 @@
-"""What is trained, labeled and ranked in which order: the interface between a recipe and a durable run."""
+"""Interface between a recipe, which orders training, labeling and ranking, and a durable run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stseg.stages.stages import MakeMethod, Stages
 class Recipe:
     """Base class of training in several steps, such as :class:`stseg.methods.STPlusPlus`.
 
-    Write ``run``; the other methods are optional and called before anything is trained.
+    Implement ``run``; the other methods are optional and called before training starts.
 
     Example:
         >>> import torch, stseg
@@ -40,14 +40,14 @@ class Recipe:
     """Whether the recipe itself needs unlabeled images; a method of one of its trainings may need them too."""
 
     labeling: Labeling | None = None
-    """How it makes pseudo-labels, if it does."""
+    """How pseudo-labels are made; None if there are none."""
 
     def run(self, stages: Stages, labeled: Items, unlabeled: Items) -> FitResult:
         """Run all steps by ``stages.train``, ``stages.label`` and ``stages.rank``, and return the last training."""
         raise NotImplementedError(f"{type(self).__name__} must implement run(stages, labeled, unlabeled) -> FitResult")
 
     def later_methods(self, config: TrainConfig) -> Mapping[str, MakeMethod]:
-        """Return the methods of the trainings after the first one, by step: a training step of each is tried first."""
+        """Return the methods of the trainings after the first one, by step, to be tried before training starts."""
         return {}
 
     def check_settings(self, config: TrainConfig, *, num_classes: int, on_disk: bool) -> None:
@@ -65,7 +65,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class OneStage(Recipe):
-    """A single training, the step ``"train"``: what :class:`stseg.SelfTrainer` makes of a function as its method.
+    """Recipe of a single training, the step ``"train"``; :class:`stseg.SelfTrainer` makes it of a function.
 
     Args:
         method: ``make_model -> Method``, such as ``lambda make_model: CPS(make_model(), make_model())``.

@@ -1,4 +1,4 @@
-"""An HTML report of a run: training curves, the ends of the ranking, pseudo-masks, settings."""
+"""HTML report of a run: training curves, the ends of the ranking, pseudo-masks, settings."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ td.number, th.number { text-align: right } .class { display: inline-block; margi
 
 
 def write_report(result: SelfTrainingResult, folder: str | Path, *, class_names: Sequence[str] | None = None) -> Path:
-    """Write ``report.html`` and the pictures it shows, ``figures/*.png``.
+    """Write ``report.html`` and its figures, ``figures/*.png``.
 
-    :class:`stseg.SelfTrainer` does this at the end of a run that has a ``workdir``. Pictures need matplotlib
-    (``pip install stseg[report]``); without it the page has its tables and says so.
+    :class:`stseg.SelfTrainer` does this at the end of a run with a ``workdir``. Figures need matplotlib
+    (``pip install stseg[report]``); without it the report contains only tables.
 
     Args:
-        result: what a run left behind.
-        folder: where the page goes. The settings in its ``run.json`` are shown, if it has one.
-        class_names: for a legend of the masks' colors, the name of each class.
+        result: result of a run.
+        folder: folder of the report. The settings in its ``run.json`` are shown if there is one.
+        class_names: name of each class, for the legend of mask colors.
 
     Returns:
-        The path of the page.
+        The path of the report.
 
     Example:
         >>> import tempfile, torch, stseg
@@ -77,7 +77,7 @@ def write_report(result: SelfTrainingResult, folder: str | Path, *, class_names:
 
 
 def _steps(result: SelfTrainingResult) -> str:
-    """What each step did, how long it took and where it ended."""
+    """Format what each step did, its duration and its final loss and mIoU."""
     rows = []
     for step, seconds in result.seconds.items():
         what, loss, miou = "", "", ""
@@ -130,7 +130,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
 
 
 def _figures(result: SelfTrainingResult, folder: Path) -> dict[str, str] | None:
-    """Draw; title by file name, or None without matplotlib."""
+    """Draw all figures, and return titles by file name; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -161,7 +161,7 @@ def _pseudo_labeled(result: SelfTrainingResult) -> dict[str, tuple[PseudoLabeled
 
 
 def _draw_training(figure: Figure, result: SelfTrainingResult) -> None:
-    """Loss and its parts over the steps, and mIoU where there was a validation set; a line for each training."""
+    """Draw the logged losses and the validation mIoU over the steps, a line for each training."""
     rows = [row for stage in result.stages.values() for row in stage.history]
     names = dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "step", "lr", "seconds"))
     columns = min(2, len(names))
@@ -185,7 +185,7 @@ def _draw_scores(figure: Figure, scores: Sequence[float]) -> None:
 
 
 def _draw_masks(figure: Figure, images: dict[str, tuple[PseudoLabeled, int]], ids: Sequence[str]) -> None:
-    """The images, and under each its pseudo-mask."""
+    """Draw the images, each above its pseudo-mask."""
     figure.set_size_inches(2 * len(ids), 4.3)
     colors = np.array(palette(), dtype=np.uint8).reshape(-1, 3)
     for column, id in zip(figure.subplots(2, len(ids), squeeze=False).T, ids, strict=True):
@@ -199,5 +199,5 @@ def _draw_masks(figure: Figure, images: dict[str, tuple[PseudoLabeled, int]], id
 
 
 def _shown(image: Tensor) -> Any:
-    """Three channels as colors, any others by the first one in gray."""
+    """Return three channels as colors, any other number as the first one in gray."""
     return image[:3].permute(1, 2, 0).numpy() if len(image) >= 3 else image[0].numpy()

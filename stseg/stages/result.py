@@ -1,4 +1,4 @@
-"""What a self-training run leaves behind."""
+"""Result of a self-training run."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from stseg.inference.reading import Skipped
 
 @dataclass(frozen=True)
 class SelfTrainingResult:
-    """What a run leaves behind.
+    """Result of a self-training run.
 
     Attributes:
         model: the final network, wrapped, in evaluation mode.
         stages: the result of each training stage by name, in order: "teacher", then "student" (ST) or "student-1" and
-            "student-2" (ST++). Their models, but for the last, are on the CPU.
+            "student-2" (ST++). All models but the last are on the CPU.
         labels: the pseudo-labeled data sets by name: "labels" (ST), "reliable" and "unreliable" (ST++).
         ranking: how the unlabeled images were ranked (ST++).
         skipped: unlabeled images that could not be read and were left out.
-        seconds: duration of each step by name, in order; of a labeling or ranking that was taken up
-            again, of its last part.
+        seconds: duration of each step by name, in order; for a resumed labeling or ranking, only of the
+            last part.
     """
 
     model: nn.Module = field(repr=False)

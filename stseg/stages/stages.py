@@ -1,4 +1,4 @@
-"""The steps of a run: train, rank, label. Each is durable, each is done once."""
+"""Durable steps of a run: train, rank, label."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from stseg.stages.workdir import Workdir
 from stseg.storage.records import claim, write_record
 
 MakeModel: TypeAlias = Callable[[], nn.Module]
-"""Makes a fresh network each time it is called."""
+"""Makes a new network at each call."""
 
 MakeMethod: TypeAlias = Callable[[MakeModel], Method]
-"""Makes a method with fresh networks: ``lambda make_model: FixMatch(make_model())``."""
+"""Makes a method with new networks: ``lambda make_model: FixMatch(make_model())``."""
 
 
 class Ranker(Protocol):
-    """What can take the place of :class:`stseg.StabilityRanker` in a run."""
+    """Interface of rankers that can replace :class:`stseg.StabilityRanker` in a run."""
 
     def rank(self, dataset: Dataset[Any]) -> Ranking:
         """Rank all images of a data set, best first."""
@@ -52,16 +52,16 @@ class Ranker(Protocol):
 
 
 class Stages:
-    """Runs the steps; results stay in memory, and in the work directory if there is one.
+    """Runner of the steps; results are kept in memory, and in the work directory if there is one.
 
     Args:
-        make_model: makes a fresh network.
+        make_model: makes a new network.
         num_classes: number of classes.
         config: settings of every training.
         workdir: folder of the run.
         keep: which weights each training returns.
-        val: labeled items, evaluated while training.
-        teacher: trained elsewhere, in place of the step ``"teacher"``.
+        val: labeled items, evaluated during training.
+        teacher: result of an earlier training, used in place of the step ``"teacher"``.
         log: called with each row of each history; the names are ``"<step>/<name>"``.
         progress: whether to show bars.
     """
@@ -98,14 +98,14 @@ class Stages:
         snapshots: Sequence[int] = (),
         init: FitResult | None = None,
     ) -> FitResult:
-        """Train by a method that has networks of its own. No earlier network stays on the device.
+        """Train a method with new networks. Earlier networks are moved to the CPU.
 
         Args:
             step: name of the step.
             make_method: makes the method.
-            labeled: the labeled stream. The unlabeled one is that of the run, where the method uses it.
+            labeled: the labeled stream. The unlabeled stream is that of the run, if the method uses it.
             snapshots: after which epochs or steps to keep a copy.
-            init: what the networks start from; None for the weights that ``make_model`` gives them.
+            init: training whose weights the networks start from; None for those of ``make_model``.
         """
         if step in self.trained:
             return self.trained[step]
@@ -155,7 +155,7 @@ class Stages:
         return self.labeled[step]
 
     def rank(self, step: str, teacher: FitResult, images: Items, ranker: Ranker | None = None) -> Ranking:
-        """Rank images by their stability over the snapshots of a training, or with a ranker of the caller's."""
+        """Rank images by their stability over the snapshots of a training, or with a custom ranker."""
         began = time.monotonic()
         path = self.workdir.path(step, "ranking.csv")
         if path is not None and path.exists():
@@ -184,7 +184,7 @@ class Stages:
         return self.ranking
 
     def result(self, last: FitResult) -> SelfTrainingResult:
-        """Collect everything, and write the report on it."""
+        """Collect the results and write the report."""
         result = SelfTrainingResult(
             model=last.model.to(self.device),
             stages=self.trained,
@@ -199,10 +199,10 @@ class Stages:
         return result
 
     def new_model(self, init: FitResult | None = None) -> nn.Module:
-        """Make a network, bare or wrapped as ``make_model`` makes it, with the weights of ``init`` where there is one.
+        """Make a network, bare or wrapped as ``make_model`` makes it, with the weights of ``init`` if given.
 
         Raises:
-            ValueError: if they are of another kind of network.
+            ValueError: if the weights do not fit the network.
         """
         model = self.make_model()
         if init is not None:
@@ -216,7 +216,7 @@ class Stages:
         return model
 
     def new_method(self, step: str, make_method: MakeMethod, init: FitResult | None = None) -> Method:
-        """Make the method of a step on the device, with random weights that depend on the seed and the step alone."""
+        """Make the method of a step on the device, with random weights that depend only on the seed and the step."""
         with self.initial_weights(step):
             method = make_method(lambda: self.new_model(init))
         if not isinstance(method, Method):
@@ -228,17 +228,17 @@ class Stages:
 
     @contextmanager
     def initial_weights(self, step: str) -> Iterator[None]:
-        """Make random weights depend on the seed and the step alone."""
+        """Make random weights depend only on the seed and the step."""
         seed = derive_seed(self.config.seed, "init", step)
         with fixed_seed(seed), preserved_random_state(self.device):
             torch.manual_seed(seed)
             yield
 
     def streams(self, method: Method, labeled: Items, config: TrainConfig) -> Streams:
-        """Return the labeled stream, and the unlabeled one where the method uses it.
+        """Return the labeled stream, and the unlabeled one if the method uses it.
 
         Raises:
-            ValueError: if there are no unlabeled images for it.
+            ValueError: if the method needs unlabeled images and there are none.
         """
         if method.uses_unlabeled and not self.unlabeled:
             raise ValueError(f"{type(method).__name__} learns from unlabeled images; expected fit(labeled, unlabeled)")
@@ -247,7 +247,7 @@ class Stages:
         return streams
 
     def _thresholds(self, step: str, labeler: PseudoLabeler, images: Items, keep: float) -> float | tuple[float, ...]:
-        """One for each class, found once and kept beside the masks."""
+        """Return the thresholds of the classes, computed once and kept beside the masks."""
         path = self.workdir.path(step, "thresholds.json")
         if path is None:
             return labeler.class_thresholds(images, keep)
@@ -268,10 +268,10 @@ class Stages:
 
 
 def _check_ranking(ranking: Ranking, ids: Sequence[str], source: str) -> Ranking:
-    """Return a ranking from outside under the ids of the images.
+    """Return a custom ranking with the ids of the images.
 
     Raises:
-        DataError: if it is empty, or names images that are not there, or one twice.
+        DataError: if it is empty, an index is out of range, or an index occurs twice.
     """
     if not len(ranking):
         raise DataError(f"{source} ranks no image")

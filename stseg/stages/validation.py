@@ -34,7 +34,7 @@ def validate_run(
     """Validate all data, the network and one step of each method.
 
     Args:
-        stages: the run, whose work directory is claimed for the data.
+        stages: the run; its work directory records the data.
         labeled: labeled items.
         unlabeled: images; None for none.
         later_methods: the methods of the trainings after the first one, by step.
@@ -104,14 +104,14 @@ def _check_network(stages: Stages, image: Tensor, labeling: Labeling | None) -> 
             "make_model returned the same parameters twice; expected a fresh network each time it is called"
         )
     check_network(model, image, stages.num_classes)
-    if labeling is not None and labeling.tta is not None:  # which shows it other sizes
+    if labeling is not None and labeling.tta is not None:  # which uses other sizes
         check_network(labeling.tta(model), image, stages.num_classes)
-    # The seed makes its first weights the same in every run, so pretrained ones count.
+    # The seed fixes random weights, so the fingerprint differs only for other pretrained ones.
     return f"{fingerprint(model)}, {sum(p.requires_grad for p in model.parameters())} trained tensors"
 
 
 class _AsPseudo(Dataset[Any]):
-    """Annotated items in the form of pseudo-labeled ones."""
+    """Annotated items marked as pseudo-labeled."""
 
     def __init__(self, labeled: Items) -> None:
         self.labeled, self.item_names = labeled, labeled.names

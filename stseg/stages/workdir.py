@@ -1,4 +1,4 @@
-"""The folder of a run: its settings and data, and which of its steps are done."""
+"""Work directory of a run: its settings, its data and its finished steps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from stseg.storage.records import read_record, refuse_other, write_record
 
 
 class Workdir:
-    """``run.json`` and a folder for each step; with ``None`` for a folder, nothing is kept.
+    """Work directory of a run: ``run.json`` and a folder for each step.
 
     Args:
-        folder: made when there is something to write.
-        settings: of JSON's types. Another run's folder is refused.
+        folder: created on the first write; None keeps nothing on disk.
+        settings: settings of the run, JSON-serializable.
 
     Raises:
         WorkdirMismatchError: if the folder was made with other settings.
@@ -43,11 +43,11 @@ class Workdir:
             self._run = found
 
     def claim(self, data: dict[str, Any]) -> None:
-        """Record the data of the run once they have been validated. From now on other processes are kept out.
+        """Record the validated data of the run, and lock the folder against other processes.
 
         Raises:
             WorkdirMismatchError: if the folder was made with other data.
-            WorkdirInUseError: if another process is at work in it.
+            WorkdirInUseError: if another process is using it.
         """
         if self.folder is not None and self._run["data"]:
             refuse_other(self._run["data"], data, self.folder)
@@ -56,22 +56,22 @@ class Workdir:
         self._write()
 
     def path(self, *parts: str) -> Path | None:
-        """Where something of the run goes."""
+        """Return a path in the folder; None without a folder."""
         return None if self.folder is None else self.folder.joinpath(*parts)
 
     def facts(self, step: str) -> dict[str, Any] | None:
-        """What was noted when a step was done; None if it has not been done."""
+        """Return the facts recorded for a finished step; None if it is not finished."""
         facts: dict[str, Any] | None = self._run["steps"].get(step)
         return facts
 
     def done(self, step: str, **facts: Any) -> None:
-        """Note that a step is done."""
+        """Record that a step is finished."""
         if step not in self._run["steps"]:
             self._run["steps"][step] = facts
             self._write()
 
     def _keep_others_out(self) -> None:
-        """Until the run is over, which is when nothing refers to this object any more."""
+        """Lock the folder until this object is garbage-collected."""
         descriptor = None
         if self.folder is not None and rank() == 0:
             descriptor = lock(self.folder / ".lock")

@@ -1,1 +1,1 @@
-"""Files and records that are written atomically."""
+"""Atomic writes of files and records."""

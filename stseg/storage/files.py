@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Atomic writes and file locks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks, and goes without
+except ImportError:  # not available on Windows
     fcntl = None  # type: ignore[assignment]
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have ``write`` fill a file that appears under ``path`` only when it is complete and on disk.
+    """Write a file atomically.
 
-    The content goes to a temporary file in the same folder, which then takes the place of ``path`` in one
-    step: a process killed at any moment leaves the old file or the new one, never a part.
+    ``write`` fills a temporary file in the same folder, which then replaces ``path`` in one step: a process
+    killed at any moment leaves either the old or the new file.
 
     Example:
         >>> import tempfile
@@ -41,7 +41,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def lock(path: Path) -> int | None:
-    """Lock a file, made if there is none, for this process; the system frees it when the process ends or is killed.
+    """Lock a file for this process, creating it if needed; the system releases the lock when the process ends.
 
     Returns:
         A file descriptor to close when the lock is no longer needed; None if another process holds it.
@@ -59,6 +59,6 @@ def lock(path: Path) -> int | None:
     except (BlockingIOError, PermissionError):
         os.close(descriptor)
         return None
-    except OSError:  # a file system without locks
+    except OSError:  # file system without locks
         pass
     return descriptor

@@ -1,4 +1,4 @@
-"""Provenance: what a folder or a file was made from, recorded beside it so that other settings or data are refused."""
+"""Provenance: records of the settings and data that results were made from, checked before results are reused."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from stseg.distributed import barrier, rank
 from stseg.errors import WorkdirMismatchError
 from stseg.storage.files import write_atomically
 
-_BESIDE = ("images", "result")  # what a record holds beside its owner
+_BESIDE = ("images", "result")  # keys of a record that are not part of the owner
 
 
 def claim(
     path: Path, owner: dict[str, Any], *, images: dict[str, int] | None = None, where: Path | None = None
 ) -> dict[str, Any]:
-    """Record who makes what lies beside a file, or compare with the record that is there.
+    """Record the owner of results, or compare it with an existing record.
 
     Args:
         path: the record, a JSON file.
-        owner: settings and data, of JSON's types.
-        images: checksums of some of the images, by id; those of several claims are collected.
-        where: what messages say to delete; by default the folder of the record.
+        owner: settings and data, JSON-serializable.
+        images: checksums of some of the images, by id; merged over several claims.
+        where: path that messages say to delete; by default the folder of the record.
 
     Returns:
         The record: the owner, ``"images"``, and ``"result"`` if :func:`write_record` added one.
 
     Raises:
-        WorkdirMismatchError: if the owner is another one, or images of the same id differ; names the difference.
+        WorkdirMismatchError: if the owner differs, or images with the same id differ; names the difference.
     """
     found = read_record(path)
     record = merge_claim(found, owner, images, where=where or path.parent)
@@ -51,7 +51,7 @@ def claim(
 def merge_claim(
     found: dict[str, Any] | None, owner: dict[str, Any], images: dict[str, int] | None, *, where: object
 ) -> dict[str, Any]:
-    """Return the record of an owner, compared with the one that was found; see :func:`claim`."""
+    """Merge the record of an owner with an existing one after comparing them; see :func:`claim`."""
     record: dict[str, Any] = json.loads(json.dumps(owner))
     known = {} if found is None else found.get("images", {})
     if found is not None:
@@ -90,7 +90,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def refuse_other(found: dict[str, Any], now: dict[str, Any], where: object) -> None:
-    """Raise a ``WorkdirMismatchError`` that names the differences, if there are any."""
+    """Raise a ``WorkdirMismatchError`` that names the differences if there are any."""
     now = json.loads(json.dumps(now))
     if differences := diff(found, now):
         raise WorkdirMismatchError(
@@ -116,10 +116,10 @@ def diff(found: Any, now: Any, name: str = "") -> list[str]:
 
 
 def describe(value: Any) -> Any:
-    """Describe a setting, a function or an object by JSON's types, the same in every run.
+    """Describe a setting, a function or an object by JSON-serializable values, the same in every run.
 
-    An object may describe itself by a method ``provenance()``. A lambda is described by its source, where that can be
-    found.
+    An object can define its own description by a method ``provenance()``. A lambda is described by its source if
+    available.
 
     Example:
         >>> describe(nn.ReLU()), describe(len), describe(functools.partial(round, ndigits=2))
@@ -154,7 +154,7 @@ def describe(value: Any) -> Any:
 
 
 def _describe_module(module: nn.Module) -> str:
-    """What ``repr`` says, and a checksum of the buffers, such as class weights of a loss, which it does not show."""
+    """Return the ``repr`` and a checksum of the buffers, such as class weights of a loss, which it does not show."""
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(module))
     tensors = list(module.buffers())
     return f"{text} {_checksum(tensors)}" if tensors else text
@@ -173,7 +173,7 @@ def _has_no_repr(value: object) -> bool:
 
 
 def _describe_attributes(value: object) -> dict[str, Any]:
-    """Type and attributes of an object without a ``repr`` of its own; of those that are such objects the type alone."""
+    """Return type and attributes of an object that has no ``repr``; for attributes without one, the type only."""
     attributes = {
         name: type(each).__qualname__ if _has_no_repr(each) else describe(each)
         for name, each in getattr(value, "__dict__", {}).items()
@@ -194,11 +194,11 @@ def _describe_function(function: Any) -> str:
 
 def _closure(function: Any) -> list[Any]:
     cells = function.__closure__ or ()
-    return [cell.cell_contents for cell in cells if cell != type(cell)()]  # one that is still empty has no contents
+    return [cell.cell_contents for cell in cells if cell != type(cell)()]  # skip empty cells
 
 
 def _lambda_source(function: Any, code: CodeType) -> str:
-    """Return the lambda expression of its file; nothing where it cannot be found."""
+    """Return the source of a lambda expression; empty if it cannot be found."""
     try:
         lines, _ = inspect.findsource(function)
         tree = ast.parse("".join(lines))
@@ -209,7 +209,7 @@ def _lambda_source(function: Any, code: CodeType) -> str:
         for node in ast.walk(tree)
         if isinstance(node, ast.Lambda) and node.lineno == code.co_firstlineno and _arguments(node) == _names(code)
     ]
-    # Several on one line: from Python 3.11 on, instructions know their columns.
+    # Several on one line: from Python 3.11 on, instructions have column positions.
     places = [(line, column) for line, _, column, _ in getattr(code, "co_positions", tuple)() if line and column]
     inner = [node for node in found if any(_holds(node.body, place) for place in places)]
     return "; ".join(ast.unparse(node) for node in (inner[-1:] or found))

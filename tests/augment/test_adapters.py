@@ -300,7 +300,7 @@ class TestKornia:
 
     def test_refuses_another_size_and_masks_too_small_for_the_ignore_index(self):
         images, masks = batch()
-        with pytest.raises(ValueError, match=r"RandomCrop made images of shape \(4, 3, 8, 8\).*leaves the size alone"):
+        with pytest.raises(ValueError, match=r"RandomCrop made images of shape \(4, 3, 8, 8\).*keeps the size"):
             from_kornia(K.RandomCrop((8, 8)))(images, masks)
         with pytest.raises(ValueError, match=r"ignore_index -100 does not fit into masks of torch\.uint8"):
             from_kornia(K.RandomErasing(), ignore_index=-100)(images, masks.byte())
@@ -350,8 +350,11 @@ class TestAsPairTransform:
         ("thing", "message"),
         [
             (K.RandomErasing(), r"augments batches: expected strong=RandomErasing\(...\)"),
-            (v1.RandomCrop(8), r"RandomCrop, which moves the image without its mask; .*torchvision\.transforms\.v2"),
-            (v1.Compose([]), r"Compose, which moves the image without its mask"),
+            (
+                v1.RandomCrop(8),
+                r"RandomCrop, which transforms the image without its mask; .*torchvision\.transforms\.v2",
+            ),
+            (v1.Compose([]), r"Compose, which transforms the image without its mask"),
             (stseg.WeakAugment, r"weak is the class WeakAugment; expected an object: weak=WeakAugment\(...\)"),
             ("flip", "weak is 'flip'; expected a WeakAugment, another function, or None"),
         ],

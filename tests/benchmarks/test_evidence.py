@@ -150,7 +150,7 @@ def test_fractions_are_read(text: str, share: float) -> None:
 
 @pytest.mark.parametrize("text", ["eighth", "1/0", "1/", "1/8/2", ""])
 def test_what_is_no_fraction_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"expected such as 1/8, 0\.1 or a number of images"):
+    with pytest.raises(ValueError, match=r"expected a share such as 1/8, 0\.1 or a number of images"):
         evidence_data.share_of(text)
 
 

@@ -174,7 +174,7 @@ class TestRefuses:
     def test_a_mask_of_a_lossy_format(self, images, masks, suffix):
         save(images / "a.png")
         save(masks / f"a{suffix}", CLASSES)
-        with pytest.raises(DataError, match=rf"masks/a\{suffix} is of a format that need not keep class indices"):
+        with pytest.raises(DataError, match=rf"masks/a\{suffix} has a format that may not preserve class indices"):
             SegmentationFolder(images, masks)
 
     def test_no_picture_of_a_mask_beside_the_mask(self, images, masks):

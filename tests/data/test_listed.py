@@ -77,9 +77,9 @@ class TestReadPairs:
         assert [pair[:2] for pair in read_pairs(path)] == names
 
     def test_refuses_three_columns(self, tmp_path):
-        with pytest.raises(DataError, match=r"list\.txt, line 2 has 3 columns; .* spaces need a tab behind them"):
+        with pytest.raises(DataError, match=r"list\.txt, line 2 has 3 columns; .* spaces need a tab after them"):
             self.read(tmp_path, "a.jpg a.png\nb.jpg b.png 1\n")
-        with pytest.raises(DataError, match=r"list\.txt, line 1 has 4 columns; .* spaces need a tab behind them"):
+        with pytest.raises(DataError, match=r"list\.txt, line 1 has 4 columns; .* spaces need a tab after them"):
             self.read(tmp_path, "my a.jpg my a.png\n")
 
     @pytest.mark.parametrize(("content", "here", "before"), [("a b\n\nc\n", 1, 2), ("a\n\nc d\n", 2, 1)])
@@ -223,7 +223,7 @@ class TestRefuses:
 
     def test_a_name_with_spaces_and_says_how_to_write_it(self, tmp_path):
         save(tmp_path / "my a.png")
-        with pytest.raises(DataError, match=r"there is no image .*/my \(a tab behind 'my a\.png' would keep"):
+        with pytest.raises(DataError, match=r"there is no image .*/my \(a tab after 'my a\.png' would keep"):
             self.listed(tmp_path, "my a.png\n", masks=False)
         assert self.listed(tmp_path, "my a.png\t\n", masks=False).ids == ["my a"]
 
@@ -261,7 +261,9 @@ class TestRefuses:
     def test_a_mask_of_a_lossy_format(self, tmp_path, suffix):
         fill(tmp_path, "a")
         (tmp_path / f"m{suffix}").write_bytes((tmp_path / "a_mask.png").read_bytes())
-        with pytest.raises(DataError, match=re.escape(f"the mask 'm{suffix}' is of a format that need not keep class")):
+        with pytest.raises(
+            DataError, match=re.escape(f"the mask 'm{suffix}' has a format that may not preserve class")
+        ):
             ListedFiles(tmp_path, [("a_rgb.png", f"m{suffix}")])
 
     def test_an_image_as_its_own_mask(self, tmp_path):
