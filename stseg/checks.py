@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 from numbers import Real
 
+import torch
+from torch import Tensor
+
+_MARGIN = 0.1  # beyond [0, 1], for interpolation and small perturbations
+
 
 def check_number(name: str, value: object) -> None:
     """Raise a ``TypeError`` unless the value is a number."""
@@ -43,3 +48,23 @@ def check_log(log: object) -> None:
     """Raise a ``TypeError`` unless it is callable or None."""
     if log is not None and not callable(log):
         raise TypeError(f"log is {log!r}; expected a function of a dictionary of numbers, such as print or wandb.log")
+
+
+def check_image_range(images: Tensor, checked: set[str]) -> None:
+    """Raise a ``ValueError`` unless float images are in [0, 1], with a small margin.
+
+    Always on the CPU; on other devices, where looking waits for the device, only the first time.
+
+    Args:
+        images: float images.
+        checked: names of the other devices on which images were checked already; the device is added.
+    """
+    device = images.device.type
+    if device in checked or device == "meta" or torch.compiler.is_compiling() or not images.numel():
+        return
+    if device != "cpu":
+        checked.add(device)
+    low, high = (float(extreme) for extreme in torch.aminmax(images.detach()))
+    if low < -_MARGIN or high > 1 + _MARGIN:  # NaN becomes a loss that is not finite, which is reported
+        hint = "images / 255" if low >= 0 else "not normalized: stseg.Segmenter(network, mean=..., std=...) does that"
+        raise ValueError(f"images hold values from {low:g} to {high:g}; expected floats in [0, 1] ({hint})")

@@ -15,8 +15,16 @@ class UnreadableImageError(DataError, OSError):
     """A file cannot be decoded as an image: truncated, empty, or not an image at all."""
 
 
+class DataWarning(UserWarning):
+    """Data that can be used but are probably not what was meant."""
+
+
 class NetworkError(StsegError, ValueError):
     """A network did not return the expected logits."""
+
+
+class NetworkWarning(UserWarning):
+    """A network that can be trained, but probably not as it was meant."""
 
 
 class MethodError(StsegError, RuntimeError):

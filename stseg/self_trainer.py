@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from stseg.checks import check_choice, check_log
 from stseg.data.items import Items
+from stseg.description import describe
 from stseg.engine.checkpoint import Row
 from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult
@@ -22,7 +23,6 @@ from stseg.stages.result import SelfTrainingResult
 from stseg.stages.stages import MakeMethod, Stages
 from stseg.stages.validation import validate_run
 from stseg.stages.workdir import Workdir
-from stseg.storage.records import describe
 
 _SHORTHANDS = {"supervised": Baseline, "st": ST, "st++": STPlusPlus}
 

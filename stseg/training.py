@@ -154,9 +154,11 @@ def _validate_data(
         num_workers=config.num_workers,
         progress=progress,
     )
-    facts = {"labeled": check(mixed.labeled)}
-    if val is not None:
-        facts["validation"] = check(val, name="validation")
+    facts: dict[str, Any] = {}
+    for name, data in {"labeled": mixed.labeled, "validation": val}.items():
+        if data is not None:
+            facts[name], counts = check(data, name=name)
+            facts[f"{name} classes"] = counts.provenance()
     if unlabeled is not None:
         facts["unlabeled"] = dataset_fingerprint(unlabeled)
         if not known:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from small import Entropic, same
 from torch import nn
 
 import stseg
-from stseg import Ranking, SelfTrainer, TrainConfig, WeakAugment, WorkdirMismatchError, fit
+from stseg import DataError, Ranking, SelfTrainer, TrainConfig, WeakAugment, WorkdirMismatchError, fit
 from stseg.engine import loop
 from stseg.functional import ohem_cross_entropy
 from stseg.inference import sweep
@@ -646,18 +647,26 @@ class TestWorkdir:
         with pytest.raises(WorkdirMismatchError, match=f"{changed} is '.* items, .*' there and '.* items, .*' now"):
             trainer(workdir=tmp_path).fit(*data.values())
 
-    def test_of_data_sets_that_augment_by_themselves_can_be_resumed(self, tmp_path):
-        class Noisy(Named):
+    @pytest.mark.parametrize("which", ["labeled", "unlabeled", "validation"])
+    @pytest.mark.parametrize("generator", ["torch", "numpy", "python", "own"])
+    def test_data_sets_that_augment_by_themselves_are_refused(self, which, generator):
+        own = np.random.default_rng()
+        draw = {"torch": lambda: float(torch.rand(())), "numpy": np.random.rand, "python": random.random}
+
+        class Flipping(Named):
             def __getitem__(self, index):
                 item = super().__getitem__(index)
                 image, *mask = item if isinstance(item, tuple) else (item,)
-                image = (image + 0.1 * torch.rand(image.shape) * np.random.rand()).clamp(0, 1)  # noqa: NPY002
-                return (image, *mask)
+                flips = draw.get(generator, own.random)() < 0.5
+                parts = [part.flip(-1) if flips else part for part in (image, *mask)]
+                return tuple(parts) if mask else parts[0]
 
-        data = Noisy(list(labeled()), "l"), Noisy(list(unlabeled()), "u")
-        first = trainer(workdir=tmp_path).fit(*data)
-        torch.rand(3)
-        assert same(trainer(workdir=tmp_path).fit(*data).model, first.model)
+        data = {"labeled": list(labeled()), "unlabeled": list(unlabeled()) * 3, "validation": list(labeled())}
+        sets = {name: (Flipping if name == which else Named)(items, name) for name, items in data.items()}
+        began = time.monotonic()
+        with pytest.raises(DataError, match=rf"item '{which}/\d+' of the {which} data set changes from one reading"):
+            trainer().fit(sets["labeled"], sets["unlabeled"], sets["validation"])
+        assert time.monotonic() - began < 60
 
     def test_of_other_workers_or_bars_is_the_same_run(self, tmp_path):
         trainer(workdir=tmp_path).fit(labeled(), unlabeled())

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stseg.checks import check_image_range
+
 
 def uniform(unit: Tensor, low: float, high: float) -> Tensor:
     return unit * (high - low) + low
@@ -22,7 +24,7 @@ def ordered_range(name: str, bounds: Sequence[float], *, low: float, high: float
     return float(bounds[0]), float(bounds[1])
 
 
-def check_batch(images: Tensor, masks: Tensor, where: Tensor | None) -> None:
+def check_batch(images: Tensor, masks: Tensor, where: Tensor | None, checked_on: set[str] | None = None) -> None:
     if not images.is_floating_point():
         raise TypeError(f"images are {images.dtype}; expected float in [0, 1] (uint8 images: images.float() / 255)")
     if masks.dtype == torch.bool or masks.is_floating_point() or masks.is_complex():
@@ -36,3 +38,6 @@ def check_batch(images: Tensor, masks: Tensor, where: Tensor | None) -> None:
         raise TypeError(f"where is {where.dtype}; expected bool")
     if where is not None and where.shape != images.shape[:1]:
         raise ValueError(f"where has shape {tuple(where.shape)}; expected ({len(images)},), one for each image")
+    unseen = checked_on is not None and images.device.type not in checked_on and images.device.type != "meta"
+    if checked_on is not None and unseen and not torch.compiler.is_compiling():
+        check_image_range(images if where is None else images[where], checked_on)

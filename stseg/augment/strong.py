@@ -68,8 +68,8 @@ class StrongAugment(nn.Module):
         the same shapes and dtypes. Rows where ``where`` is False are returned unchanged; the input is not modified.
 
     Raises:
-        ValueError: if a setting is out of its range; when called, if shapes do not match or the cutout's ignore
-            index does not fit into the dtype of the masks.
+        ValueError: if a setting is out of its range; when called, if shapes do not match, images are not in [0, 1]
+            (on a GPU only at the first call) or the cutout's ignore index does not fit into the dtype of the masks.
         TypeError: when called, if images are not float, masks not integer or ``where`` not bool.
 
     Example:
@@ -104,6 +104,7 @@ class StrongAugment(nn.Module):
         self.jitter_p, self.gray_p, self.blur_p = jitter_p, gray_p, blur_p
         self.blur_sigma = ordered_range("blur_sigma", blur_sigma, low=0.0)
         self.cutout = cutout
+        self._checked_on: set[str] = set()  # devices other than the CPU
 
     def forward(
         self,
@@ -114,7 +115,7 @@ class StrongAugment(nn.Module):
         generator: Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw and transform; see the class."""
-        check_batch(images, masks, where)
+        check_batch(images, masks, where, self._checked_on)
         return self.transform(images, masks, self.draw(images, generator), where)
 
     def draw(self, images: Tensor, generator: Generator | None = None) -> StrongParameters:

@@ -6,11 +6,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, ImageOps
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
-from stseg.data._class_map import ClassMap
-from stseg.data.convert import as_image, eight_bits, pair_of
-from stseg.errors import DataError, UnreadableImageError
+from stseg.data.class_map import ClassMap
+from stseg.data.convert import as_image, as_mask, eight_bits, gray_of, pair_of
+from stseg.data.decoding import Samples, decode_image, decode_mask, orientation_of
+from stseg.data.observations import observe_turned
+from stseg.data.samples import check_value_range, convert_channels, scale_samples
+from stseg.errors import DataError
 
 Mode = Literal["RGB", "RGBA", "L"]
 MASK_SUFFIXES = frozenset((".png", ".bmp", ".tif", ".tiff"))  # lossless formats
@@ -22,59 +28,84 @@ class ItemReader:
     Args:
         mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (gray), into which images are converted, or None for the
             channels that each file has.
-        class_map: the class of each value of the masks, or None where the values are the classes.
+        class_map: the class of each value, or of each color, of the masks; None where the values are the classes.
         unmapped: class of the values that ``class_map`` lacks; None raises an error for them.
+        value_range: the values of black and white in images of more than 8 bits; None where the files state them or
+            use all bits.
+        apply_exif: whether images are turned by their EXIF orientation; None turns them, and warns where the mask may
+            lie on the pixels as stored.
 
     Raises:
-        ValueError: if ``mode`` is not one of these, or ``class_map`` is invalid.
+        ValueError: if ``mode`` is not one of these, or ``class_map`` or ``value_range`` is invalid.
     """
 
     def __init__(
-        self, mode: Mode | None = "RGB", class_map: Mapping[int, int] | None = None, unmapped: int | None = 255
+        self,
+        mode: Mode | None = "RGB",
+        class_map: Mapping[Any, int] | None = None,
+        unmapped: int | None = 255,
+        value_range: tuple[float, float] | None = None,
+        apply_exif: bool | None = None,
     ) -> None:
         if mode not in ("RGB", "RGBA", "L", None):
             raise ValueError(f"mode is {mode!r}; expected 'RGB', 'RGBA', 'L' or None")
         if class_map is None and unmapped != 255:
             raise ValueError(f"unmapped is {unmapped!r} without a class_map; expected both")
-        self.mode = mode
+        self.mode, self.apply_exif = mode, apply_exif
         self.class_map = None if class_map is None else ClassMap(class_map, unmapped)
+        self.value_range = check_value_range(value_range)
 
     def __call__(self, image: Path, mask: Path | None, *, name: str) -> Any:
-        """Return the image, uint8 ``(C, H, W)``; with a mask, the image and the mask, ``(H, W)`` uint8 or int32.
+        """Return the image, uint8 or float32 ``(C, H, W)``; with a mask, image and mask, ``(H, W)`` uint8 or int32.
 
         Raises:
-            DataError: if the mask is a color image, has an unmapped value, or differs from the image in size.
+            DataError: if image or mask cannot be read without loss, the mask is in colors that ``class_map`` does not
+                have or has an unmapped value, or the two differ in size.
             UnreadableImageError: if a file is broken; names the file.
         """
-        pixels = read_file(image)
-        if self.mode is not None:
-            pixels = eight_bits(pixels, name=name)
-            pixels = pixels if pixels.mode == self.mode else pixels.convert(self.mode)
+        decoded = decode_image(image, apply_exif=self.apply_exif is not False)
+        pixels = self._pixels(decoded.image, name)
         if mask is None:
-            return as_image(pixels, name=name)
-        pair = pair_of((pixels, read_file(mask, indices=True)), name=name)
-        return pair if self.class_map is None else (pair[0], self.class_map(pair[1], name=name))
+            return pixels
+        classes = self._classes(mask, name)
+        self._check_orientation(pixels, classes, decoded.orientation, mask, name)
+        return pair_of((pixels, classes), name=name)
 
+    def _pixels(self, image: Image.Image | Samples, name: str) -> Tensor:
+        if isinstance(image, Samples):
+            scaled = scale_samples(image.values, name=name, value_range=self.value_range, stated=image.stated)
+            values = torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
+            values = 1 - values if image.inverted else values
+            return convert_channels(values, self.mode, has_alpha=image.has_alpha, extra=image.extra, name=name)
+        image = eight_bits(image, name=name)
+        image = image if self.mode in (None, image.mode) else image.convert(self.mode)
+        pixels = as_image(image, name=name)
+        if self.value_range is None:
+            return pixels
+        return torch.from_numpy(scale_samples(pixels.numpy(), name=name, value_range=self.value_range))
 
-def read_file(path: Path, *, indices: bool = False) -> Image.Image:
-    """Read a file as an upright image; with ``indices``, keep the values that the file stores.
+    def _classes(self, mask: Path, name: str) -> Tensor:
+        values = decode_mask(mask, colors=self.class_map is not None and self.class_map.colors)
+        if self.class_map is not None and self.class_map.colors:
+            return self.class_map(values, name=name)
+        values = gray_of(values, name=name) if values.ndim == 3 else values
+        return as_mask(values, name=name) if self.class_map is None else self.class_map(values, name=name)
 
-    Raises:
-        UnreadableImageError: if the file is missing or broken; names it.
-    """
-    try:
-        with Image.open(path) as image:
-            raw = image.tile[0][3] if image.tile else None
-            raw = raw[0] if isinstance(raw, tuple) else raw  # TIFF
-            if indices and image.format == "BMP" and image.mode == "1" and path.read_bytes()[28:30] != b"\x01\x00":
-                raise ValueError("Pillow misreads a BMP of more than 1 bit whose palette is black and white; use PNG")
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            # PIL scales gray of 2 or 4 bits to 0..255.
-            spread = {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else "", 1)
-            return upright.point(lambda value: value // spread) if indices and spread > 1 else upright
-    except Exception as error:  # PIL raises many types for a broken file
-        raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
+    def _check_orientation(self, image: Tensor, mask: Tensor, orientation: int, path: Path, name: str) -> None:
+        """Refuse, or warn of, a mask that may have been drawn on the pixels as stored."""
+        if orientation == 1 or orientation_of(path) != 1:
+            return
+        (height, width), (mask_height, mask_width) = image.shape[-2:], mask.shape
+        if (height, width) != (mask_height, mask_width) == (width, height):
+            raise DataError(
+                f"image and mask of {name!r} differ in size: image {height} x {width}, mask "
+                f"{mask_height} x {mask_width} (height x width), as the image was turned by its EXIF orientation "
+                f"({orientation}) and the mask was drawn on the pixels as stored; expected apply_exif=False, which "
+                "reads images as they are stored, or masks of the turned images"
+            )
+        sure = orientation >= 5 and height != width  # the size tells that the mask was drawn on the turned image
+        if (height, width) == (mask_height, mask_width) and not sure and self.apply_exif is None:
+            observe_turned(name)
 
 
 def check_folder(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stseg.data.samples import scale_samples, sixteen_bits
 from stseg.errors import DataError, UnreadableImageError
 
 
@@ -48,7 +50,9 @@ def pair_of(item: Any, *, name: str) -> tuple[Tensor, Tensor]:
 def _value(item: Mapping[Any, Any], key: str, name: str) -> Any:
     if key not in item:
         raise DataError(
-            f"item {name!r} is a mapping with the keys {sorted(map(str, item))}; expected {key!r} among them"
+            f"item {name!r} is a mapping with the keys {sorted(map(str, item))}; expected 'image' and, in labeled "
+            "data, 'mask': return {'image': item[...], 'mask': item[...]} from the data set "
+            "(in Hugging Face data sets, rename_column does it)"
         )
     return item[key]
 
@@ -58,12 +62,13 @@ def as_image(image: Any, *, name: str = "image") -> Tensor:
 
     Args:
         image: uint8 or float ``(C, H, W)`` tensor, or a PIL image: gray gives one channel, palette and other
-            color spaces become RGB, 16-bit gray is scaled to 8 bits, transparency is kept as a last channel.
+            color spaces become RGB, 16-bit gray becomes float, transparency is kept as a last channel.
         name: name for error messages.
 
     Raises:
         TypeError: if ``image`` is anything else.
-        DataError: if the shape is invalid, there are no pixels, or float values are outside [0, 1].
+        DataError: if the shape is invalid, there are no pixels, float values are outside [0, 1], or a 16-bit image does
+            not use its highest bit, as 12-bit data do not.
         UnreadableImageError: if it is a PIL image whose file is broken.
 
     Example:
@@ -71,15 +76,11 @@ def as_image(image: Any, *, name: str = "image") -> Tensor:
         torch.Size([1, 4, 6])
     """
     if isinstance(image, Image.Image):
-        array = np.array(eight_bits(image, name=name))
-        image = torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+        image = _from_pil(image, name)
     if not isinstance(image, Tensor):
-        hint = (
-            ": torch.from_numpy(array).permute(2, 0, 1) makes one of (H, W, C)" if isinstance(image, np.ndarray) else ""
-        )
         raise TypeError(
             f"image {name!r} is {type(image).__name__}; expected a PIL image or a (C, H, W) tensor, "
-            f"uint8 or float in [0, 1]{hint}"
+            f"uint8 or float in [0, 1]{_hint(image)}"
         )
     if image.ndim != 3:
         raise DataError(f"image {name!r} has shape {tuple(image.shape)}; expected (C, H, W)")
@@ -100,30 +101,45 @@ def as_image(image: Any, *, name: str = "image") -> Tensor:
 
 
 def eight_bits(image: Image.Image, *, name: str = "image") -> Image.Image:
-    """Convert a PIL image of any mode to L, LA, RGB or RGBA; 16-bit gray is divided by 257.
+    """Convert a PIL image of 8 bits or less, of any mode, to L, LA, RGB or RGBA.
 
     Raises:
-        DataError: if there are no pixels, or values are not 16-bit integers.
+        DataError: if there are no pixels.
         UnreadableImageError: if its file is broken.
     """
     _load(image, f"image {name!r}")
     if image.width == 0 or image.height == 0:
         raise DataError(f"image {name!r} has no pixels: {image.width} x {image.height}")
-    mode = image.mode
-    if mode in ("L", "LA", "RGB", "RGBA"):
+    if image.mode in ("L", "LA", "RGB", "RGBA"):
         return image
-    if mode == "F":
-        raise DataError(f"image {name!r} is of PIL mode F; expected 8- or 16-bit integers")
-    if mode.startswith("I"):
-        gray = np.array(image).astype(np.int32)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise DataError(
-                f"image {name!r} holds values from {gray.min()} to {gray.max()}; expected 16 bits, 0..65535"
-            )
-        return Image.fromarray(((gray + 128) // 257).astype(np.uint8))
-    if mode in ("1", "La"):
-        return image.convert("L" if mode == "1" else "LA")
-    return image.convert("RGBA" if mode in ("PA", "RGBa") or "transparency" in image.info else "RGB")
+    if image.mode in ("1", "La"):
+        return image.convert("L" if image.mode == "1" else "LA")
+    return image.convert("RGBA" if image.mode in ("PA", "RGBa") or "transparency" in image.info else "RGB")
+
+
+def _from_pil(image: Image.Image, name: str) -> Tensor:
+    _load(image, f"image {name!r}")
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.array(image)
+        if values.size == 0:
+            raise DataError(f"image {name!r} has no pixels: {image.width} x {image.height}")
+        line = (
+            "floats in [0, 1] from the data set, such as torch.from_numpy(numpy.asarray(image) / {high}).float()[None]"
+        )
+        return torch.from_numpy(scale_samples(sixteen_bits(values), name=name, way_out=line)[None])
+    array = np.array(eight_bits(image, name=name))
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+
+def _hint(image: object) -> str:
+    if isinstance(image, np.ndarray):
+        return ": torch.from_numpy(array).permute(2, 0, 1) makes one of (H, W, C)"
+    if isinstance(image, (str, os.PathLike)):
+        return (
+            "; stseg.data.SegmentationFolder(images, masks) reads folders of files, "
+            "stseg.data.ListedFiles(root, pairs) a list of them"
+        )
+    return ""
 
 
 def as_mask(mask: Any, *, name: str = "mask") -> Tensor:
@@ -131,7 +147,7 @@ def as_mask(mask: Any, *, name: str = "mask") -> Tensor:
 
     Args:
         mask: ``(H, W)`` or ``(1, H, W)`` integer tensor or array, or a PIL image: 8-bit gray, palette (whose
-            indices are the classes), 16-bit gray, or black and white.
+            indices are the classes), 16-bit gray, black and white (0 and 1), or gray in equal channels.
         name: name for error messages.
 
     Raises:
@@ -145,14 +161,16 @@ def as_mask(mask: Any, *, name: str = "mask") -> Tensor:
     """
     if isinstance(mask, Image.Image):
         _load(mask, f"mask of {name!r}")
-        if mask.mode not in ("1", "L", "P") and not mask.mode.startswith("I"):
+        if mask.mode in ("RGB", "RGBA", "LA"):
+            mask = gray_of(np.array(mask), name=name)
+        elif mask.mode not in ("1", "L", "P") and not mask.mode.startswith("I"):
             raise DataError(
                 f"mask of {name!r} is an image of mode {mask.mode}; expected class indices "
                 "(8-bit gray, palette or 16-bit gray)"
             )
         mask = np.array(mask)
     if isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf":
-        mask = torch.from_numpy(mask.astype(mask.dtype.newbyteorder("="), order="C"))  # a copy, always
+        mask = torch.from_numpy(mask.astype(f"{mask.dtype.kind}{mask.dtype.itemsize}", order="C"))  # a copy, always
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask of {name!r} is {type(mask).__name__}; expected an integer (H, W) tensor, array or image")
     classes: Tensor = mask.as_subclass(Tensor)
@@ -175,20 +193,57 @@ def as_mask(mask: Any, *, name: str = "mask") -> Tensor:
     return classes.to(torch.int32)
 
 
+def gray_of(pixels: np.ndarray[Any, Any], *, name: str) -> np.ndarray[Any, Any]:
+    """Return the single channel ``(H, W)`` of a mask ``(H, W, C)`` whose colors are all gray and opaque.
+
+    Raises:
+        DataError: if it has other colors or transparent pixels; names ``class_map``.
+    """
+    if pixels.shape[2] in (2, 4):
+        if (pixels[..., -1] != np.iinfo(pixels.dtype).max).any():
+            raise DataError(
+                f"mask of {name!r} has transparent pixels; expected class indices "
+                "(PIL's image.convert('RGB') leaves the transparency out)"
+            )
+        pixels = pixels[..., :-1]
+    if (pixels == pixels[..., :1]).all():
+        return pixels[..., 0]
+    colors = [tuple(color) for color in np.unique(pixels[::4, ::4].reshape(-1, pixels.shape[2]), axis=0)[:3].tolist()]
+    line = ", ".join(f"{color}: {index}" for index, color in enumerate(colors))
+    raise DataError(
+        f"mask of {name!r} is in color; expected class indices, or the class of each color: class_map={{{line}, ...}} "
+        "(of SegmentationFolder and ListedFiles; stseg.data.ClassMap in other data sets)"
+    )
+
+
 def check_mask_values(mask: Tensor, num_classes: int, ignore_index: int, *, name: str) -> None:
     """Raise a ``DataError`` unless every value is a class or the ignore index.
 
     Example:
         >>> check_mask_values(torch.tensor([[0, 34]]), 21, 255, name="img_0042")
         Traceback (most recent call last):
-        stseg.errors.DataError: mask of 'img_0042' holds the value 34; expected 0..20 or 255
+        stseg.errors.DataError: mask of 'img_0042' holds the value 34; expected 0..20 or 255 ...
     """
     if mask.dtype == torch.uint8:  # torch wraps a scalar that does not fit: 300 would be 44
         mask = mask.to(torch.int32)
     wrong = ((mask < 0) | (mask >= num_classes)) & (mask != ignore_index)
     if wrong.any():
         value = int(mask[wrong][0])
-        raise DataError(f"mask of {name!r} holds the value {value}; expected 0..{num_classes - 1} or {ignore_index}")
+        raise DataError(
+            f"mask of {name!r} holds the value {value}; expected 0..{num_classes - 1} or {ignore_index} "
+            f"({_class_map_line(mask, num_classes, ignore_index)} gives values their classes; "
+            "stseg.data.ClassMap does in a data set of your own)"
+        )
+
+
+def _class_map_line(mask: Tensor, num_classes: int, ignore_index: int) -> str:
+    """Return the ``class_map`` that a mask with unknown values suggests."""
+    found = [value for value in torch.unique(mask).tolist() if value != ignore_index or value == 255]
+    if found[-1] == num_classes and (not found[0] or found[0] == 1):
+        return f"class_map={{i: i - 1 for i in range(1, {num_classes + 1})}}"  # counted from 1; 0 is ignored
+    if len(found) <= num_classes and found[0] >= 0:
+        return f"class_map={{{', '.join(f'{value}: {index}' for index, value in enumerate(found))}}}"
+    return f"class_map={{{found[-1]}: ..., ...}}"
 
 
 def _load(image: Image.Image, what: str) -> None:

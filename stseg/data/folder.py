@@ -70,10 +70,12 @@ class SegmentationFolder(Dataset[Any]):
         *,
         ids: Sequence[str] | None = None,
         mode: Mode | None = "RGB",
-        class_map: Mapping[int, int] | None = None,
+        class_map: Mapping[Any, int] | None = None,
         unmapped: int | None = 255,
+        value_range: tuple[float, float] | None = None,
+        apply_exif: bool | None = None,
     ) -> None:
-        self._read = ItemReader(mode, class_map, unmapped)
+        self._read = ItemReader(mode, class_map, unmapped, value_range, apply_exif)
         self.images = Path(images)
         self.masks = None if masks is None else Path(masks)
         found = _files(self.images, _IMAGES)

@@ -129,12 +129,14 @@ class ListedFiles(Dataset[Any]):
         *,
         masks: bool = True,
         mode: Mode | None = "RGB",
-        class_map: Mapping[int, int] | None = None,
+        class_map: Mapping[Any, int] | None = None,
         unmapped: int | None = 255,
+        value_range: tuple[float, float] | None = None,
+        apply_exif: bool | None = None,
     ) -> None:
         if isinstance(pairs, (str, os.PathLike)):
             raise TypeError(f"pairs is {pairs!r}; expected a sequence (stseg.data.read_pairs reads a file of them)")
-        self._read = ItemReader(mode, class_map, unmapped)
+        self._read = ItemReader(mode, class_map, unmapped, value_range, apply_exif)
         self.root = Path(root)
         check_folder(self.root)
         self.ids: list[str] = []

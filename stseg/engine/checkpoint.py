@@ -21,7 +21,7 @@ from stseg.distributed import barrier, rank
 from stseg.engine.method import Method
 from stseg.errors import DataError, WorkdirMismatchError
 from stseg.models.segmenter import Segmenter
-from stseg.models.state import cpu_state
+from stseg.models.state import bare_network, cpu_state
 from stseg.storage.files import write_atomically
 from stseg.storage.records import claim, read_record, write_record
 
@@ -226,4 +226,5 @@ class StageCheckpoint:
 
 
 def _bare(model: nn.Module) -> nn.Module:
+    model = bare_network(model)
     return model.network if isinstance(model, Segmenter) else model

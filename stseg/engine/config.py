@@ -10,7 +10,7 @@ import torch
 
 from stseg.augment import WeakAugment, as_pair_transform
 from stseg.checks import check_choice, check_nonnegative, check_number
-from stseg.storage.records import describe
+from stseg.description import describe
 from stseg.types import PairTransform, Precision
 
 ParameterGroups: TypeAlias = list[dict[str, Any]]

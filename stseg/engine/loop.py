@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,9 +27,9 @@ from stseg.engine.optimizers import keep_initial_rates, set_learning_rates
 from stseg.engine.plan import Plan
 from stseg.engine.step import training_step
 from stseg.engine.trial import preserved_random_state, try_step
-from stseg.errors import DataError, NetworkError, TrainingDivergedError
+from stseg.errors import DataError, NetworkError, NetworkWarning, TrainingDivergedError
 from stseg.inference.evaluate import evaluate
-from stseg.models.state import device_of
+from stseg.models.state import device_of, train_unfrozen
 from stseg.seeds import derive_seed
 
 
@@ -93,12 +94,15 @@ def run_stage(
         return FitResult(method.model.eval(), kept, tuple(finished.history), finished.seconds)
 
     unused = try_step(method, streams, config)
+    if unused and rank() == 0:
+        _warn_of_unused(unused, type(method).__name__)
     device = device_of(method)
     optimizers = list(method.optimizers(config))
     keep_initial_rates(optimizers)
     state = checkpoint.resume(method, optimizers)
     copies = [checkpoint.snapshot(method.model, at) for at in plan.snapshots if at * plan.unit <= state.step]
-    network = _distribute(method.train(), device, find_unused_parameters=bool(unused))
+    train_unfrozen(method)
+    network = _distribute(method, device, find_unused_parameters=bool(unused))
     validate = partial(_mean_iou, method, val, streams.num_classes, config)
     began = saved = time.monotonic()
     before = state.seconds
@@ -151,6 +155,17 @@ def run_stage(
         checkpoint.load_best(method.model)
     checkpoint.finish(method.model, state)
     return FitResult(method.model.eval(), tuple(copies), tuple(state.history), state.seconds)
+
+
+def _warn_of_unused(names: Sequence[str], method: str) -> None:
+    shown = ", ".join(repr(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+    warnings.warn(
+        f"{len(names)} trainable parameters of {method} get no gradient and keep their values: {shown}. If the "
+        "prediction depends on them, what trains is not what predicts: stseg.Segmenter(network, select=...) picks the "
+        "output; else parameter.requires_grad_(False) says that they do not learn",
+        NetworkWarning,
+        stacklevel=3,
+    )
 
 
 def _distribute(method: Method, device: torch.device, *, find_unused_parameters: bool) -> nn.Module:

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stseg.description import describe
 from stseg.engine.config import TrainConfig
 from stseg.engine.optimizers import build_optimizer
 from stseg.models.state import fingerprint
-from stseg.storage.records import describe
 from stseg.types import PairTransform
 
 

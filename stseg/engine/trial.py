@@ -18,10 +18,10 @@ from stseg.engine.config import TrainConfig
 from stseg.engine.method import Losses, Method
 from stseg.engine.optimizers import keep_initial_rates, set_learning_rates
 from stseg.engine.plan import Plan
-from stseg.errors import MethodError, StsegError
+from stseg.errors import MethodError, NetworkError, StsegError
 from stseg.models.precision import autocast
 from stseg.models.segmenter import takes_images
-from stseg.models.state import device_of
+from stseg.models.state import device_of, train_unfrozen
 from stseg.seeds import derive_seed, fixed_seed
 
 
@@ -42,9 +42,10 @@ def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]
     as_batch_augmentation(getattr(method, "strong", None), ignore_index=config.ignore_index)
     device = device_of(method)
     try:
-        trial = copy.deepcopy(method).train()
+        trial = copy.deepcopy(method)
     except Exception as error:  # of any type
         raise MethodError(f"{name} cannot be copied (copy.deepcopy), as snapshots are: {error}") from error
+    train_unfrozen(trial)
     steps = Plan.of(config, streams.steps_per_epoch).steps
     try:
         batch = next(streams.batches(range(1), total=steps, device=device, num_workers=0))
@@ -76,6 +77,8 @@ def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]
             # The message of torch's losses for a mask value that is not a class.
             unknown = isinstance(error, IndexError) and f"Target {config.ignore_index} is out of bounds" in str(error)
             hint = f" (masks hold {config.ignore_index} where there is no label: ignore_index=...)" if unknown else ""
+            if "more than 1 value per channel" in str(error):  # torch's batch normalization
+                hint = " (batch normalization of a single value: batch_size=2 or more in each process, or larger crops)"
             raise MethodError(
                 f"the first training step of {name} fails on a batch of {shapes}: {type(error).__name__}: {error}{hint}"
             ) from error
@@ -90,6 +93,17 @@ def check_model(method: Method) -> None:
     if not isinstance(model, torch.nn.Module):
         raise MethodError(
             f"{name} has no attribute model; expected a network, such as self.model = stseg.Segmenter(network)"
+        )
+    scripted = next((each for each in model.modules() if isinstance(each, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise NetworkError(
+            f"{name}.model holds a script module ({scripted.original_name}), which cannot be trained here; "
+            "expected the torch.nn.Module that it was made of (torch.compile(network) works)"
+        )
+    if isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
+        raise NetworkError(
+            f"{name}.model is compiled with its wrapper; expected stseg.Segmenter(torch.compile(network)), so that "
+            "weights are those of the network"
         )
     if not takes_images(model):
         raise MethodError(

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from stseg.data.convert import check_mask_values
 from stseg.data.items import Items
 from stseg.functional.classes import check_classes
+from stseg.inference.class_counts import ClassCounts
 from stseg.inference.mean_iou import MeanIoU
 from stseg.inference.sweep import Sweep, check_batch_size, finite_images, predictor
 from stseg.models.segmenter import as_segmenter
@@ -51,7 +52,7 @@ def evaluate(
 
     Raises:
         DataError: if the data set is empty, or a mask is missing, differs from its image in size, or has a value that
-            is not a class.
+            is not a class; or if all masks hold 0 and the ignore index 255 alone.
         NetworkError: if the network has a different number of classes, or returns NaN or infinite logits.
 
     Example:
@@ -64,11 +65,12 @@ def evaluate(
     model = place(as_segmenter(model), device)
     predict = predictor(model, num_classes, precision)
     sweep = Sweep(Items.of(dataset), "evaluate", batch_size, num_workers, progress, with_mask=True)
-    metric = MeanIoU(num_classes, ignore_index)
+    metric, counts = MeanIoU(num_classes, ignore_index), ClassCounts(num_classes, ignore_index, "evaluated")
     truth: dict[int, Tensor] = {}
 
     def keep(index: int, image: Tensor, mask: Tensor) -> None:
         check_mask_values(mask, num_classes, ignore_index, name=sweep.items.ids[index])
+        counts.add(mask)
         truth[index] = mask
 
     def classes(batch: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -78,4 +80,6 @@ def evaluate(
     for index, prediction in sweep.predict([model], classes, on_pair=keep):
         metric.add(prediction, truth.pop(index))
     metric.merge_processes()
+    counts.merge_processes()
+    counts.refuse_ignored_foreground()
     return metric

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import suppress
 from itertools import combinations
 
 import torch
@@ -9,12 +11,16 @@ from torch import Tensor, nn
 
 from stseg.data.convert import check_mask_values
 from stseg.data.items import Items, shared
-from stseg.distributed import all_gather
-from stseg.errors import DataError, NetworkError, StsegError
+from stseg.data.observations import Observations
+from stseg.distributed import all_gather, rank
+from stseg.errors import DataError, NetworkError, StsegError, UnreadableImageError
+from stseg.inference.class_counts import ClassCounts
 from stseg.inference.fingerprints import checksum, join_checksums
 from stseg.inference.reading import Skipped
 from stseg.inference.sweep import Sweep
+from stseg.models.segmenter import Segmenter
 from stseg.models.state import device_of, evaluating
+from stseg.seeds import derive_seed, fixed_seed
 
 
 def check_labeled(
@@ -26,31 +32,64 @@ def check_labeled(
     channels: int | None = None,
     num_workers: int = 0,
     progress: bool = True,
-) -> str:
+) -> tuple[str, ClassCounts]:
     """Read and validate every image and mask. Images must have ``channels`` channels, or as many as the first one.
 
+    Warns of classes and keys of a ``class_map`` that no mask holds, and shows the share of each class.
+
     Returns:
-        A fingerprint of ids, images and masks.
+        A fingerprint of ids, images and masks, and the number of pixels of each class.
 
     Raises:
-        DataError: if the data set is empty, an image cannot be read, or a mask is missing, differs from its image in
-            size or has a value that is neither a class nor the ignore index; names the item. Also if no mask has a
-            class.
+        DataError: if the data set is empty, an image cannot be read, an item changes from one reading to the next, or
+            a mask is missing, differs from its image in size or has a value that is neither a class nor the ignore
+            index; names the item. Also if the masks hold no class, or a single one.
         TypeError: if a mask is floating-point; names the item.
     """
     if not len(items):
         raise DataError(f"the {name} data set is empty")
+    check_repeatable(items, name=name, with_mask=True)
+    counts = ClassCounts(num_classes, ignore_index, name)
     sweep = Sweep(items, f"check {name}", num_workers=num_workers, progress=progress, with_mask=True)
     checksums = []
-    any_class = False
     for index, (image, mask) in sweep.read():
         check_mask_values(mask, num_classes, ignore_index, name=items.ids[index])
         channels = _same_channels(image, channels, items.ids[index])
         checksums.append((index, checksum(image), checksum(mask)))
-        any_class = any_class or bool((mask != ignore_index).any())
-    if not any(all_gather(any_class)):
-        raise DataError(f"the masks of the {name} data set hold nothing but the ignore index {ignore_index}")
-    return join_checksums(items.ids, [row for part in all_gather(checksums) for row in part])
+        counts.add(mask)
+    observations = Observations()
+    for part in all_gather(sweep.observations):
+        observations.add(part)
+    if rank() == 0:
+        observations.warn(name)
+    counts.merge_processes()
+    if progress:
+        counts.show()
+    counts.check(of_training=name != "validation")
+    return join_checksums(items.ids, [row for part in all_gather(checksums) for row in part]), counts
+
+
+def check_repeatable(items: Items, *, name: str, with_mask: bool = False) -> None:
+    """Read some evenly spaced items several times, with different states of the random generators.
+
+    Pseudo-masks would belong to other images than those that are trained on, and a resumed run would see other data.
+
+    Raises:
+        DataError: if an item changes from one reading to the next; names it.
+    """
+    chosen = sorted({len(items) * k // 16 for k in range(16)}) if len(items) else []
+    for index in chosen:
+        readings = set()
+        for reading in range(max(2, 32 // len(chosen))):  # 32 or more in all
+            with fixed_seed(derive_seed(0, "read again", index, reading)), suppress(UnreadableImageError, OSError):
+                parts = items.pair(index) if with_mask else (items.image(index),)
+                readings.add(tuple(checksum(part) for part in parts))
+        if len(readings) > 1:
+            raise DataError(
+                f"item {items.names[index]!r} of the {name} data set changes from one reading to the next; expected "
+                "data sets without random augmentation, which belongs into the training: TrainConfig(weak=...), and "
+                "strong= of methods"
+            )
 
 
 def find_unreadable(
@@ -68,8 +107,10 @@ def find_unreadable(
 
     Raises:
         UnreadableImageError: if an image cannot be read and ``skip`` is false.
-        DataError: if an image has a different number of channels, or none can be read.
+        DataError: if an image has a different number of channels or changes from one reading to the next, or none can
+            be read.
     """
+    check_repeatable(items, name="unlabeled")
     sweep = Sweep(items, "check unlabeled", num_workers=num_workers, progress=progress, skip_unreadable=skip)
     for index, image in sweep.read():
         channels = _same_channels(image, channels, items.ids[index])
@@ -108,15 +149,33 @@ def check_network(model: nn.Module, image: Tensor, num_classes: int | None = Non
         raise NetworkError(f"the network gives {classes} classes; num_classes is {num_classes}{hint}")
     if not logits.isfinite().all():
         raise NetworkError("the network returned NaN or infinite logits for the first image")
-    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones((), device=logits.device), atol=1e-4):
+    if isinstance(model, Segmenter) and _is_bounded(model, image, logits):
+        lowest = 0 if (logits >= 0).all() else -1
+        one = torch.ones((), device=logits.device, dtype=logits.dtype)
+        sums = " and sum to 1, as probabilities do" if torch.allclose(logits.sum(1), one, atol=1e-4) else ""
         raise NetworkError(
-            "the network returns probabilities, which sum to 1 at every pixel; expected logits "
-            "(leave out the softmax at its end)"
+            f"the network returns values that cannot leave [{lowest}, 1]{sums}; expected logits "
+            "(leave out the softmax, sigmoid or tanh at its end, as with activation=None)"
         )
-    *_, last = model.modules()
-    if isinstance(last, nn.Sigmoid) and (logits >= 0).all() and (logits <= 1).all():
-        raise NetworkError("the network ends in a sigmoid; expected logits (leave it out, as with activation=None)")
     return classes
+
+
+def _is_bounded(model: Segmenter, image: Tensor, logits: Tensor) -> bool:
+    """Return whether the logits stay in [-1, 1] when all weights grow, as behind a sigmoid, softmax or tanh."""
+    limit = 1 + 1e-4
+    if logits.abs().max() > limit or next(model.parameters(), None) is None:
+        return False
+    for factor in (1000, 30, 3):  # the largest one at which nothing overflows
+        try:
+            with torch.no_grad(), evaluating(trial := copy.deepcopy(model).double()):
+                for parameter in trial.parameters():
+                    parameter.mul_(factor).add_(1)
+                grown = trial((image if model._sides is None else image[:, :64, :64])[None])
+        except Exception:  # of any type: the network may not run in float64
+            return False
+        if grown.isfinite().all():
+            return bool(grown.abs().max() <= limit)
+    return False
 
 
 def _same_channels(image: Tensor, channels: int | None, name: str) -> int:

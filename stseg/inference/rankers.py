@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from stseg.checks import check_choice
 from stseg.data.items import Items
+from stseg.description import describe
 from stseg.distributed import all_gather, barrier
 from stseg.functional import mean_confidence, stability
 from stseg.functional.classes import check_classes
@@ -23,7 +24,6 @@ from stseg.inference.score_log import ScoreLog
 from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_images, predictor
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import evaluating, fingerprint, place
-from stseg.storage.records import describe
 from stseg.types import Precision
 
 

@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from stseg.data.decoding import pixel_limit_error
 from stseg.data.items import Items
-from stseg.errors import UnreadableImageError
+from stseg.data.observations import Observations, observing
+from stseg.errors import StsegError, UnreadableImageError
 from stseg.seeds import derive_seed, fixed_seed
 
 
@@ -31,6 +35,7 @@ def read_items(
     num_workers: int = 0,
     with_mask: bool = False,
     skip: Callable[[Skipped], object] | None = None,
+    observations: Observations | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Yield index and image of some items, or ``(image, mask)``.
 
@@ -41,19 +46,24 @@ def read_items(
         num_workers: worker processes; 0 reads in this process.
         with_mask: whether to yield ``(image, mask)`` instead of the image.
         skip: called with each item that cannot be read; None raises an error instead.
+        observations: what reading the items shows is added to it.
 
     Raises:
         UnreadableImageError: if an item cannot be read and ``skip`` is None.
     """
     loader = DataLoader(
-        _Parts(items, indices, with_mask),
+        _Parts(items, indices, with_mask, observations is not None),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,
         generator=torch.Generator(),  # its own, so as not to advance the caller's
     )
     for batch in loader:
-        for index, value in batch:
+        for index, value, seen in batch:
+            if observations is not None and seen is not None:
+                observations.add(seen)
+            if isinstance(value, StsegError):
+                raise value
             if not isinstance(value, _Unreadable):
                 parts = tuple(torch.from_numpy(part) for part in value)
                 yield index, parts if with_mask else parts[0]
@@ -71,20 +81,30 @@ class _Unreadable:
 class _Parts(Dataset[Any]):
     """Index and parts of an item."""
 
-    def __init__(self, items: Items, indices: Sequence[int], with_mask: bool) -> None:
-        self.items, self.indices, self.with_mask = items, indices, with_mask
+    def __init__(self, items: Items, indices: Sequence[int], with_mask: bool, observed: bool) -> None:
+        self.items, self.indices, self.with_mask, self.observed = items, indices, with_mask, observed
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[int, Any]:
+    def __getitem__(self, position: int) -> tuple[int, Any, Observations | None]:
         index = self.indices[position]
+        with observing() as seen:
+            value = self._read(index)
+        return index, value, seen if self.observed else None
+
+    def _read(self, index: int) -> tuple[np.ndarray[Any, Any], ...] | _Unreadable | StsegError:
+        """Return the parts of an item, or its error: if raised, a worker would wrap it in its own traceback."""
         try:
             with fixed_seed(derive_seed(0, "read", index)):  # makes data sets that augment deterministic
                 parts = self.items.pair(index) if self.with_mask else (self.items.image(index),)
-        except OSError as error:  # returned, not raised: a worker would wrap it in its own traceback
+        except OSError as error:
             name = self.items.names[index]
             text = str(error) if isinstance(error, UnreadableImageError) else f"item {name!r}: {error}"
-            return index, _Unreadable(UnreadableImageError(text))
+            return _Unreadable(UnreadableImageError(text))
+        except Image.DecompressionBombError as error:
+            return pixel_limit_error(f"item {self.items.names[index]!r}", error)
+        except StsegError as error:
+            return error
         # A tensor from a worker keeps a file descriptor open for its lifetime; an array does not.
-        return index, tuple(part.cpu().numpy() for part in parts)
+        return tuple(part.cpu().numpy() for part in parts)

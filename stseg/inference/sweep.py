@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from stseg.checks import check_choice
 from stseg.data.items import Items
+from stseg.data.observations import Observations
 from stseg.distributed import all_gather, rank, world_size
 from stseg.errors import DataError, NetworkError
 from stseg.inference.reading import Skipped, read_items
@@ -43,6 +44,8 @@ class Sweep:
     progress: bool = True
     skip_unreadable: bool = False
     with_mask: bool = False
+    observations: Observations = field(default_factory=Observations)
+    """What reading the items showed, in this process."""
     _skipped: list[Skipped] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -116,6 +119,7 @@ class Sweep:
             num_workers=self.num_workers,
             with_mask=self.with_mask,
             skip=self._skipped.append if self.skip_unreadable else None,
+            observations=self.observations,
         )
 
     def _bar(self, iterable: Iterable[T], total: int) -> Iterable[T]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,19 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from stseg.checks import check_image_range
+from stseg.description import describe
 from stseg.errors import NetworkError
-from stseg.models.state import device_of, evaluating
+from stseg.models.sides import Sides, find_sides, scale_of
+from stseg.models.state import bare_network, device_of, evaluating
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_WAYS_OUT = (
+    "Where its sides must be multiples of a number: stseg.Segmenter(network, stride=32); where a ViT of timm takes one "
+    "size: dynamic_img_size=True; where convolutions lose the border: padding"
+)
 
 
 class Segmenter(nn.Module):
     """Wrapper that makes a network map images to logits of the same height and width.
 
     Normalizes, pads right and bottom to a multiple of the network's stride (by repeating the border),
-    selects the logits in the network's output, and resizes or crops them to the image. All functions of stseg
-    accept a bare network and wrap it with the defaults.
+    selects the logits in the network's output, scales them by the integer that covers the padded image, and crops them
+    to the image. All functions of stseg accept a bare network and wrap it with the defaults.
 
     A network that returns one channel ``z``, the foreground logit, has two classes: its logits are
     ``(0, z)``. Their softmax is the sigmoid of ``z``, their cross-entropy its binary cross-entropy, and their arg max
@@ -30,23 +38,27 @@ class Segmenter(nn.Module):
 
     Args:
         network: any module that maps ``(B, C, H, W)`` float images to logits ``(B, K, h, w)``, whether alone,
-            first in a tuple or list, under ``"out"`` or ``"logits"`` in a mapping, or as an attribute
-            ``.logits``.
+            the only map in a tuple or list, under ``"out"`` or ``"logits"`` in a mapping, or as an attribute
+            ``.logits``. ``network`` of the wrapper, and its weights, are those inside ``torch.compile`` and
+            ``DataParallel``, which are still what runs.
         mean: per channel, subtracted from images in [0, 1]. One value applies to all channels; ``None`` for
             networks that normalize their input. The default is ImageNet's; for images without 3 channels,
             every channel uses the average of the three.
         std: per channel, divides the difference; likewise.
         stride: number that the sides must be divisible by. ``None`` determines it by trial on small inputs at
             the first call, starting from the output stride that the network reports (as networks of
-            segmentation_models_pytorch do).
+            segmentation_models_pytorch do): the smallest one at which the output, scaled by one integer, covers the
+            padded image.
         select: ``output -> logits``, for networks that return them in another way.
 
     Shape:
-        ``(B, C, H, W)`` uint8 or float in [0, 1] -> ``(B, K, H, W)`` float32 logits (float64 from a float64
-        network), K at least 2. Any H and W.
+        ``(B, C, H, W)`` uint8 or float in [0, 1], on any device -> ``(B, K, H, W)`` float32 logits (float64 from a
+        float64 network) on the network's device, K at least 2. Any H and W.
 
     Raises:
-        NetworkError: when called, if the network does not return a batch of logits.
+        NetworkError: when called, if the network does not return a batch of logits, returns several, or logits that,
+            scaled by one integer, do not cover the image.
+        ValueError: when called, if float images are not in [0, 1] (on a GPU only at the first call).
 
     Example:
         >>> net = Segmenter(nn.Conv2d(3, 5, kernel_size=3, stride=4, padding=1))
@@ -75,7 +87,10 @@ class Segmenter(nn.Module):
             raise ValueError(f"stride is {stride}; expected 1 or more")
         if (mean is None) != (std is None):
             raise ValueError("mean and std go together: give both, or None for both")
-        self.network = network
+        bare = bare_network(network)
+        self.network = bare
+        # In a tuple: not a submodule, so that the weights keep the names of the bare network.
+        self._outer = () if bare is network else (network,)
         self.mean = None if mean is None else tuple(float(v) for v in mean)
         self.std = None if std is None else tuple(float(v) for v in std)
         if self.mean is not None and self.std is not None:
@@ -89,32 +104,68 @@ class Segmenter(nn.Module):
             self.register_buffer("_std", torch.tensor(self.std, device=device), persistent=False)
         self.stride = stride
         self.select = select
-        self._sides = None if stride is None else (stride, 1)  # stride and least side
+        self._sides = None if stride is None else Sides(stride, 1)
+        self._sizes: set[tuple[int, int]] = set()  # that a network takes for which no sides are found
+        self._trying = False
+        self._checked_on: set[str] = set()  # devices other than the CPU
         self._rows_per_image = 1  # more inside stseg.modules.perturbed_features
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(B, C, H, W)`` to logits ``(B, K, H, W)``."""
         x = self._normalized(images)
         height, width = x.shape[-2:]
-        if self._sides is None:
-            self._sides = _sides_by_trial(self.network, x)
-        x = _padded(x, *self._sides)
+        if self._sides is None and (height, width) not in self._sizes:
+            self._find_sides(x)
+        x = x if self._sides is None else _padded(x, self._sides)
         logits = self._logits(x)
         if logits.shape[-2:] != x.shape[-2:]:
+            if scale_of(x.shape, logits.shape) is None:
+                raise NetworkError(self._no_sides(_output(x, logits)))
             logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
-        return f"mean={self.mean}, std={self.std}, stride={self.stride}"
+        select = "" if self.select is None else f", select={describe(self.select)}"
+        return f"mean={self.mean}, std={self.std}, stride={self.stride}{select}"
+
+    def _find_sides(self, x: Tensor) -> None:
+        """Find the sides that the network takes; if there are none, whether it takes this size."""
+        self._trying = True
+        try:
+            self._sides = find_sides(self.network, self._logits, x)
+            if self._sides is None:
+                with evaluating(self.network), torch.no_grad():
+                    logits = self._logits(x[:1])
+                if scale_of(x.shape, logits.shape) is None:
+                    raise NetworkError(self._no_sides(_output(x, logits)))
+                self._sizes.add((x.shape[-2], x.shape[-1]))
+        except NetworkError:
+            raise
+        except Exception as error:  # libraries raise different types
+            raise NetworkError(
+                f"the network cannot take an image of shape {tuple(x.shape[1:])}: {error} "
+                f"({type(error).__name__} in {type(self.network).__name__}). {_WAYS_OUT}"
+            ) from error
+        finally:
+            self._trying = False
+
+    def _no_sides(self, reason: str) -> str:
+        return (
+            f"the network ({type(self.network).__name__}) gives no logits that cover its image: {reason}; expected "
+            f"logits that cover the padded image when scaled by one integer. {_WAYS_OUT}"
+        )
 
     def _normalized(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise ValueError(f"expected a batch of images (B, C, H, W), got {_described(images)}")
+        images = images.to(device_of(self.network), non_blocking=True)
         if images.dtype == torch.uint8:
             images = images.float() / 255
         elif not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}; expected uint8, or float in [0, 1]")
+        else:
+            check_image_range(images, self._checked_on)
         if self.mean is not None:
             images = (images - self._per_channel("mean", images)) / self._per_channel("std", images)
         weight = next(self.network.parameters(), None)
@@ -129,9 +180,11 @@ class Segmenter(nn.Module):
         return values.to(images)[:, None, None]
 
     def _logits(self, x: Tensor) -> Tensor:
-        output = self.network(x)
+        # Hooks on the features do not reach compiled or replicated networks.
+        network = self._outer[0] if self._outer and self._rows_per_image == 1 and not self._trying else self.network
+        output = network(x)
         logits = self.select(output) if self.select is not None else _logits_in(output)
-        rows = len(x) * self._rows_per_image
+        rows = len(x) * (1 if self._trying else self._rows_per_image)
         is_map = isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim == 4
         if not is_map or len(logits) != rows or logits.shape[1] == 0:
             expected = "float logits (B, K, h, w) (see select= of stseg.Segmenter)"
@@ -169,32 +222,8 @@ def takes_images(model: nn.Module) -> bool:
     return getattr(inner, "takes_images", False) is True
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _sides_by_trial(network: nn.Module, x: Tensor) -> tuple[int, int]:
-    """Find the smallest stride and the smallest side to which images must be padded for the network."""
-    network = getattr(network, "_orig_mod", network)  # torch.compile would recompile for every size
-    reported = getattr(getattr(network, "encoder", None), "output_stride", None)
-    first = reported if isinstance(reported, int) and reported > 0 else 1
-
-    def takes(height: int, width: int, stride: int) -> bool:
-        try:
-            network(_padded(x.new_zeros(1, x.shape[1], height, width), stride))
-        except Exception:  # libraries raise different types
-            return False
-        return True
-
-    with evaluating(network), torch.no_grad():
-        # Two sides that differ when padded to any stride and are not both multiples of the next one.
-        larger = (s for s in (2, 4, 8, 14, 16, 28, 32, 64) if s > first and s % first == 0)  # 14: DINOv2
-        stride = next((s for s in (first, *larger) if takes(131, 210, s)), None)
-        if stride is None:
-            return first, 1  # it takes a single size or no images: let its own error surface
-        return stride, next((side for side in (1, 2, 4, 8, 16, 32, 64) if takes(side, side, stride)), 128)
-
-
-def _padded(x: Tensor, stride: int, least: int = 1) -> Tensor:
-    height, width = (max(side, least) + -max(side, least) % stride for side in x.shape[-2:])
-    bottom, right = height - x.shape[-2], width - x.shape[-1]
+def _padded(x: Tensor, sides: Sides) -> Tensor:
+    bottom, right = (sides.padded(side) - side for side in x.shape[-2:])
     return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
 
 
@@ -214,8 +243,34 @@ def _logits_in(output: Any) -> Any:
             )
         return output[key]
     if isinstance(output, (tuple, list)) and output:
-        return output[0]
+        maps = list(_maps_in(output))
+        if len(maps) > 1:
+            shapes = ", ".join(str(tuple(each.shape)) for each in maps)
+            raise NetworkError(
+                f"the network returned a {type(output).__name__} with {len(maps)} maps, of the shapes {shapes}, any of "
+                "which may be the logits; expected one, or their place: stseg.Segmenter(network, select=lambda output: "
+                "output[0]); a network that returns them only in training: select=lambda output: output[0] if "
+                "isinstance(output, (list, tuple)) else output"
+            )
+        return maps[0] if maps else output[0]
     return output
+
+
+def _maps_in(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a nested output that may be logits."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.ndim in (4, 5):
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _maps_in(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _maps_in(value)
+
+
+def _output(x: Tensor, logits: Tensor) -> str:
+    return f"its output for an image of {x.shape[-2]} x {x.shape[-1]} is {logits.shape[-2]} x {logits.shape[-1]}"
 
 
 def _described(value: object) -> str:

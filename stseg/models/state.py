@@ -10,12 +10,30 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter or buffer; the CPU if it has none."""
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def bare_network(network: nn.Module) -> nn.Module:
+    """Return the network inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
+
+    Example:
+        >>> network = nn.Conv2d(3, 2, 1)
+        >>> bare_network(nn.DataParallel(torch.compile(network))) is network
+        True
+    """
+    while True:
+        if isinstance(inner := getattr(network, "_orig_mod", None), nn.Module):
+            network = inner
+        elif isinstance(network, (nn.DataParallel, DistributedDataParallel)):
+            network = network.module
+        else:
+            return network
 
 
 def place(model: nn.Module, device: torch.device | str | None) -> nn.Module:
@@ -44,6 +62,52 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def train_unfrozen(module: nn.Module) -> None:
+    """Set training mode, except where the caller froze layers by evaluation mode.
+
+    In a network that is in training mode, what is in evaluation mode stays. In one that is in evaluation mode as a
+    whole, as after loading pretrained weights, that holds for the submodules without trainable parameters. Copies
+    without gradients, such as averaged teachers, are treated like the network that they have the layers of.
+
+    Args:
+        module: a network, or a method with one or more wrapped networks.
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
+        >>> _ = net[0].eval()  # frozen by the caller
+        >>> train_unfrozen(net)
+        >>> net.training, net[0].training, net[1].training
+        (True, False, True)
+    """
+    inner = (getattr(each, "network", None) for each in module.modules())
+    networks = [each for each in inner if isinstance(each, nn.Module)] or [module]
+    frozen = {id(each): _frozen_names(each) for each in networks if any(p.requires_grad for p in each.parameters())}
+    learners = [each for each in networks if id(each) in frozen]
+    module.train()
+    for network in networks:
+        layers = dict(network.named_modules())
+        like = network if id(network) in frozen else next((e for e in learners if _layers(e) == list(layers)), None)
+        for name in frozen[id(like)] if like is not None else ():
+            layers[name].training = False
+
+
+def _frozen_names(network: nn.Module) -> list[str]:
+    resting = {name: layer for name, layer in network.named_modules() if not layer.training}
+    if network.training:
+        return list(resting)
+    names: list[str] = []
+    for name, layer in resting.items():
+        parameters = list(layer.parameters())
+        inside_frozen = any(name.startswith(f"{frozen}.") for frozen in names)
+        if inside_frozen or (parameters and not any(p.requires_grad for p in parameters)):
+            names.append(name)
+    return names
+
+
+def _layers(network: nn.Module) -> list[str]:
+    return [name for name, _ in network.named_modules()]
 
 
 def cpu_state(model: nn.Module) -> dict[str, Tensor]:

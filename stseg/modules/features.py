@@ -175,7 +175,7 @@ def perturbed_features(
         )
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if model._sides is None:  # the wrapper is still trying which sizes the network takes
+        if model._trying:  # which sizes the network takes
             return output
         images = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         shapes: list[tuple[int, ...]] = []

@@ -54,11 +54,13 @@ def validate_run(
         progress=stages.progress,
     )
     teacher = stages.trained.get("teacher")
-    facts = {} if teacher is None else {"teacher": fingerprint(teacher.model)}
-    facts["labeled"] = check(labeled, name="labeled")
+    facts: dict[str, Any] = {} if teacher is None else {"teacher": fingerprint(teacher.model)}
+    facts["labeled"], counts = check(labeled, name="labeled")
+    facts["labeled classes"] = counts.provenance()
     image = labeled.image(0)
     if stages.val is not None:
-        facts["validation"] = check(stages.val, name="validation", channels=len(image))
+        facts["validation"], counts = check(stages.val, name="validation", channels=len(image))
+        facts["validation classes"] = counts.provenance()
     facts["network"] = _check_network(stages, image, labeling)
     if teacher is not None:
         check_network(teacher.model, image, stages.num_classes)

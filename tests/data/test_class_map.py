@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stseg.data._class_map import ClassMap
+from stseg.data.class_map import ClassMap
 from stseg.errors import DataError
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,11 +104,10 @@ class TestImage:
         ("mode", "channels"),
         [
             ("1", 1), ("L", 1), ("LA", 2), ("La", 2), ("P", 3), ("PA", 4), ("RGB", 3), ("RGBA", 4),
-            ("RGBa", 4), ("RGBX", 3), ("CMYK", 3), ("YCbCr", 3), ("HSV", 3), ("LAB", 3), ("I", 1),
-            ("I;16", 1), ("I;16B", 1),
+            ("RGBa", 4), ("RGBX", 3), ("CMYK", 3), ("YCbCr", 3), ("HSV", 3), ("LAB", 3),
         ],
     )  # fmt: skip
-    def test_of_any_pil_mode_is_uint8_with_its_channels(self, mode, channels):
+    def test_of_any_8_bit_pil_mode_is_uint8_with_its_channels(self, mode, channels):
         image = as_image(Image.new(mode, (6, 4)))
         assert image.shape == (channels, 4, 6)
         assert image.dtype == torch.uint8
@@ -136,19 +136,33 @@ class TestImage:
         assert as_image(image).tolist() == [[[255, 0]]]
 
     @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-    def test_of_16_bits_is_divided_by_257(self, dtype):
+    def test_of_16_bits_keeps_its_depth(self, dtype):
         gray = np.array([[0, 128, 129, 257, 32896, 65406, 65407, 65535]], dtype=dtype)
-        assert as_image(Image.fromarray(gray)).tolist() == [[[0, 0, 1, 1, 128, 254, 255, 255]]]
+        image = as_image(Image.fromarray(gray))
+        assert image.dtype == torch.float32
+        assert np.abs(image.numpy() - gray[None] / 65535).max() < 1e-7
+
+    @pytest.mark.parametrize("top", [255, 1023, 4095, 16383, 32767])
+    def test_of_16_bits_that_are_not_used_is_refused_with_the_line_to_write(self, top):
+        gray = Image.fromarray(np.array([[0, top]], dtype=np.uint16))
+        with pytest.raises(DataError, match=rf"image 'x' holds 16-bit integers from 0 to {top} .*asarray\(image\) / "):
+            as_image(gray, name="x")
 
     @pytest.mark.parametrize("value", [-1, 65536])
     def test_of_more_than_16_bits_is_refused(self, value):
         image = Image.fromarray(np.array([[0, value]], dtype=np.int32))
-        with pytest.raises(DataError, match=f"image 'x' holds values from .*{value}.*; expected 16 bits"):
+        with pytest.raises(DataError, match=f"image 'x' holds 32-bit integers from .*{value}.*expected floats"):
             as_image(image, name="x")
 
-    def test_of_pil_floats_is_refused(self):
-        with pytest.raises(DataError, match="image 'x' is of PIL mode F"):
-            as_image(Image.new("F", (2, 2)), name="x")
+    def test_of_pil_floats_is_in_0_to_1_or_refused(self):
+        assert as_image(Image.new("F", (2, 2), 0.25)).tolist() == [[[0.25, 0.25], [0.25, 0.25]]]
+        with pytest.raises(DataError, match="image 'x' holds 32-bit floats from 7 to 7"):
+            as_image(Image.new("F", (2, 2), 7.0), name="x")
+
+    @pytest.mark.parametrize("path", ["a.png", Path("a.png")])
+    def test_as_a_path_names_the_data_sets_of_files(self, path):
+        with pytest.raises(TypeError, match=r"SegmentationFolder.*ListedFiles"):
+            as_image(path, name="x")
 
     def test_of_a_truncated_file_is_unreadable(self):
         file = io.BytesIO()
@@ -242,9 +256,24 @@ class TestMask:
         image.putpalette([9, 9, 9] * 256)
         assert as_mask(image).tolist() == [[0, 1, 255]]
 
-    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
-    def test_in_color_is_refused(self, mode):
+    @pytest.mark.parametrize("mode", ["F", "CMYK", "HSV"])
+    def test_of_other_modes_is_refused(self, mode):
         with pytest.raises(DataError, match=f"mask of 'x' is an image of mode {mode}; expected class indices"):
+            as_mask(Image.new(mode, (3, 2)), name="x")
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+    def test_in_equal_channels_is_gray(self, mode):
+        gray = Image.fromarray(np.array([[0, 1, 255]], dtype=np.uint8))
+        assert as_mask(gray.convert(mode)).tolist() == [[0, 1, 255]]
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+    def test_in_color_is_refused_with_the_line_to_write(self, mode):
+        with pytest.raises(DataError, match=r"in color; .*class_map=\{\(9, 8, 7\): 0, .*ClassMap"):
+            as_mask(Image.new(mode, (3, 2), (9, 8, 7)), name="x")
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA"])
+    def test_with_transparent_pixels_is_refused(self, mode):
+        with pytest.raises(DataError, match="mask of 'x' has transparent pixels"):
             as_mask(Image.new(mode, (3, 2)), name="x")
 
     @pytest.mark.parametrize(

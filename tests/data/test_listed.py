@@ -277,7 +277,7 @@ class TestRefuses:
         with pytest.raises(DataError, match="'a_rgb' differ in size"):
             dataset[0]
         save(tmp_path / "a_mask.png", RGB)
-        with pytest.raises(DataError, match="mask of 'a_rgb' is an image of mode RGB"):
+        with pytest.raises(DataError, match="mask of 'a_rgb' is in color"):
             dataset[0]
 
     def test_a_value_without_class_when_it_is_read(self, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stseg.data._reading import ItemReader, check_folder, read_file
+from stseg.data._reading import ItemReader, check_folder
+from stseg.data.decoding import decode_image, decode_mask
 from stseg.errors import DataError, UnreadableImageError
 
 RGB = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
@@ -59,7 +60,7 @@ def test_nonsense_is_refused_at_once():
 
 def test_a_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(UnreadableImageError, match=r"none\.png cannot be read as an image"):
-        read_file(tmp_path / "none.png")
+        decode_image(tmp_path / "none.png")
 
 
 def test_a_folder_is_none_of_these(files, tmp_path):
@@ -87,7 +88,7 @@ def bitmap_tiff(values, bits):
 def test_tiff_masks_of_few_bits_keep_every_value(tmp_path, bits):
     values = np.random.default_rng(bits).integers(0, 2**bits, (5, 7))
     (tmp_path / "mask.tif").write_bytes(bitmap_tiff(values, bits))
-    assert np.array_equal(np.array(read_file(tmp_path / "mask.tif", indices=True)), values)
+    assert np.array_equal(decode_mask(tmp_path / "mask.tif"), values)
 
 
 def test_a_black_and_white_palette_bmp_is_refused_not_misread(tmp_path):
@@ -95,9 +96,9 @@ def test_a_black_and_white_palette_bmp_is_refused_not_misread(tmp_path):
     mask.putpalette([0, 0, 0, 255, 255, 255])
     mask.save(tmp_path / "mask.bmp")
     with pytest.raises(UnreadableImageError, match=r"mask\.bmp cannot be read .* use PNG"):
-        read_file(tmp_path / "mask.bmp", indices=True)
+        decode_mask(tmp_path / "mask.bmp")
     Image.fromarray(np.array([[0, 255, 0]], dtype=np.uint8)).convert("1").save(tmp_path / "bits.bmp")
-    assert np.array(read_file(tmp_path / "bits.bmp", indices=True)).tolist() == [[False, True, False]]
+    assert decode_mask(tmp_path / "bits.bmp").tolist() == [[0, 255, 0]]
 
 
 def test_unmapped_needs_a_class_map():

@@ -199,7 +199,9 @@ class TestStrong:
             calls.append((images.clone(), where.clone()))
             return images, masks
 
-        true = [(torch.zeros(3, 16, 16), torch.zeros(16, 16, dtype=torch.uint8))] * 2
+        mask = torch.zeros(16, 16, dtype=torch.uint8)
+        mask[0] = 1
+        true = [(torch.zeros(3, 16, 16), mask)] * 2
         guessed = [(torch.ones(3, 16, 16), torch.ones(16, 16, dtype=torch.uint8))] * 3
         run(MixedDataset(true, guessed), strong=strong, config=config(steps=9))
         assert len(calls) == 1 + 9  # with the trial

@@ -149,7 +149,7 @@ def test_networks_of_transformers_give_their_logits_at_the_size_of_the_image():
     [
         lambda y: y,
         lambda y: (y, y.mean()),
-        lambda y: [y, y + 1],
+        lambda y: [y, y.mean((2, 3))],
         lambda y: {"out": y, "aux": y + 1},
         lambda y: OrderedDict(loss=None, logits=y),
         lambda y: {"semantic": y},
@@ -175,12 +175,16 @@ def test_select_picks_the_logits():
     [
         (lambda y: y.argmax(1), "int64"),
         (lambda y: y.argmax(1, keepdim=True), "int64"),
-        (lambda y: y[:, 0], r"\(2, 7, 9\)"),
-        (lambda y: y.mean((2, 3)), r"\(2, 4\)"),
+        (lambda y: y[:, 0], r"float32 of shape \(1, 130, 131\)"),
+        (lambda y: y.mean((2, 3)), r"float32 of shape \(1, 4\)"),
         (lambda y: y[:1], r"\(1, 4, 7, 9\)"),
         (lambda y: None, "NoneType"),
         (lambda y: (), "tuple"),
-        (lambda y: ((y, y), y), "tuple"),
+        (lambda y: ((y, y.mean()), None, y), r"a tuple with 2 maps.*select=lambda output"),
+        (lambda y: [y, y + 1], r"a list with 2 maps.*select=lambda output"),
+        (lambda y: (y, [y]), r"a tuple with 2 maps"),
+        (lambda y: (y, {"features": y}), r"a tuple with 2 maps"),
+        (lambda y: torch.stack([y, y], 1), r"of shape \(1, 2, 4, 130, 131\)"),
         (lambda y: {"out": [y]}, "list"),
         (lambda y: {"masks": y, "boxes": y}, "masks.*boxes"),
     ],
@@ -306,8 +310,9 @@ def test_a_given_stride_needs_no_trial():
 def test_a_network_of_a_single_size_takes_that_size_and_says_so_of_others():
     model = Segmenter(Returns(lambda y: y if y.shape[-2:] == (24, 24) else 1 / 0))
     assert model(torch.rand(1, 3, 24, 24)).shape == (1, 4, 24, 24)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(NetworkError, match=r"25 x 24 it raises ZeroDivisionError.*dynamic_img_size=True") as error:
         model(torch.rand(1, 3, 25, 24))
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
 def test_trial_leaves_no_trace_on_a_network_in_training():
@@ -344,7 +349,7 @@ def test_state_dict_is_the_network_s_own():
 
 
 def test_state_dict_round_trips():
-    one, other = (Segmenter(nn.Conv2d(3, 4, 3)) for _ in range(2))
+    one, other = (Segmenter(nn.Conv2d(3, 4, 3, padding=1)) for _ in range(2))
     images = torch.rand(1, 3, 9, 9)
     assert not torch.equal(one(images), other(images))
     other.load_state_dict(one.state_dict())

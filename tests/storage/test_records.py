@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import stseg
+from stseg.description import describe
 from stseg.errors import WorkdirMismatchError
-from stseg.storage.records import claim, describe, diff, read_record, refuse_other, write_record
+from stseg.storage.records import claim, diff, read_record, refuse_other, write_record
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),

@@ -1,0 +1,98 @@
+"""What reading a data set shows about it, beyond its items: collected where a check asks for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from stseg.errors import DataWarning
+
+Key = int | tuple[int, ...]
+
+_current: ContextVar[Observations | None] = ContextVar("observations", default=None)
+
+
+@dataclass
+class Observations:
+    """What was seen while items were read.
+
+    Attributes:
+        met: for each ``class_map``, as the tuple of its keys, those that a mask holds.
+        turned: names of the images that were turned by their EXIF orientation and whose masks may not have been.
+    """
+
+    met: dict[tuple[Any, ...], set[Any]] = field(default_factory=dict)
+    turned: list[str] = field(default_factory=list)
+
+    def add(self, other: Observations) -> None:
+        """Add what another pass, or another process, saw."""
+        for keys, met in other.met.items():
+            self.met.setdefault(keys, set()).update(met)
+        self.turned.extend(other.turned)
+
+    def warn(self, name: str) -> None:
+        """Warn of keys of a ``class_map`` that no mask holds, and of masks that may lie beside their image."""
+        for keys, met in self.met.items():
+            if missing := [key for key in keys if key not in met]:
+                warn(
+                    f"no mask of the {name} data set holds {_listed(missing)}, which class_map names; "
+                    f"of its keys, the masks hold {_listed(sorted(met)) if met else 'none'}"
+                )
+        if self.turned:
+            count = len(self.turned)
+            warn(
+                f"{count} image{'s' if count > 1 else ''} of the {name} data set, first {self.turned[0]!r}, "
+                f"{'were' if count > 1 else 'was'} turned {_TURNED}"
+            )
+
+
+_TURNED = (
+    "by an EXIF orientation tag, which the mask does not have, and whose size does not tell whether the mask was drawn "
+    "on the turned pixels or on those stored; expected apply_exif=True (turned) or apply_exif=False (as stored)"
+)
+
+
+@contextmanager
+def observing() -> Iterator[Observations]:
+    """Collect what is seen while items are read, in this thread."""
+    observations = Observations()
+    token = _current.set(observations)
+    try:
+        yield observations
+    finally:
+        _current.reset(token)
+
+
+def observe_values(keys: tuple[Any, ...], met: set[Any]) -> None:
+    """Note the keys of a ``class_map`` that a mask holds."""
+    observations = _current.get()
+    if observations is not None:
+        observations.met.setdefault(keys, set()).update(met)
+
+
+def observing_values() -> bool:
+    """Return whether :func:`observe_values` has an effect."""
+    return _current.get() is not None
+
+
+def observe_turned(name: str) -> None:
+    """Note, or warn outside of a check, that an image was turned and its mask may not have been."""
+    observations = _current.get()
+    if observations is None:
+        warn(f"the image {name!r} was turned {_TURNED}")
+    else:
+        observations.turned.append(name)
+
+
+def warn(message: str) -> None:
+    """Warn about data."""
+    warnings.warn(message, DataWarning, stacklevel=3)
+
+
+def _listed(values: list[Any], most: int = 8) -> str:
+    shown = ", ".join(str(value) for value in values[:most])
+    return shown if len(values) <= most else f"{shown}, ... ({len(values)} in all)"
