@@ -248,8 +248,8 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
 def _pixel_gaussian(sigma: Tensor, radius: int) -> Tensor:
     """Integrate a Gaussian for each ``sigma`` over the pixels at distances 0 to ``radius`` from its center.
 
-    The weights ``(B, radius + 1)`` add up to 1 over both sides. A Gaussian sampled at the pixels hardly blurs below half
-    a pixel: at sigma 0.3 its center weight is 0.99 in place of 0.90.
+    The weights ``(B, radius + 1)`` add up to 1 over both sides. A Gaussian sampled at the centers of pixels hardly
+    blurs at a small sigma: at 0.3 its center weight is 0.99 in place of 0.90.
     """
     edges = torch.arange(radius + 1, device=sigma.device, dtype=sigma.dtype) + 0.5
     within = torch.erf(edges / (math.sqrt(2) * sigma)[:, None])
