@@ -301,6 +301,7 @@ def check_call(function, kind):
     assert not [x for x in tensors_in(result) if storage(x) in mine], "the result shares memory with an argument"
 
 
+@pytest.mark.filterwarnings("ignore:RandomErasing")
 @pytest.mark.parametrize("kind", KINDS)
 class TestTensors:
     @pytest.mark.parametrize("name", FUNCTIONAL)
@@ -397,29 +398,23 @@ def test_lists_and_dictionaries_stay_as_they_are():
 
 
 class TestNetworks:
-    def test_keep_modes_flags_and_weights_when_wrapped_and_called(self):
-        net, images = partly_frozen(), torch.rand(2, 3, 16, 16)
-        with same_networks(net), same_random_states():
-            model = stseg.Segmenter(net, stride=None)
-            with torch.no_grad():
-                model._sides = None
-                model.eval()
-                model(images)
-                net.train()
-                net[1].eval()
-            as_segmenter(net)
-            stseg.MultiScaleFlip(net)
-            assert backbone_of(net) is None
+    def test_stay_as_they_are_when_wrapped_and_called(self):
+        net, images = partly_frozen().eval(), torch.rand(2, 3, 16, 16)
+        with same_networks(net), same_random_states(), torch.no_grad():
+            stseg.Segmenter(net)(images)
+            as_segmenter(net)(images)
+            stseg.MultiScaleFlip(net)(images)
             backbone_of(net, "0")
 
     @pytest.mark.parametrize("training", [True, False])
-    def test_keep_their_modes_while_their_stride_is_found(self, training):
-        net = partly_frozen().train(training)
-        net[1].eval()
+    def test_keep_modes_and_statistics_while_their_stride_is_found(self, training):
+        net = network().train(training)
+        net[3].eval()
         modes = [module.training for module in net.modules()]
         with torch.no_grad():
             stseg.Segmenter(net)(torch.rand(2, 3, 16, 16))
         assert [module.training for module in net.modules()] == modes
+        assert net[1].num_batches_tracked == int(training)  # the call itself
 
     @pytest.mark.parametrize("use", ["label", "thresholds", "call", "rank", "rank by confidence", "evaluate"])
     def test_stay_as_they_are(self, use):
@@ -584,6 +579,19 @@ def test_a_mixture_and_pseudo_labels_leave_the_data_sets_as_they_are(weak):
     assert (len(labeled), len(images)) == (2, 4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weak", [None, stseg.WeakAugment(16)], ids=["as they are", "cropped"])
+def test_items_stay_as_they_are_wherever_they_are_read(weak, kind):
+    data = [(KINDS[kind](image), KINDS[kind](mask)) for image, mask in pairs(4)]
+    net = network()
+    with same_tensors(data), same_random_states():
+        stseg.evaluate(net, data, **QUIET)
+        stseg.PseudoLabeler(net, **QUIET).label(data)
+        stseg.PseudoLabeler(net, **QUIET).class_thresholds(data)
+        stseg.StabilityRanker([net, network(1)], **QUIET).rank(data)
+        stseg.fit(FixMatch(net), data, config(weak=weak), unlabeled=data, progress=False)
+
+
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_mask_store_keeps_and_gives_copies(folder, tmp_path):
     store = stseg.MaskStore(tmp_path / "masks" if folder else None)
@@ -625,12 +633,12 @@ def test_fit_changes_nothing_but_its_network(method, weak):
 
 
 class Broken(Supervised):
-    def forward(self, batch):
+    def after_step(self, batch):
         torch.rand(3)
         raise RuntimeError("broken")
 
 
-def test_fit_leaves_the_random_generators_as_they_are_when_it_fails():
+def test_fit_leaves_everything_as_it_is_when_its_trial_fails_and_the_generators_when_it_is_stopped():
     data, method, stopped = pairs(4), Broken(network()), Stopped(network(), after=1)
     with same_tensors(data), same_networks(method), same_random_states():
         with pytest.raises(stseg.MethodError, match="broken"):
