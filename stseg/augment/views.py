@@ -22,13 +22,15 @@ def strong_view(
         mix: mixing of the images of the batch; None for none.
 
     Returns:
-        Images and targets of the same shapes.
+        New images and targets of the same shapes.
 
     Example:
         >>> images, target = strong_view(torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long), mix=CutMix())
         >>> images.shape, target.shape
         (torch.Size([2, 3, 8, 8]), torch.Size([2, 8, 8]))
     """
+    if strong is None and mix is None:
+        return images.clone(), target.clone()
     if strong is not None:
         images, target = strong(images, target, None)
     if mix is not None:

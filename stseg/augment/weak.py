@@ -24,9 +24,10 @@ class WeakAugment:
 
     The long side is drawn as an integer, uniformly from ``int(base_size * scale[0])`` to
     ``int(base_size * scale[1])`` inclusive, and the aspect ratio is kept. The image is resized
-    bilinearly with antialiasing, the mask by nearest neighbor, both as in PIL. Images smaller than the
-    crop are padded on the right and at the bottom: the image with 0, the mask with ``ignore_index``. Draws come
-    from torch's global CPU generator, so ``torch.manual_seed`` (and a data loader's seeds) reproduce them.
+    bilinearly with antialiasing, as in PIL to within 1/255, the mask by nearest neighbor, exactly as in PIL. Images
+    smaller than the crop are padded on the right and at the bottom: the image with 0, the mask with
+    ``ignore_index``. Draws come from torch's global CPU generator, so ``torch.manual_seed`` (and a data loader's
+    seeds) reproduce them.
 
     Args:
         crop_size: side of the square crop, or ``(height, width)``, in pixels.
@@ -109,7 +110,7 @@ class WeakAugment:
 
 
 def _bilinear(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Resize with antialiasing, as PIL does."""
+    """Resize with antialiasing, as PIL does to within 1/255."""
     if width > 1:
         resized: Tensor = vision.resize(pixels, [height, width], antialias=True)
         return resized

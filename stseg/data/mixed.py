@@ -32,7 +32,8 @@ class MixedDataset(Dataset[tuple[Tensor, Tensor, bool]]):
 
     Shape:
         Items are the image, ``(C, H, W)`` uint8 or float32 in [0, 1]; the mask, ``(H, W)`` uint8 or int32;
-        and whether it is a pseudo-mask, a bool.
+        and whether it is a pseudo-mask, a bool. Without ``transform``, the tensors may be those of the data sets
+        themselves, not copies.
 
     Raises:
         DataError: if a data set is empty, or an id is in both: the network would see the image with its true

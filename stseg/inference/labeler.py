@@ -31,6 +31,8 @@ from stseg.types import Precision
 class PseudoLabeled(Dataset[tuple[Tensor, Tensor]]):
     """Pseudo-labeled data set: items ``(image, mask)`` in the order of the images' data set.
 
+    The mask is a copy of the stored one; the image may be the tensor of the images' data set itself.
+
     Attributes:
         ids: name of each item.
         indices: index of each item in the images' data set.

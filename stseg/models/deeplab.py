@@ -18,14 +18,15 @@ class DeepLabV3Plus(nn.Module):
     segmentation_models_pytorch, which has separable convolutions and output stride 16.
     With 21 classes: 40,352,181 parameters on ResNet-50, 59,344,309 on ResNet-101.
 
-    The head starts from PyTorch's default initialization. ``pretrained=True`` downloads timm's ImageNet
-    weights for the backbone; the paper uses torchvision's, which are ``backbone="resnet50.tv_in1k"``.
+    The head starts from PyTorch's default initialization. ``pretrained=True`` downloads ImageNet weights for the
+    backbone: for the default those of torchvision, from which the paper starts; a bare ``"resnet50"`` names others in
+    timm. Without them, the last batch normalization of each block of a ResNet starts with weight 0, as timm has it.
 
     Args:
         backbone: any timm model that supports ``features_only`` and ``output_stride=8``.
         num_classes: channels of the logits.
         in_channels: channels of the images.
-        pretrained: whether the backbone starts from timm's weights, adapted where there are not 3 channels.
+        pretrained: whether the backbone starts from ImageNet weights, adapted where there are not 3 channels.
 
     Attributes:
         backbone: the timm backbone; ``stseg.fit`` trains all other layers with a separate learning rate.
@@ -46,7 +47,7 @@ class DeepLabV3Plus(nn.Module):
 
     def __init__(
         self,
-        backbone: str = "resnet50",
+        backbone: str = "resnet50.tv_in1k",
         *,
         num_classes: int,
         in_channels: int = 3,
@@ -80,14 +81,15 @@ class DeepLabV2(nn.Module):
 
     The sum of four dilated convolutions, each a classifier, with weights initialized from N(0, 0.01). The
     paper uses ResNet-101 with weights from COCO, where the head has the learning rate of the backbone
-    (``head_lr_factor=1`` in :class:`stseg.TrainConfig`). With 21 classes: 44,048,532 parameters.
+    (``head_lr_factor=1`` in :class:`stseg.TrainConfig`); these weights are not provided here. With 21 classes:
+    44,048,532 parameters.
 
     Args:
         backbone: any timm model that supports ``features_only`` and ``output_stride=8``.
         num_classes: channels of the logits.
         in_channels: channels of the images.
-        pretrained: whether the backbone starts from timm's ImageNet weights, adapted where there are not
-            3 channels.
+        pretrained: whether the backbone starts from ImageNet weights, for the default those of torchvision,
+            adapted where there are not 3 channels.
 
     Attributes:
         backbone: the timm backbone.
@@ -106,7 +108,7 @@ class DeepLabV2(nn.Module):
 
     def __init__(
         self,
-        backbone: str = "resnet101",
+        backbone: str = "resnet101.tv_in1k",
         *,
         num_classes: int,
         in_channels: int = 3,

@@ -15,14 +15,15 @@ class PSPNet(nn.Module):
     quarter of the channels. There is no auxiliary loss. It differs in its widths from the PSPNet of
     segmentation_models_pytorch. With 21 classes on ResNet-50: 46,592,597 parameters.
 
-    The head starts from PyTorch's default initialization. ``pretrained=True`` downloads timm's ImageNet
-    weights for the backbone; the paper uses torchvision's, which are ``backbone="resnet50.tv_in1k"``.
+    The head starts from PyTorch's default initialization. ``pretrained=True`` downloads ImageNet weights for the
+    backbone: for the default those of torchvision, from which the paper starts; a bare ``"resnet50"`` names others in
+    timm. Without them, the last batch normalization of each block of a ResNet starts with weight 0, as timm has it.
 
     Args:
         backbone: any timm model that supports ``features_only`` and ``output_stride=8``.
         num_classes: channels of the logits.
         in_channels: channels of the images.
-        pretrained: whether the backbone starts from timm's weights, adapted where there are not 3 channels.
+        pretrained: whether the backbone starts from ImageNet weights, adapted where there are not 3 channels.
 
     Attributes:
         backbone: the timm backbone; ``stseg.fit`` trains all other layers with a separate learning rate.
@@ -43,7 +44,7 @@ class PSPNet(nn.Module):
 
     def __init__(
         self,
-        backbone: str = "resnet50",
+        backbone: str = "resnet50.tv_in1k",
         *,
         num_classes: int,
         in_channels: int = 3,

@@ -109,7 +109,7 @@ def channel_dropout(features: Tensor, p: float) -> Tensor:
         p: probability that a channel of an image is zeroed, from 0 to 1.
 
     Returns:
-        Features of the same shape.
+        New features of the same shape.
 
     Raises:
         ValueError: if the features have any other number of dimensions, or ``p`` is not in [0, 1].
@@ -119,6 +119,8 @@ def channel_dropout(features: Tensor, p: float) -> Tensor:
         >>> sorted({*dropped.flatten().tolist()}), sorted({*dropped.sum((2, 3)).flatten().tolist()})
         ([0.0, 2.0], [0.0, 8.0])
     """
+    if p == 0 and features.ndim in (2, 3, 4):
+        return features.clone()  # torch returns the features themselves
     if features.ndim == 4:
         return F.dropout2d(features, p)
     if features.ndim == 3:

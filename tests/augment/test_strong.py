@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageEnhance
-from scipy import ndimage, stats
+from PIL import Image, ImageEnhance, ImageFilter
+from scipy import integrate, ndimage, special, stats
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,9 +69,15 @@ def recolored(image, operation, factor):
     return np.clip(factor * image + (1 - factor) * other, 0, 1)
 
 
+def kernel(sigma, radius=6):
+    """The Gaussian integrated over each of ``2 * radius + 1`` pixels, normalized."""
+    integrals = np.diff(special.ndtr((np.arange(2 * radius + 2) - radius - 0.5) / sigma))
+    return integrals / integrals.sum()
+
+
 def blurred(image, sigma, radius=6):
-    blur = ndimage.gaussian_filter1d
-    return blur(blur(image, sigma, 1, mode="nearest", radius=radius), sigma, 2, mode="nearest", radius=radius)
+    weights = kernel(sigma, radius)
+    return ndimage.correlate1d(ndimage.correlate1d(image, weights, 1, mode="nearest"), weights, 2, mode="nearest")
 
 
 def recipe(image, mask, p, i, *, operations=range(4), radius=6):
@@ -164,6 +170,52 @@ class TestRecipe:
             assert np.abs(result.numpy() * 255 - wanted).max() < 1.51
 
 
+class TestBlur:
+    """The weights of the kernel, seen in the image of a vertical line."""
+
+    def weights(self, sigma, dtype=torch.float32, high=2.0):
+        images = torch.zeros(len(sigma), 1, 3, 41, dtype=dtype)
+        images[..., 20] = 1
+        strong = StrongAugment(**OFF | {"blur_p": 1, "blur_sigma": (0.001, high)})
+        parameters = strong.draw(images)._replace(sigma=torch.tensor(sigma))
+        return strong.transform(images, torch.zeros(len(sigma), 3, 41).byte(), parameters)[0][:, 0, 1].numpy()
+
+    @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-7), (torch.float64, 1e-7)])
+    def test_integrates_the_gaussian_over_each_pixel(self, dtype, atol):
+        """By numerical integration; sigma itself is in float32."""
+        sigmas = [0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5, 2.0]
+        for found, sigma in zip(self.weights(sigmas, dtype), sigmas, strict=True):
+            density = stats.norm(scale=sigma).pdf
+            # The corners of the density as points, or the integration misses a narrow peak.
+            pixels = [
+                integrate.quad(density, n - 0.5, n + 0.5, points=[n - 4 * sigma, n, n + 4 * sigma])[0]
+                for n in range(-6, 7)
+            ]
+            np.testing.assert_allclose(found[14:27], np.array(pixels) / sum(pixels), rtol=0, atol=atol)
+            assert not found[:14].any()
+            assert not found[27:].any()
+
+    def test_sums_to_one_however_wide(self):
+        sigmas = [1e-3, 0.05, 0.5, 2.0, 6.0]
+        np.testing.assert_allclose(self.weights(sigmas, high=6.0).sum(1), 1, rtol=0, atol=1e-6)
+
+    def test_of_no_width_is_the_image(self):
+        line = np.eye(41)[[20]]
+        np.testing.assert_array_equal(self.weights([0.0]), line)
+
+    @pytest.mark.parametrize(
+        ("radii", "atol"),
+        [((0.1, 0.2, 0.3), 0.03), ((0.4, 0.45, 0.5, 0.6, 0.8), 0.11), ((1.0, 1.25, 1.5, 1.75, 2.0), 0.03)],
+    )
+    def test_is_near_the_three_box_blurs_of_pil(self, radii, atol):
+        """PIL keeps the variance sigma²; a Gaussian over pixels has that of a pixel, 1/12, on top of it."""
+        line = np.zeros((41, 41), np.uint8)
+        line[:, 20] = 255
+        for found, radius in zip(self.weights(list(radii)), radii, strict=True):
+            pil = np.array(Image.fromarray(line).filter(ImageFilter.GaussianBlur(radius)))[20]
+            np.testing.assert_allclose(found, pil / 255, rtol=0, atol=atol)
+
+
 class TestKornia:
     """The two operations written anew, for speed and so as not to read values back, compute what kornia's do."""
 
@@ -182,8 +234,8 @@ class TestKornia:
         strong = StrongAugment(**OFF | {"blur_p": 1})
         parameters = strong.draw(images)
         found, _ = strong.transform(images, masks, parameters)
-        sigma = parameters.sigma[:, None].expand(-1, 2)
-        wanted = kornia.filters.gaussian_blur2d(images, (13, 13), sigma, border_type="replicate")
+        kernels = kornia.filters.get_gaussian_erf_kernel1d(13, parameters.sigma[:, None])
+        wanted = kornia.filters.filter2d_separable(images, kernels, kernels, border_type="replicate")
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
@@ -255,13 +307,14 @@ class TestDraws:
         offsets = np.arange(-6, 7)
         for axis in (1, 2):
             spread = np.sqrt((found.sum(3 - axis) * offsets**2).sum(1))
-            # Below half a pixel the samples of a Gaussian have less spread than it has.
+            # The variance of a pixel, 1/12, comes on top, but for narrow Gaussians, which hardly leave theirs.
             wide = sigma > 0.6
-            np.testing.assert_allclose(spread[wide], sigma[wide], rtol=0.012)
-            assert (spread[~wide] < 0.61).all()
-        # The ratio of the pixel beside the center to the center gives sigma wherever it is not too small for float32.
+            np.testing.assert_allclose(spread[wide], np.sqrt(sigma[wide] ** 2 + 1 / 12), rtol=0.012)
+            assert (spread[~wide] < 0.67).all()
+        # The ratio of the pixel beside the center to the center rises with sigma and so gives it.
         ratio = found[:, 6, 7] / found[:, 6, 6]
-        seen = np.sqrt(-0.5 / np.log(ratio))
+        sigmas = np.linspace(0.09, 2.01, 20_000)
+        seen = np.interp(ratio, [kernel(sigma)[7] / kernel(sigma)[6] for sigma in sigmas], sigmas)
         np.testing.assert_allclose(seen, sigma, rtol=1e-4)
         assert stats.kstest(seen, "uniform", (0.1, 1.9)).pvalue > 1e-3
 

@@ -63,10 +63,8 @@ class TestResize:
         rows, columns = new_sides(height, width, long_side)
         by_pil = resized_by_pil(image.permute(1, 2, 0).numpy(), rows, columns, Image.Resampling.BILINEAR)
         found = found_image[:, :rows, :columns].permute(1, 2, 0).numpy()
-        difference = np.abs(found.astype(int) - by_pil)
         # The two round their weights, and what lies between the two passes, differently.
-        assert difference.max() <= 2
-        assert (difference > 1).mean() < 0.01
+        assert np.abs(found.astype(int) - by_pil).max() <= 1
         by_pil = resized_by_pil(mask.numpy(), rows, columns, Image.Resampling.NEAREST)
         np.testing.assert_array_equal(found_mask[:rows, :columns].numpy(), by_pil)
 

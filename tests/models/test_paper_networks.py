@@ -1,3 +1,4 @@
+import inspect
 import subprocess
 import sys
 
@@ -211,6 +212,17 @@ def test_any_backbone_with_an_output_stride_will_do(network, backbone):
     with torch.no_grad():
         assert net(torch.rand(1, 3, 43, 51)).shape == (1, 2, 43, 51)
         assert net.backbone(torch.rand(1, 3, 64, 64))[-1].shape[-2:] == (8, 8)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_default_backbone_has_the_pretrained_weights_of_the_paper(network):
+    name = inspect.signature(network).parameters["backbone"].default
+    assert timm.create_model(name).pretrained_cfg["tag"] == "tv_in1k"
+
+
+def test_a_backbone_without_pretrained_weights_has_the_initialization_of_timm():
+    blocks = DeepLabV3Plus("resnet18", num_classes=2).backbone.layer1
+    assert all(not block.bn2.weight.any() for block in blocks)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
