@@ -81,9 +81,10 @@ class Layout(NamedTuple):
 
     def pair(self, stems: list[str], masks: Found, *, labeled_only: bool) -> list[str]:
         """Return the images that have a mask; those without are an error unless ``labeled_only`` is true."""
-        without = [stem for stem in stems if masks.linked(stem) not in masks.files]
-        if not without:
+        linked = masks.linked_all(stems)
+        if all(map(masks.files.__contains__, linked)):
             return stems
+        without = [stem for stem, found in zip(stems, linked, strict=True) if found not in masks.files]
         unfit = next((stem for stem in without if stem in masks.unfit), None)
         if unfit is None and labeled_only and len(without) < len(stems):
             lacking = set(without)
@@ -93,9 +94,9 @@ class Layout(NamedTuple):
 
     def refuse_lone_masks(self, images: Found, masks: Found) -> None:
         """Raise a ``DataError`` if a mask has no image."""
-        used = {masks.linked(stem) for stem in images.files} if masks.links else images.files.keys()
+        used = set(masks.linked_all(list(images.files))) if masks.links else images.files.keys()
         found = {**masks.unfit, **masks.files} if self.in_one_folder else masks.files
-        lone = sorted(stem for stem in found.keys() - used if images.linked(stem) not in images.files)
+        lone = sorted(stem for stem in found if stem not in used and images.linked(stem) not in images.files)
         if lone:
             beside = f"; files whose names end with mask_suffix, {self.mask_suffix!r}, are masks"
             raise DataError(
