@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -105,8 +105,13 @@ def _refuse_others(dataset: Any) -> None:
         )
     if isinstance(dataset, DataLoader):
         raise TypeError(
-            "expected a data set, got a DataLoader; its .dataset is one, if it is map-style, with __len__ and __getitem__ "
-            "(batch_size, num_workers and augmentation are settings of stseg.TrainConfig)"
+            "expected a data set, got a DataLoader; its .dataset is one, if it is map-style: with __len__ and "
+            "__getitem__ (batch_size, num_workers and augmentation are settings of stseg.TrainConfig)"
+        )
+    if isinstance(dataset, Mapping) and 0 not in dataset:
+        raise TypeError(
+            f"the data set is a {type(dataset).__name__} with the keys {sorted(map(str, dataset))}; expected a list of "
+            "items: list(zip(images, masks)), or [{'image': image, 'mask': mask}, ...]"
         )
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise TypeError(
