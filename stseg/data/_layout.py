@@ -79,6 +79,20 @@ class Layout(NamedTuple):
             raise DataError(f"exclude names every image of {self.images} that is chosen; expected one or more others")
         return stems
 
+    def perhaps_masks(self, stems: list[str], images: Found) -> str:
+        """Return a warning if the masks of all images that were not chosen are probably among those that were, or ""."""
+        if self.masks is not None or self.mask_suffix or not len(stems) < len(images.files) <= 2 * len(stems):
+            return ""
+        there = set(stems)
+        others = [stem for stem in images.files if stem not in there]
+        end = ending_of(others, there) if len(others) > 1 else None
+        if end is None or not all(stem + end in there for stem in others):
+            return ""
+        return (
+            f"the images {self.id_prefix + min(others) + end!r} and {len(others) - 1} more in {self.images} have the names "
+            f"of those that are left out with {end!r} after them: if they are masks, write mask_suffix={quoted(end)}"
+        )
+
     def pair(self, stems: list[str], masks: Found, *, labeled_only: bool) -> list[str]:
         """Return the images that have a mask; those without are an error unless ``labeled_only`` is true."""
         linked = masks.linked_all(stems)

@@ -65,7 +65,8 @@ class SegmentationFolder(Dataset[Any]):
             of a path.
 
     Warns:
-        DataWarning: if files in the folder of images were left out; see ``left_out``.
+        DataWarning: if files in the folder of images were left out, see ``left_out``, or the images that are taken
+            are probably the masks of those that are not.
 
     Example:
         >>> import tempfile
@@ -118,6 +119,8 @@ class SegmentationFolder(Dataset[Any]):
         self.without_mask, self.left_out = len(chosen) - len(stems), found.left_out
         if self.left_out:
             warnings.warn(_left_out(self.images, self.left_out), DataWarning, stacklevel=2)
+        if text := layout.perhaps_masks(stems, found):
+            warnings.warn(text, DataWarning, stacklevel=2)
 
     def __len__(self) -> int:
         return len(self.ids)

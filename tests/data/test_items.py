@@ -35,7 +35,9 @@ class TestWhatIsNoDataSet:
 
     @pytest.mark.parametrize("pair", [("a.jpg", "a.png"), ["a.jpg", Path("a.png")], (Path("a.jpg"), "a.png")])
     def test_a_list_of_pairs_of_paths_names_listed_files(self, pair):
-        message = r"begins with \('a\.jpg', 'a\.png'\); .*ListedFiles\(root, pairs\) .*SegmentationFolder\(images, masks\)"
+        message = (
+            r"begins with \('a\.jpg', 'a\.png'\); .*ListedFiles\(root, pairs\) .*SegmentationFolder\(images, masks\)"
+        )
         with pytest.raises(TypeError, match=message):
             Items([pair])
 
@@ -49,7 +51,9 @@ class TestWhatIsNoDataSet:
             Items(DataLoader([(IMAGE, MASK)]))
 
     def test_a_mapping_of_columns_says_how_to_zip_them(self):
-        with pytest.raises(TypeError, match=r"a dict with the keys \['images', 'masks'\]; .*list\(zip\(images, masks\)\)"):
+        with pytest.raises(
+            TypeError, match=r"a dict with the keys \['images', 'masks'\]; .*list\(zip\(images, masks\)\)"
+        ):
             Items({"images": [IMAGE], "masks": [MASK]})
 
 
