@@ -80,7 +80,7 @@ class Layout(NamedTuple):
         return stems
 
     def perhaps_masks(self, stems: list[str], images: Found) -> str:
-        """Return a warning if the masks of all images that were not chosen are probably among those that were, or ""."""
+        """Return a warning, or ``""``: if the masks of all images that were left out are probably among the others."""
         if self.masks is not None or self.mask_suffix or not len(stems) < len(images.files) <= 2 * len(stems):
             return ""
         there = set(stems)
@@ -89,11 +89,11 @@ class Layout(NamedTuple):
         if end is None or not all(stem + end in there for stem in others):
             return ""
         return (
-            f"the images {self.id_prefix + min(others) + end!r} and {len(others) - 1} more in {self.images} have the names "
-            f"of those that are left out with {end!r} after them: if they are masks, write mask_suffix={quoted(end)}"
+            f"the images {self.id_prefix + min(others) + end!r} and {len(others) - 1} more in {self.images} have "
+            f"the names of those left out with {end!r} after them: if they are masks, write mask_suffix={quoted(end)}"
         )
 
-    def pair(self, stems: list[str], masks: Found, *, labeled_only: bool) -> list[str]:
+    def pair(self, stems: list[str], images: Found, masks: Found, *, labeled_only: bool) -> list[str]:
         """Return the images that have a mask; those without are an error unless ``labeled_only`` is true."""
         linked = masks.linked_all(stems)
         if all(map(masks.files.__contains__, linked)):
@@ -104,7 +104,8 @@ class Layout(NamedTuple):
             lacking = set(without)
             return [stem for stem in stems if stem not in lacking]
         count = f"({len(without)} of {len(stems)} images have none)"
-        raise DataError(self._no_mask(without, count) if unfit is None else self._unfit_mask(unfit, masks, count))
+        text = self._no_mask(without, count, images) if unfit is None else self._unfit_mask(unfit, masks, count)
+        raise DataError(text)
 
     def refuse_lone_masks(self, images: Found, masks: Found) -> None:
         """Raise a ``DataError`` if a mask has no image."""
@@ -115,7 +116,7 @@ class Layout(NamedTuple):
             beside = f"; files whose names end with mask_suffix, {self.mask_suffix!r}, are masks"
             raise DataError(
                 f"the mask {self._mask(lone[0])}{found[lone[0]]} has no image {lone[0]!r} in {self.images}"
-                f"{beside if self.in_one_folder else ''}{self._like_lone(lone, images)}; "
+                f"{beside if self.in_one_folder else ''}{self._like_lone(lone, images, masks)}; "
                 "choose the images with ids=..., or remove it"
             )
 
@@ -147,10 +148,12 @@ class Layout(NamedTuple):
         ids, prefix = list(ids), self.id_prefix
         for id in ids:
             if not isinstance(id, str) or not id.startswith(prefix) or id[len(prefix) :] not in images.files:
-                raise DataError(f"there is no image with the id {id!r} in {self.images}{self._like_id(id, images)}")
+                raise DataError(
+                    f"there is no image with the id {id!r} in {self.images}{self._like_id(id, ids, images)}"
+                )
         return [id[len(prefix) :] for id in ids] if prefix else ids
 
-    def _like_id(self, id: Any, images: Found) -> str:
+    def _like_id(self, id: Any, ids: Sequence[Any], images: Found) -> str:
         """Say which image an id may mean that is not there."""
         if not isinstance(id, str) or not id:
             return ""
@@ -161,12 +164,12 @@ class Layout(NamedTuple):
             return f"; did you mean {prefix + bare!r}? Ids are without suffix"
         if (linked := images.linked(stem)) in images.files:
             return f"; did you mean {prefix + linked!r}? A link leads there, and no file has two ids"
-        return nearest(id, [prefix + other for other in images.files])
+        return nearest(id, {prefix + other for other in images.files} - {*map(str, ids)})
 
-    def _no_mask(self, without: list[str], count: str) -> str:
+    def _no_mask(self, without: list[str], count: str, images: Found) -> str:
         assert self.masks is not None
-        own = set(without) if self.in_one_folder else set()
-        there = {name for name, _ in names_of_images(self.masks)} - own
+        there = {name for name, _ in names_of_images(self.masks)} - {stem + self.mask_suffix for stem in images.files}
+        there -= images.files.keys() if self.in_one_folder else set()
         end = ending_of(without, there)
         if end is not None and end != self.mask_suffix:
             near = f"; {without[0] + end!r} is there: write mask_suffix={quoted(end)}"
@@ -185,14 +188,14 @@ class Layout(NamedTuple):
         path = self._mask(stem) + suffix
         return f"the image {self.id_prefix + stem!r} has no mask: {path} {fault}; expected PNG, BMP or TIFF {count}"
 
-    def _like_lone(self, lone: list[str], images: Found) -> str:
+    def _like_lone(self, lone: list[str], images: Found, masks: Found) -> str:
         """Say which image a mask without one may belong to."""
         if not self.mask_suffix:
             starts = [lone[0][:length] for length in range(1, len(lone[0])) if lone[0][:length] in images.files]
             end = ending_of(starts[-1:], set(lone)) if starts else None
             if end is not None and all(stem.removesuffix(end) in images.files for stem in lone):
                 return f"; {starts[-1]!r} is there: write mask_suffix={quoted(end)}"
-        return nearest(lone[0], images.files)
+        return nearest(lone[0], images.files.keys() - masks.files.keys())
 
 
 def counted(left_out: dict[str, int]) -> list[str]:

@@ -21,7 +21,7 @@ def nearest(name: str, there: Collection[str]) -> str:
         >>> nearest("car_0", ["tree"])
         ''
     """
-    folded = _folded(name)
+    there, folded = sorted(there), _folded(name)
     for other in there:
         if _folded(other) == folded:
             return f"; {other!r} is there, which differs in {_difference(name, other)}"
@@ -62,9 +62,9 @@ def _difference(name: str, other: str) -> str:
     )
 
 
-def _other_folder(name: str, there: Collection[str]) -> str:
+def _other_folder(name: str, there: list[str]) -> str:
     file = name.rpartition("/")[2]
-    found = sorted(other for other in there if other.endswith(file) and other.rpartition("/")[2] == file)
+    found = [other for other in there if other.endswith(file) and other.rpartition("/")[2] == file]
     for other in found:
         if other.endswith(f"/{name}"):
             return f"; {other!r} is there, with the folder {other[: -len(name)]!r} in front"
@@ -73,10 +73,9 @@ def _other_folder(name: str, there: Collection[str]) -> str:
     return f"; {found[0]!r} is there, in another folder" if found else ""
 
 
-def _near(name: str, there: Collection[str]) -> str:
-    pool = sorted(there)
-    if len(pool) > _COMPARED:
-        place = bisect(pool, name)
-        pool = pool[max(0, place - 50) : place + 50]
-    close = difflib.get_close_matches(name, pool, n=1, cutoff=0.75)
+def _near(name: str, there: list[str]) -> str:
+    if len(there) > _COMPARED:
+        place = bisect(there, name)
+        there = there[max(0, place - 50) : place + 50]
+    close = difflib.get_close_matches(name, there, n=1, cutoff=0.75)
     return f"; the nearest name that is there is {close[0]!r}" if close else ""

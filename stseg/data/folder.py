@@ -110,7 +110,7 @@ class SegmentationFolder(Dataset[Any]):
         # Only suffixes, parallel to the ids: full paths of a million files would fill the workers' memory.
         self._mask_suffixes = None
         if masked is not None:
-            stems = layout.pair(chosen, masked, labeled_only=labeled_only)
+            stems = layout.pair(chosen, found, masked, labeled_only=labeled_only)
             if ids is None:
                 layout.refuse_lone_masks(found, masked)
             self._mask_suffixes = [masked.files[id] for id in masked.linked_all(stems)]

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 import stseg
 from stseg.data._files import image_suffixes
+from stseg.data._names import nearest
 from stseg.data.folder import SegmentationFolder
 from stseg.data.items import Items
 from stseg.data.listed import ListedFiles
@@ -196,6 +197,10 @@ class TestIds:
         fill(images, None, there, "something else")
         with pytest.raises(DataError, match=rf"no image with the id .* in .*images; .*{message}"):
             SegmentationFolder(images, ids=[id])
+
+    def test_of_many_that_are_near_are_told_at_once(self, images):
+        there = {f"scene_{number:06d}" for number in range(100_000)}
+        assert nearest("scene_0123450", there) == "; the nearest name that is there is 'scene_012345'"
 
     def test_with_a_suffix_are_explained(self, images):
         fill(images, None, "d/a")
@@ -577,6 +582,12 @@ class TestRefuses:
         fill(images, masks, "a", "b")
         save(images / "c" / "d.png")
         with pytest.raises(DataError, match=r"image 'c/d' has no mask: expected .*masks/c/d .*1 of 3 images"):
+            SegmentationFolder(images, masks)
+
+    def test_an_image_without_mask_and_names_no_mask_of_another_image(self, images, masks):
+        fill(images, masks, "monday/0001", "tuesday/0002")
+        fill(images, None, "monday/0002")
+        with pytest.raises(DataError, match=r"image 'monday/0002' has no mask: .* have none\); labeled_only=True"):
             SegmentationFolder(images, masks)
 
     @pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".webp", ".gif"])
