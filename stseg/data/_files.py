@@ -113,7 +113,9 @@ def _pairs_line(root: Path, *suffixes: str) -> str:
     image = [suffix for suffix in suffixes if suffix.lower() not in MASK_SUFFIXES]
     if not (mask and image):
         return ""
-    return f"; if the {mask[0]} files are the masks of the {image[0]} files: {pairs_line(root, image[0], mask[0])}"
+    return (
+        f"; if the {mask[0]} files are the masks of the {image[0]} files, write {pairs_line(root, image[0], mask[0])}"
+    )
 
 
 def _leave_out(name: str, id: str, suffix: str, found: Found, unfit: frozenset[str]) -> None:

@@ -34,7 +34,7 @@ class Layout(NamedTuple):
         one, other = self.images.resolve(), self.masks.resolve()
         if one == other and not self.mask_suffix:
             raise DataError(
-                f"images and masks must be in folders of their own, or tell each other apart; "
+                "images and masks must be in folders of their own, or differ in their names; "
                 f"both are in {one}: {_beside_line(one)}"
             )
         if one in other.parents or other in one.parents:
@@ -104,8 +104,10 @@ class Layout(NamedTuple):
             lacking = set(without)
             return [stem for stem in stems if stem not in lacking]
         count = f"({len(without)} of {len(stems)} images have none)"
-        text = self._no_mask(without, count, images) if unfit is None else self._unfit_mask(unfit, masks, count)
-        raise DataError(text)
+        if unfit is not None:
+            raise DataError(self._unfit_mask(unfit, masks, count))
+        others = "; labeled_only=True takes the images that have a mask, ids=... those that it names"
+        raise DataError(self._no_mask(without, count, images) + ("" if labeled_only else others))
 
     def refuse_lone_masks(self, images: Found, masks: Found) -> None:
         """Raise a ``DataError`` if a mask has no image."""
@@ -177,8 +179,7 @@ class Layout(NamedTuple):
             near = nearest(without[0] + self.mask_suffix, there)
         return (
             f"the image {self.id_prefix + without[0]!r} has no mask: expected {self._mask(without[0])} with one of the "
-            f"suffixes {listed_suffixes(MASK_SUFFIXES)} {count}{near}; "
-            "labeled_only=True takes the images that have a mask, ids=... those that it names"
+            f"suffixes {listed_suffixes(MASK_SUFFIXES)} {count}{near}"
         )
 
     def _unfit_mask(self, stem: str, masks: Found, count: str) -> str:
@@ -232,7 +233,8 @@ def _beside_line(root: Path) -> str:
         mask = [suffix for suffix in both if suffix.lower() in MASK_SUFFIXES]
         image = [suffix for suffix in both if suffix.lower() not in MASK_SUFFIXES]
         if mask and image:
-            return f"mask_suffix= is for masks of other names; for equal ones, {pairs_line(root, image[0], mask[0])}"
+            line = pairs_line(root, image[0], mask[0])
+            return f"mask_suffix= is for other names; if {mask[0]} files are masks of {image[0]} files, write {line}"
     names = sorted(suffixes, key=len)
     end = ending_of(names[: len(names) // 2], set(names)) if names else None
     example = "'_mask'" if end is None else quoted(end)

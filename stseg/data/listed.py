@@ -183,7 +183,7 @@ class ListedFiles(Dataset[Any]):
         for index, pair in enumerate(pairs):
             files = _file_pair(pair, index)
             line = files.line or f"pair {index}"
-            image = _relative(files.image, line, roots)
+            image = _relative(files.image, line, roots, pair)
             id, suffix = os.path.splitext(image)
             if not os.path.isfile(os.path.join(root, image)):
                 raise DataError(f"{line}: there is no image {self.root / image}{_why_none(self.root, files, index)}")
@@ -193,7 +193,7 @@ class ListedFiles(Dataset[Any]):
             self.ids.append(id)
             self._suffixes.append(sys.intern(suffix))
             if self._masks is not None:
-                self._masks.append(_mask(self.root, files, image, line, roots))
+                self._masks.append(_mask(self.root, files, image, line, roots, pair))
         if not self.ids:
             raise DataError(f"pairs is empty; expected one or more, of files in {self.root}")
 
@@ -234,12 +234,12 @@ def _posix(path: Any) -> Any:
     return path.as_posix() if isinstance(path, PurePath) else path
 
 
-def _mask(root: Path, files: FilePair, image: str, line: str, roots: tuple[str, ...]) -> str:
+def _mask(root: Path, files: FilePair, image: str, line: str, roots: tuple[str, ...], pair: Any) -> str:
     if not files.mask:
         raise DataError(
             f"{line} names no mask for {str(files.image)!r}; expected one (masks=False makes a data set of images)"
         )
-    mask = _relative(files.mask, line, roots)
+    mask = _relative(files.mask, line, roots, pair)
     if not os.path.isfile(os.path.join(root, mask)):
         raise DataError(f"{line}: there is no mask {root / mask}")
     if os.path.splitext(mask)[1].lower() not in MASK_SUFFIXES:
@@ -258,7 +258,7 @@ def _roots(root: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path.as_posix().rstrip("/") + "/" for path in paths if path.is_absolute()))
 
 
-def _relative(path: str | PurePath, line: str, roots: tuple[str, ...]) -> str:
+def _relative(path: str | PurePath, line: str, roots: tuple[str, ...], pair: Any) -> str:
     """Return a normalized path relative to the root, checked to stay below it."""
     path = _posix(path)
     if not isinstance(path, str):
@@ -271,16 +271,23 @@ def _relative(path: str | PurePath, line: str, roots: tuple[str, ...]) -> str:
     if not names or not parts[0] or ".." in parts or "\\" in path or ntpath.splitdrive(path)[0]:
         raise DataError(
             f"{line}: the path {whole!r} is not one below the root; "
-            f"expected a relative one, with '/' between folders and without '..'{_mended(path)}"
+            f"expected a relative one, with '/' between folders and without '..'{_mended(path, roots, pair)}"
         )
     return "/".join(names)
 
 
-def _mended(path: str) -> str:
-    """Return the code that mends the paths of a list, for a message."""
-    mend = ".lstrip('/')" if path[:1] in ("/", "\\") and path.strip("/\\") else ""
-    mend = rf".replace('\\', '/'){mend}" if "\\" in path and ".." not in path else mend
-    return f": pairs = [[name{mend} for name in pair[:2]] for pair in pairs]" if mend else ""
+def _mended(path: str, roots: tuple[str, ...], pair: Any) -> str:
+    """Return the code that mends the paths of a list, if it mends this one, for a message."""
+    mends = {r".replace('\\', '/')": "\\" in path, ".lstrip('/')": path.startswith(("/", "\\"))}
+    mend = "".join(code for code, needed in mends.items() if needed)
+    mended = path.replace("\\", "/").lstrip("/")
+    if not mend or ".." in mended.split("/") or not os.path.isfile(roots[-1] + mended):
+        return ""
+    if isinstance(pair, (str, PurePath)):
+        return f": pairs = [path{mend} for path in pairs]"
+    if len(pair) == 1 or pair[1] is None:
+        return f": pairs = [pair[0]{mend} for pair in pairs]"
+    return f": pairs = [[path{mend} for path in pair[:2]] for pair in pairs]"
 
 
 def _why_none(root: Path, files: FilePair, index: int) -> str:

@@ -200,7 +200,7 @@ class TestIds:
 
     def test_of_many_that_are_near_are_told_at_once(self, images):
         there = {f"scene_{number:06d}" for number in range(100_000)}
-        assert nearest("scene_0123450", there) == "; the nearest name that is there is 'scene_012345'"
+        assert nearest("scene_012345b", there) == "; the nearest name that is there is 'scene_012345'"
 
     def test_with_a_suffix_are_explained(self, images):
         fill(images, None, "d/a")

@@ -296,20 +296,27 @@ class TestRefuses:
         with pytest.raises(DataError, match=r"pair 0: the path '.*' is not one below the root"):
             ListedFiles(tmp_path, [path], masks=False)
 
-    @pytest.mark.parametrize("wrong", ["/{}", "\\{}"])
-    def test_a_leading_slash_with_the_line_that_mends_the_list(self, tmp_path, wrong):
+    @pytest.mark.parametrize("wrong", ["/x/a{}", "\\x\\a{}", "x\\a{}", "//x/a{}"])
+    @pytest.mark.parametrize("kind", ["pairs", "images", "rows", "list of pairs", "list of images"])
+    def test_slashes_of_other_kinds_with_the_line_that_mends_the_list(self, tmp_path, wrong, kind):
         fill(tmp_path, "x/a")
-        pairs = [(wrong.format("x/a_rgb.png"), wrong.format("x/a_mask.png"))]
-        with pytest.raises(DataError, match="is not one below the root") as caught:
-            ListedFiles(tmp_path, pairs)
-        assert ListedFiles(tmp_path, mended(caught, pairs)).ids == ["x/a_rgb"]
+        image, mask = wrong.format("_rgb.png"), wrong.format("_mask.png")
+        (tmp_path / "list.txt").write_text(f"{image} {mask}" if kind == "list of pairs" else image)
+        pairs = {
+            "pairs": [(image, mask)],
+            "images": [image],
+            "rows": [[image]],
+            "list of pairs": read_pairs(tmp_path / "list.txt"),
+            "list of images": read_pairs(tmp_path / "list.txt"),
+        }[kind]
+        masks = "pairs" in kind
+        with pytest.raises(DataError, match="is not one below the root; expected a relative one, with '/'") as caught:
+            ListedFiles(tmp_path, pairs, masks=masks)
+        assert ListedFiles(tmp_path, mended(caught, pairs), masks=masks).ids == ["x/a_rgb"]
 
-    def test_backslashes_with_the_line_that_mends_the_list(self, tmp_path):
-        fill(tmp_path, "x/a")
-        pairs = [("x\\a_rgb.png", "x\\a_mask.png")]
-        with pytest.raises(DataError, match="with '/' between folders") as caught:
-            ListedFiles(tmp_path, pairs)
-        assert ListedFiles(tmp_path, mended(caught, pairs)).ids == ["x/a_rgb"]
+    def test_a_path_outside_with_no_line_that_mends_nothing(self, tmp_path):
+        with pytest.raises(DataError, match=r"without '\.\.'$"):
+            ListedFiles(tmp_path, ["/elsewhere/a.png"], masks=False)
 
     def test_a_path_that_has_the_root_in_front(self, tmp_path, monkeypatch):
         fill(tmp_path / "data", "a")
