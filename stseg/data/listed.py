@@ -219,19 +219,16 @@ def _refuse_other_lists(pairs: Any) -> None:
 
 
 def _file_pair(pair: Any, index: int) -> FilePair:
-    if isinstance(pair, (str, PurePath)):
-        return FilePair(_posix(pair))
     if isinstance(pair, FilePair):
         return pair
+    if isinstance(pair, (str, PurePath)):
+        return FilePair(str(pair) if isinstance(pair, str) else pair.as_posix())
     row = pair.tolist() if isinstance(pair, np.ndarray) else pair
-    if isinstance(row, (tuple, list)) and 1 <= len(row) <= 2:
-        return FilePair(*map(_posix, row))
-    more = ": [row[:2] for row in pairs] takes two columns" if isinstance(row, (tuple, list)) and len(row) > 2 else ""
+    columns = len(row) if isinstance(row, (tuple, list)) else 0
+    if 1 <= columns <= 2:
+        return FilePair(*row)
+    more = ": [row[:2] for row in pairs] takes two columns" if columns else ""
     raise TypeError(f"pair {index} is {pair!r}; expected (image, mask) paths, or the path of an image{more}")
-
-
-def _posix(path: Any) -> Any:
-    return path.as_posix() if isinstance(path, PurePath) else path
 
 
 def _mask(root: Path, files: FilePair, image: str, line: str, roots: tuple[str, ...], pair: Any) -> str:
@@ -260,17 +257,17 @@ def _roots(root: Path) -> tuple[str, ...]:
 
 def _relative(path: str | PurePath, line: str, roots: tuple[str, ...], pair: Any) -> str:
     """Return a normalized path relative to the root, checked to stay below it."""
-    path = _posix(path)
+    path = path.as_posix() if isinstance(path, PurePath) else path
     if not isinstance(path, str):
         raise TypeError(f"{line}: the path is {path!r}; expected a string")
-    whole = path = str(path)  # numpy strings too
-    if os.path.isabs(path):
-        path = next((path[len(root) :] for root in roots if path.startswith(root)), path)
     parts = path.split("/")
     names = [part for part in parts if part not in ("", ".")]
     if not names or not parts[0] or ".." in parts or "\\" in path or ntpath.splitdrive(path)[0]:
+        for root in roots:
+            if path.startswith(root):
+                return _relative(path[len(root) :], line, roots, pair)
         raise DataError(
-            f"{line}: the path {whole!r} is not one below the root; "
+            f"{line}: the path {str(path)!r} is not one below the root; "
             f"expected a relative one, with '/' between folders and without '..'{_mended(path, roots, pair)}"
         )
     return "/".join(names)
