@@ -49,3 +49,7 @@ class WorkdirMismatchError(StsegError, ValueError):
 
 class WorkdirInUseError(StsegError, RuntimeError):
     """Another process is using a folder."""
+
+
+class DataWarning(UserWarning):
+    """Data that can be used but are probably not what was meant."""

@@ -300,7 +300,7 @@ def test_a_network_of_one_input_size_is_found_out_before_it_is_trained(side):
                 raise AssertionError(f"expected {side} pixels")
             return super().forward(x)
 
-    message = rf"the network cannot take an image of shape \(3, \d+, \d+\): expected {side} pixels .*dynamic_img_size=True"
+    message = rf"the network cannot take an image of shape \(3, .*\): expected {side} pixels .*dynamic_img_size"
     with pytest.raises(NetworkError, match=message):
         trainer(make_model=lambda: Fixed(3, 2, 1)).fit(pairs(), IMAGES)
 
@@ -434,9 +434,7 @@ class TestWrongObjects:
     def test_a_network_that_ends_in_a_sigmoid_gives_no_logits(self, classes):
         network = nn.Sequential(nn.Conv2d(3, classes, 1), nn.Sigmoid())
         data = [(torch.rand(3, 16, 16), torch.randint(2, (16, 16), dtype=torch.uint8))] * 4
-        with pytest.raises(
-            stseg.NetworkError, match=r"cannot leave \[0, 1\]; expected logits .*activation=None"
-        ):
+        with pytest.raises(stseg.NetworkError, match=r"cannot leave \[0, 1\]; expected logits .*activation=None"):
             stseg.fit(network, data, CONFIG, progress=False)
 
     def test_a_folder_of_fit_and_one_of_a_run_are_told_apart(self, tmp_path):

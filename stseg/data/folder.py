@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from stseg.data._reading import MASK_SUFFIXES, ItemReader, Mode, check_folder, listed_suffixes
-from stseg.data.items import duplicate
-from stseg.errors import DataError
-
-_IMAGES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
-_UNFIT_MASKS = (".jpg", ".jpeg", ".webp", ".gif")  # lossy, or with a palette that image editors may reorder
+from stseg.data._layout import Layout, counted
+from stseg.data._reading import ItemReader, Mode
+from stseg.errors import DataWarning
 
 
 class SegmentationFolder(Dataset[Any]):
     """Data set of the images in a folder, with or without masks in another.
 
     Files are paired by their path in the folder without suffix, which is the id: ``images/a/0001.jpg`` with
-    ``masks/a/0001.png``, id ``a/0001``. Folders are searched to any depth; hidden files and files of other
-    types are ignored. Images may be JPEG, PNG, BMP, TIFF or WebP; masks PNG, BMP or TIFF, which are lossless.
+    ``masks/a/0001.png``, id ``a/0001``. Images may be JPEG, JPEG 2000, PNG, BMP, TIFF, WebP, GIF, PPM, PGM, PNM and, if
+    Pillow reads it, AVIF; masks PNG, BMP or TIFF, which are lossless. Hidden files are ignored.
+
+    Folders are searched to any depth, also behind links, but none of them twice: a link to a folder that was searched
+    already, or to one above the link, adds no ids.
 
     Args:
         images: folder of images: RGB, gray, RGBA, palette, 16-bit gray (scaled to 8 bits), rotated
             according to their EXIF data.
-        masks: folder of masks: 8-bit gray, palette (the indices are the classes) or 16-bit gray; or None.
+        masks: folder of masks: 8-bit gray, palette (the indices are the classes) or 16-bit gray; or None. With
+            ``mask_suffix`` it may be the folder of the images.
         ids: which of the images, in which order; by default all, sorted.
+        exclude: ids of images to leave out, such as those of the labeled ones.
+        labeled_only: whether to take only the images that have a mask. If False, an image without mask is an error.
+        mask_suffix: what the names of masks have after those of their images: with ``"_mask"``, the mask of
+            ``car_0.jpg`` is ``car_0_mask.png``. Other files in the folder of masks are ignored. In a folder of both,
+            and if ``masks`` is None, files whose names end so are masks and not images.
+        id_prefix: what to put before all ids, such as ``"unlabeled/"``, to tell them from the equal ones of another
+            folder. ``ids`` and ``exclude`` are given with it.
         mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (gray), into which images are converted, or None for the
             channels that each file has.
         class_map: the class of each value of the masks, such as ``{0: 0, 255: 1}``; by default the values are
@@ -39,28 +46,41 @@ class SegmentationFolder(Dataset[Any]):
 
     Attributes:
         ids: name of each item.
+        without_mask: number of images that ``labeled_only`` left out.
+        left_out: number of files in the folder of images that are none, by suffix in lower case, such as
+            ``{".npy": 2}``. Hidden files, ``desktop.ini`` and ``Thumbs.db`` do not count.
 
     Shape:
         Items are the image, uint8 ``(C, H, W)``; with masks, the image and the mask, ``(H, W)`` uint8 or
         int32.
 
     Raises:
-        DataError: if a folder is missing or has no usable file, an image has no mask or a mask no image, or
-            two files have the same id; names the files. When an item is read, if its mask is a color image, has
-            an unmapped value, or differs from the image in size.
-        UnreadableImageError: when an item is read, if its file is broken; names the file.
+        DataError: if a folder is missing or has no usable file, an image has no mask or a mask no image, two
+            files have the same id, or one of ``ids`` and ``exclude`` is that of no image; names the files and the
+            nearest names. When an item is read, if its mask is a color image, has an unmapped value, or differs from
+            the image in size.
+        UnreadableImageError: when an item is read, if its file is broken or a broken link; names the file.
+        TypeError: if ``ids`` or ``exclude`` is a string, a path or a data set.
+        ValueError: if ``labeled_only`` is given without ``masks``, or ``mask_suffix`` or ``id_prefix`` cannot be part
+            of a path.
+
+    Warns:
+        DataWarning: if files in the folder of images were left out, see ``left_out``, or the images that are taken
+            are probably the masks of those that are not.
 
     Example:
         >>> import tempfile
         >>> from PIL import Image
         >>> root = Path(tempfile.mkdtemp())
-        >>> for folder in ("images", "masks"):
-        ...     (root / folder).mkdir()
-        ...     Image.new("L", (6, 4)).save(root / folder / "0001.png")
-        >>> dataset = SegmentationFolder(root / "images", root / "masks")
-        >>> image, mask = dataset[0]
-        >>> dataset.ids, image.shape, mask.shape
+        >>> for name in ("images/0001", "images/0002", "masks/0001"):
+        ...     (root / name).parent.mkdir(exist_ok=True)
+        ...     Image.new("L", (6, 4)).save(root / f"{name}.png")
+        >>> labeled = SegmentationFolder(root / "images", root / "masks", labeled_only=True)
+        >>> image, mask = labeled[0]
+        >>> labeled.ids, image.shape, mask.shape
         (['0001'], torch.Size([3, 4, 6]), torch.Size([4, 6]))
+        >>> SegmentationFolder(root / "images", exclude=labeled.ids).ids
+        ['0002']
     """
 
     def __init__(
@@ -69,6 +89,10 @@ class SegmentationFolder(Dataset[Any]):
         masks: str | Path | None = None,
         *,
         ids: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        labeled_only: bool = False,
+        mask_suffix: str = "",
+        id_prefix: str = "",
         mode: Mode | None = "RGB",
         class_map: Mapping[Any, int] | None = None,
         unmapped: int | None = 255,
@@ -78,15 +102,27 @@ class SegmentationFolder(Dataset[Any]):
         self._read = ItemReader(mode, class_map, unmapped, value_range, apply_exif)
         self.images = Path(images)
         self.masks = None if masks is None else Path(masks)
-        found = _files(self.images, _IMAGES)
-        if not found:
-            raise DataError(f"{self.images} holds no images; expected files in {listed_suffixes(_IMAGES)}")
-        self.ids = sorted(found) if ids is None else _chosen(ids, found, self.images)
+        self.mask_suffix, self.id_prefix = mask_suffix, id_prefix
+        if labeled_only and masks is None:
+            raise ValueError("labeled_only is True without masks; expected SegmentationFolder(images, masks, ...)")
+        layout = Layout(self.images, self.masks, mask_suffix, id_prefix)
+        layout.check()
+        found, masked = layout.find()
+        stems = chosen = layout.choose(ids, exclude, found)
         # Only suffixes, parallel to the ids: full paths of a million files would fill the workers' memory.
-        self._image_suffixes = [found[id] for id in self.ids]
         self._mask_suffixes = None
-        if self.masks is not None:
-            self._mask_suffixes = self._pair(self.masks, found, everything=ids is None)
+        if masked is not None:
+            stems = layout.pair(chosen, found, masked, labeled_only=labeled_only)
+            if ids is None:
+                layout.refuse_lone_masks(found, masked)
+            self._mask_suffixes = [masked.files[id] for id in masked.linked_all(stems)]
+        self._image_suffixes = [found.files[stem] for stem in stems]
+        self.ids = [id_prefix + stem for stem in stems] if id_prefix else stems
+        self.without_mask, self.left_out = len(chosen) - len(stems), found.left_out
+        if self.left_out:
+            warnings.warn(_left_out(self.images, self.left_out), DataWarning, stacklevel=2)
+        if text := layout.perhaps_masks(stems, found):
+            warnings.warn(text, DataWarning, stacklevel=2)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -97,84 +133,32 @@ class SegmentationFolder(Dataset[Any]):
 
     def __repr__(self) -> str:
         masks = "" if self.masks is None else f", {str(self.masks)!r}"
-        return f"SegmentationFolder({str(self.images)!r}{masks}: {len(self)} items)"
+        without = [f"{self.without_mask} without a mask"] if self.without_mask else []
+        left_out = ", ".join(without + counted(self.left_out))
+        more = f"; left out: {left_out}" if left_out else ""
+        return f"SegmentationFolder({str(self.images)!r}{masks}: {len(self)} items{more})"
 
     def _image(self, index: int) -> Path:
-        return self.images / (self.ids[index] + self._image_suffixes[index])
+        return self.images / (self._stem(index) + self._image_suffixes[index])
 
     def _mask(self, index: int) -> Path:
         assert self.masks is not None
         assert self._mask_suffixes is not None
-        return self.masks / (self.ids[index] + self._mask_suffixes[index])
+        return self.masks / (self._stem(index) + self.mask_suffix + self._mask_suffixes[index])
 
-    def _pair(self, masks: Path, images: dict[str, str], *, everything: bool) -> list[str]:
-        one, other = self.images.resolve(), masks.resolve()
-        if one == other or one in other.parents or other in one.parents:
-            raise DataError(
-                f"images and masks must be in folders of their own, neither inside the other: {one}, {other}"
-            )
-        found = _files(masks, MASK_SUFFIXES)
-        without = [id for id in self.ids if id not in found]
-        if without:
-            raise DataError(
-                f"the image {without[0]!r} has no mask: {_why_no_mask(masks, without[0])} "
-                f"({len(without)} of {len(self)} images have none)"
-            )
-        if everything and len(found) > len(images):
-            extra = min(found.keys() - images.keys())
-            raise DataError(
-                f"the mask {masks / (extra + found[extra])} has no image {extra!r} in {self.images}; "
-                "choose the images with ids=..., or remove it"
-            )
-        return [found[id] for id in self.ids]
+    def _stem(self, index: int) -> str:
+        return self.ids[index][len(self.id_prefix) :]
 
 
-def _files(root: Path, kinds: frozenset[str]) -> dict[str, str]:
-    """Map the ids of the files in a folder to their suffixes."""
-    check_folder(root)
-    found: dict[str, str] = {}
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_reraise):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        inside = Path(folder).relative_to(root).as_posix()
-        prefix = "" if inside == "." else f"{inside}/"
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in kinds or name.startswith("."):
-                continue
-            id = prefix + stem
-            if id in found:
-                raise DataError(
-                    f"{root / (id + found[id])} and {root / (id + suffix)} have the same id {id!r}; "
-                    "expected one file for each"
-                )
-            found[id] = sys.intern(suffix)
-    return found
-
-
-def _reraise(error: OSError) -> None:
-    raise error
-
-
-def _chosen(ids: Sequence[str], found: dict[str, str], root: Path) -> list[str]:
-    if isinstance(ids, (str, os.PathLike)):
-        raise TypeError(f"ids is {ids!r}; expected a sequence of ids (stseg.data.read_ids reads a file of them)")
-    ids = list(ids)
-    if not ids:
-        raise DataError("ids is empty; expected one or more")
-    for id in ids:
-        if id not in found:
-            stem = os.path.splitext(id)[0] if isinstance(id, str) else str(id)
-            hint = f"; did you mean {stem!r}? Ids are without suffix" if stem in found else ""
-            raise DataError(f"there is no image with the id {id!r} in {root}{hint}")
-    twice = duplicate(ids)
-    if twice is not None:
-        raise DataError(f"the id {twice!r} occurs more than once in ids; ids must be unique")
-    return ids
-
-
-def _why_no_mask(masks: Path, id: str) -> str:
-    for suffix in _UNFIT_MASKS:
-        for path in (masks / (id + suffix), masks / (id + suffix.upper())):
-            if path.exists():
-                return f"{path} has a format that may not preserve class indices; expected PNG, BMP or TIFF"
-    return f"expected {masks / id} with one of the suffixes {listed_suffixes(MASK_SUFFIXES)}"
+def _left_out(root: Path, left_out: dict[str, int]) -> str:
+    count = sum(left_out.values())
+    were, they = (
+        ("file", "was left out, as it is not an image")
+        if count == 1
+        else ("files", "were left out, as they are not images")
+    )
+    return (
+        f"{count} {were} in {root} {they} that SegmentationFolder reads: {', '.join(counted(left_out))}. "
+        "Convert images among them, to PNG for example, or read them in a data set of your own, a class with "
+        "__len__ and __getitem__; move other files elsewhere"
+    )

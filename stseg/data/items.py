@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from stseg.data.convert import image_of, pair_of
 from stseg.errors import DataError
@@ -30,7 +31,8 @@ class Items(Dataset[Any]):
             underlying data set: equal numbers do not mean equal images.
 
     Raises:
-        TypeError: if the data set has no length.
+        TypeError: if it is no map-style data set: it has no length or no index, or is a stream, a loader, a path or a
+            list of paths; names the way to one.
         DataError: if the number of names is not the number of items.
 
     Example:
@@ -40,11 +42,7 @@ class Items(Dataset[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
-        if isinstance(dataset, DataLoader):
-            raise TypeError(
-                "expected a data set, got a DataLoader; its .dataset is one (batch_size, num_workers and augmentation "
-                "are settings of stseg.TrainConfig)"
-            )
+        _refuse_others(dataset)
         self.dataset = dataset
         length = _length(dataset)
         ids = _names(dataset, "ids")
@@ -97,6 +95,51 @@ class Items(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.image(index) if self._only_images else self.dataset[self._indices[index]]
+
+
+def _refuse_others(dataset: Any) -> None:
+    if isinstance(dataset, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"the data set is {dataset!r}; expected a data set: "
+            f"stseg.data.SegmentationFolder({_path(dataset)!r}) makes one of a folder of images"
+        )
+    if isinstance(dataset, DataLoader):
+        raise TypeError(
+            "expected a data set, got a DataLoader; its .dataset is one, if it is map-style: with __len__ and "
+            "__getitem__ (batch_size, num_workers and augmentation are settings of stseg.TrainConfig)"
+        )
+    if isinstance(dataset, Mapping) and 0 not in dataset:
+        raise TypeError(
+            f"the data set is a {type(dataset).__name__} with the keys {sorted(map(str, dataset))}; expected a list of "
+            "items: list(zip(images, masks)), or [{'image': image, 'mask': mask}, ...]"
+        )
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"expected a map-style data set with a length, got {type(dataset).__name__}; list(dataset) makes one if "
+            "the items fit in memory, else write a class with __len__ and __getitem__"
+        )
+    if type(dataset) in (list, tuple) and dataset:
+        _refuse_paths(dataset)
+
+
+def _refuse_paths(dataset: Sequence[Any]) -> None:
+    first = dataset[0]
+    if isinstance(first, (str, os.PathLike)):
+        raise TypeError(
+            f"the data set is a list of paths, which begins with {_path(first)!r}; expected a data set: "
+            "stseg.data.ListedFiles(root, paths, masks=False) makes one of images, "
+            "stseg.data.SegmentationFolder(folder) one of all images in a folder"
+        )
+    if isinstance(first, (list, tuple)) and first and isinstance(first[0], (str, os.PathLike)):
+        raise TypeError(
+            f"the data set is a list of paths, which begins with {tuple(map(_path, first))!r}; expected a data set: "
+            "stseg.data.ListedFiles(root, pairs) makes one of images and masks, "
+            "stseg.data.SegmentationFolder(images, masks) one of two folders"
+        )
+
+
+def _path(path: Any) -> Any:
+    return str(path) if isinstance(path, (str, os.PathLike)) else path
 
 
 def _length(dataset: Any) -> int:

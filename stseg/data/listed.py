@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch.utils.data import Dataset
 
+from stseg.data._files import image_suffixes
 from stseg.data._reading import MASK_SUFFIXES, ItemReader, Mode, check_folder, listed_suffixes, numbered_lines
 from stseg.errors import DataError
 
@@ -37,14 +39,16 @@ def read_pairs(path: str | Path) -> list[FilePair]:
     r"""Read a list of files: on each line an image, or an image and its mask.
 
     The columns of a line are separated by tabs if it has any, else by white space; names with spaces therefore need a
-    tab after them. Empty lines are ignored. Whether the files exist is not checked here.
+    tab after them. Empty lines are ignored. Whether the files exist is not checked here. A table with commas is read by
+    Python's ``csv.reader``, whose rows :class:`ListedFiles` takes.
 
     Args:
         path: a text file in UTF-8.
 
     Raises:
-        DataError: if the file is empty, a line has more than two columns or not as many as the first one, an image
-            occurs twice, or the file is not UTF-8; names the line.
+        DataError: if the file is empty, a line has more than two columns or not as many as the first one, the
+            columns are separated by commas or semicolons, an image occurs twice, or the file is not UTF-8; names the
+            line.
         OSError: if there is no such file.
 
     Example:
@@ -57,7 +61,9 @@ def read_pairs(path: str | Path) -> list[FilePair]:
     pairs: list[FilePair] = []
     lines: dict[str, int] = {}
     columns = 0
+    _refuse_utf_16(path)
     for number, line in numbered_lines(path):
+        _refuse_commas(path, number, line)
         names = [name.strip() for name in line.split("\t") if name.strip()] if "\t" in line else line.split()
         if len(names) > 2:
             raise DataError(
@@ -69,6 +75,7 @@ def read_pairs(path: str | Path) -> list[FilePair]:
             raise DataError(
                 f"{path}, line {number}: the columns are {len(names)}, in the lines before it {columns}; "
                 "expected an image on each, or an image and its mask on each"
+                f"{_header_line(pairs)}"
             )
         if names[0] in lines:
             raise DataError(f"{path}, line {number}: the image {names[0]!r} is in line {lines[names[0]]} already")
@@ -79,6 +86,35 @@ def read_pairs(path: str | Path) -> list[FilePair]:
     return pairs
 
 
+def _refuse_utf_16(path: str | Path) -> None:
+    start = Path(path).read_bytes()[:64]
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+        raise DataError(
+            f"{path} is not a text file in UTF-8, but probably in UTF-16; save as UTF-8, in an editor or with "
+            f"Path({str(path)!r}).write_text(Path({str(path)!r}).read_text('utf-16'), 'utf-8')"
+        )
+
+
+def _refuse_commas(path: str | Path, number: int, line: str) -> None:
+    for mark in ",;":
+        names = [name.strip() for name in line.split(mark)]
+        if "\t" not in line and len(names) > 1 and all(map(_is_image, names[:2])):
+            option = "" if mark == "," else f", delimiter={mark!r}"
+            raise DataError(
+                f"{path}, line {number} has {mark!r} between the columns; expected white space or tabs. "
+                f"The rows of csv.reader work instead: ListedFiles(root, list(csv.reader(open({str(path)!r}){option})))"
+            )
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def _header_line(pairs: list[FilePair]) -> str:
+    header = len(pairs) == 1 and not any(_is_image(name) for name in pairs[0][:2] if name)
+    return f"; {pairs[0].line} may be a header: remove it from the file" if header else ""
+
+
 class ListedFiles(Dataset[Any]):
     """Data set of the images, with or without masks, given in a list.
 
@@ -87,8 +123,9 @@ class ListedFiles(Dataset[Any]):
 
     Args:
         root: folder that the paths are relative to.
-        pairs: the files, such as :func:`read_pairs` returns, or ``(image, mask)`` paths, or paths of images. Images may
-            have any file format that PIL reads and any mode of :class:`SegmentationFolder`; masks PNG, BMP or TIFF.
+        pairs: the files, such as :func:`read_pairs` returns, or ``(image, mask)`` paths, as tuples or as lists (such as
+            the rows of a table), or paths of images. Paths are relative to the root, or absolute and below it. Images
+            may have any file format that PIL reads and any mode of :class:`SegmentationFolder`; masks PNG, BMP or TIFF.
         masks: whether items have masks. If False, masks in the list are not read and need not exist.
         mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (gray), into which images are converted, or None for the
             channels that each file has.
@@ -105,9 +142,10 @@ class ListedFiles(Dataset[Any]):
         int32.
 
     Raises:
-        DataError: if the root or a file is missing, a path is absolute or leaves the root, a mask is not given or
-            has a lossy format, two images have the same id, or there is no pair; names the line. When an item is
-            read, if its mask is a color image, has an unmapped value, or differs from the image in size.
+        DataError: if the root or a file is missing, a path is not below the root or has backslashes, a mask is not
+            given or has a lossy format, two images have the same id, or there is no pair; names the line. When an item
+            is read, if its mask is a color image, has an unmapped value, or differs from the image in size.
+        TypeError: if ``pairs`` is a path or a data frame, or a pair is none.
         UnreadableImageError: when an item is read, if its file is broken; names the file.
 
     Example:
@@ -125,7 +163,7 @@ class ListedFiles(Dataset[Any]):
     def __init__(
         self,
         root: str | Path,
-        pairs: Sequence[FilePair | tuple[str, str] | tuple[str] | str],
+        pairs: Sequence[FilePair | Sequence[str | Path] | str | Path],
         *,
         masks: bool = True,
         mode: Mode | None = "RGB",
@@ -134,8 +172,7 @@ class ListedFiles(Dataset[Any]):
         value_range: tuple[float, float] | None = None,
         apply_exif: bool | None = None,
     ) -> None:
-        if isinstance(pairs, (str, os.PathLike)):
-            raise TypeError(f"pairs is {pairs!r}; expected a sequence (stseg.data.read_pairs reads a file of them)")
+        _refuse_other_lists(pairs)
         self._read = ItemReader(mode, class_map, unmapped, value_range, apply_exif)
         self.root = Path(root)
         check_folder(self.root)
@@ -143,21 +180,22 @@ class ListedFiles(Dataset[Any]):
         # Keep only names, and for images only the suffix beside the id: there may be a million files.
         self._suffixes: list[str] = []
         self._masks: list[str] | None = [] if masks else None
+        roots = _roots(self.root)
         lines: dict[str, str] = {}
         for index, pair in enumerate(pairs):
             files = _file_pair(pair, index)
             line = files.line or f"pair {index}"
-            image = _relative(files.image, line)
+            image = _relative(files.image, line, roots, pair)
             id, suffix = os.path.splitext(image)
             if not os.path.isfile(os.path.join(root, image)):
-                raise DataError(f"{line}: there is no image {self.root / image}{_with_spaces(self.root, files)}")
+                raise DataError(f"{line}: there is no image {self.root / image}{_why_none(self.root, files, index)}")
             if id in lines:
                 raise DataError(f"{line}: the id {id!r} is that of {lines[id]} already; ids must be unique")
             lines[id] = line
             self.ids.append(id)
             self._suffixes.append(sys.intern(suffix))
             if self._masks is not None:
-                self._masks.append(_mask(self.root, files, image, line))
+                self._masks.append(_mask(self.root, files, image, line, roots, pair))
         if not self.ids:
             raise DataError(f"pairs is empty; expected one or more, of files in {self.root}")
 
@@ -172,20 +210,35 @@ class ListedFiles(Dataset[Any]):
         return f"ListedFiles({str(self.root)!r}: {len(self)} {'images' if self._masks is None else 'pairs'})"
 
 
-def _file_pair(pair: object, index: int) -> FilePair:
+def _refuse_other_lists(pairs: Any) -> None:
+    if isinstance(pairs, (str, os.PathLike)):
+        raise TypeError(f"pairs is {pairs!r}; expected a sequence (stseg.data.read_pairs reads a file of them)")
+    if hasattr(pairs, "itertuples"):
+        raise TypeError(
+            f"pairs is a {type(pairs).__name__}; expected its rows of two columns: "
+            "pairs[['image', 'mask']].values.tolist(), with the names of yours"
+        )
+
+
+def _file_pair(pair: Any, index: int) -> FilePair:
+    if isinstance(pair, FilePair):
+        return pair
     if isinstance(pair, (str, PurePath)):
         return FilePair(str(pair) if isinstance(pair, str) else pair.as_posix())
-    if isinstance(pair, tuple) and 1 <= len(pair) <= 3:
-        return FilePair(*pair)
-    raise TypeError(f"pair {index} is {pair!r}; expected (image, mask) paths, or the path of an image")
+    row = pair.tolist() if isinstance(pair, np.ndarray) else pair
+    columns = len(row) if isinstance(row, (tuple, list)) else 0
+    if 1 <= columns <= 2:
+        return FilePair(*row)
+    more = ": [row[:2] for row in pairs] takes two columns" if columns else ""
+    raise TypeError(f"pair {index} is {pair!r}; expected (image, mask) paths, or the path of an image{more}")
 
 
-def _mask(root: Path, files: FilePair, image: str, line: str) -> str:
-    if files.mask is None:
+def _mask(root: Path, files: FilePair, image: str, line: str, roots: tuple[str, ...], pair: Any) -> str:
+    if not files.mask:
         raise DataError(
             f"{line} names no mask for {str(files.image)!r}; expected one (masks=False makes a data set of images)"
         )
-    mask = _relative(files.mask, line)
+    mask = _relative(files.mask, line, roots, pair)
     if not os.path.isfile(os.path.join(root, mask)):
         raise DataError(f"{line}: there is no mask {root / mask}")
     if os.path.splitext(mask)[1].lower() not in MASK_SUFFIXES:
@@ -198,21 +251,54 @@ def _mask(root: Path, files: FilePair, image: str, line: str) -> str:
     return mask
 
 
-def _relative(path: str | PurePath, line: str) -> str:
-    """Return a normalized path, checked to stay below the root."""
+def _roots(root: Path) -> tuple[str, ...]:
+    """Return the absolute paths of a root, with its links and without."""
+    paths = (root, Path(os.path.abspath(root)), root.resolve())
+    return tuple(dict.fromkeys(path.as_posix().rstrip("/") + "/" for path in paths if path.is_absolute()))
+
+
+def _relative(path: str | PurePath, line: str, roots: tuple[str, ...], pair: Any) -> str:
+    """Return a normalized path relative to the root, checked to stay below it."""
     path = path.as_posix() if isinstance(path, PurePath) else path
     if not isinstance(path, str):
         raise TypeError(f"{line}: the path is {path!r}; expected a string")
     parts = path.split("/")
     names = [part for part in parts if part not in ("", ".")]
     if not names or not parts[0] or ".." in parts or "\\" in path or ntpath.splitdrive(path)[0]:
+        for root in roots:
+            if path.startswith(root):
+                return _relative(path[len(root) :], line, roots, pair)
         raise DataError(
-            f"{line}: the path {path!r} is not one below the root; "
-            "expected a relative one, with '/' between folders and without '..'"
+            f"{line}: the path {str(path)!r} is not one below the root; "
+            f"expected a relative one, with '/' between folders and without '..'{_mended(path, roots, pair)}"
         )
     return "/".join(names)
 
 
-def _with_spaces(root: Path, files: FilePair) -> str:
-    whole = f"{files.image} {files.mask}"
-    return f" (a tab after {whole!r} would keep it in one piece)" if (root / whole).is_file() else ""
+def _mended(path: str, roots: tuple[str, ...], pair: Any) -> str:
+    """Return the code that mends the paths of a list, if it mends this one, for a message."""
+    mends = {r".replace('\\', '/')": "\\" in path, ".lstrip('/')": path.startswith(("/", "\\"))}
+    mend = "".join(code for code, needed in mends.items() if needed)
+    mended = path.replace("\\", "/").lstrip("/")
+    if not mend or ".." in mended.split("/") or not os.path.isfile(roots[-1] + mended):
+        return ""
+    if isinstance(pair, (str, PurePath)):
+        return f": pairs = [path{mend} for path in pairs]"
+    if len(pair) == 1 or pair[1] is None:
+        return f": pairs = [pair[0]{mend} for pair in pairs]"
+    return f": pairs = [[path{mend} for path in pair[:2]] for pair in pairs]"
+
+
+def _why_none(root: Path, files: FilePair, index: int) -> str:
+    """Say what may have been meant by an image that is not there."""
+    image, whole = str(files.image), f"{files.image} {files.mask}"
+    if (root / whole).is_file():
+        return f" (a tab after {whole!r} would keep it in one piece)"
+    if os.path.isfile(image):
+        return f" ({image} is there: paths are relative to the root, {root})"
+    if index == 0 and not ({"/", "."} & {*image} or (root / image).exists()):
+        path = files.line.rpartition(", line ")[0]
+        return f" ({files.line or 'pair 0'} may be a header: {f'read_pairs({path!r})' if path else 'pairs'}[1:])"
+    if "," in image:
+        return " (commas between the columns? The rows of csv.reader work)"
+    return ""

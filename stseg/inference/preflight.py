@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from contextlib import suppress
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from stseg.data.convert import check_mask_values
+from stseg.data.folder import SegmentationFolder
 from stseg.data.items import Items, shared
+from stseg.data.listed import ListedFiles
 from stseg.data.observations import Observations
 from stseg.distributed import all_gather, rank
 from stseg.errors import DataError, NetworkError, StsegError, UnreadableImageError
@@ -119,12 +123,39 @@ def find_unreadable(
 
 def refuse_common_ids(datasets: dict[str, Items | None]) -> None:
     """Raise a ``DataError`` if an id is in two of the data sets, given by name; items without ids are ignored."""
-    named = [(name, items.ids) for name, items in datasets.items() if items is not None and items.has_ids]
-    for (name, ids), (other, others) in combinations(named, 2):
-        if (both := shared(ids, others)) is not None:
+    named = [(name, items) for name, items in datasets.items() if items is not None and items.has_ids]
+    for (name, items), (other, others) in combinations(named, 2):
+        if (both := shared(items.ids, others.ids)) is not None:
             raise DataError(
                 f"the id {both!r} is in both the {name} and the {other} data set; expected each image in one of them"
+                f"{_other_ids((name, items.dataset), (other, others.dataset))}"
             )
+
+
+def _other_ids(*datasets: tuple[str, Any]) -> str:
+    """Return how to get different ids, for a message."""
+    sources = [(name, _source(dataset)) for name, dataset in datasets]
+    folders = [(name, source) for name, source in sources if isinstance(source, SegmentationFolder)]
+    if len({folder.images.resolve() for _, folder in folders}) < len(folders):
+        return f": SegmentationFolder(images, exclude={sources[0][0]}.ids) takes the other images of a folder"
+    if folders:
+        prefix = f"{folders[-1][0]}/"
+        return (
+            "; if they are different images, give one folder's ids a prefix: "
+            f"SegmentationFolder(..., id_prefix={prefix!r})"
+        )
+    if any(isinstance(source, ListedFiles) for _, source in sources):
+        return "; if they are different images, give ListedFiles a root above both: ids are paths below it"
+    return (
+        f"; if they are different images, give the {datasets[1][0]} data set other ids in its attribute: "
+        f"dataset.ids = [f'{datasets[1][0]}/{{id}}' for id in dataset.ids]"
+    )
+
+
+def _source(dataset: Any) -> Any:
+    while isinstance(dataset, (Subset, Items)):
+        dataset = dataset.dataset
+    return dataset
 
 
 def check_network(model: nn.Module, image: Tensor, num_classes: int | None = None) -> int:

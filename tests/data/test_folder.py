@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -10,12 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
+import stseg
+from stseg.data._files import image_suffixes
+from stseg.data._names import nearest
 from stseg.data.folder import SegmentationFolder
 from stseg.data.items import Items
+from stseg.data.listed import ListedFiles
 from stseg.data.splits import read_ids
-from stseg.errors import DataError, UnreadableImageError
+from stseg.errors import DataError, DataWarning, UnreadableImageError
+from stseg.inference.preflight import refuse_common_ids
 
 CAMVID = Path(os.environ.get("STSEG_CAMVID", Path(__file__).parents[3] / "shared" / "camvid"))
 ORIENTATION = 0x0112
@@ -90,7 +97,8 @@ class TestPairs:
         for name in ("._a.png", ".b.png", "readme.txt", "c.npy", "Thumbs.db", ".cache/d.png", "noextension"):
             (images / name).parent.mkdir(exist_ok=True)
             (images / name).write_text("nothing")
-        assert SegmentationFolder(images, masks).ids == ["a"]
+        with pytest.warns(DataWarning, match="3 files in"):
+            assert SegmentationFolder(images, masks).ids == ["a"]
 
     def test_may_lie_behind_links(self, images, masks, tmp_path):
         fill(tmp_path / "elsewhere", tmp_path / "m", "a")
@@ -141,6 +149,59 @@ class TestIds:
         with pytest.raises(DataError, match=f"no image with the id {id!r} in .*images$"):
             SegmentationFolder(images, ids=["a", id])
 
+    def test_exclude_others(self, images, masks):
+        fill(images, masks, "a", "b", "c")
+        assert SegmentationFolder(images, exclude=["b"]).ids == ["a", "c"]
+        assert SegmentationFolder(images, masks, exclude={"a", "c"}).ids == ["b"]
+        assert SegmentationFolder(images, ids=["c", "b", "a"], exclude=["b"]).ids == ["c", "a"]
+        assert SegmentationFolder(images, exclude=[]).ids == ["a", "b", "c"]
+
+    def test_to_exclude_must_be_there(self, images):
+        fill(images, None, "a", "b")
+        with pytest.raises(DataError, match=r"no image with the id 'B' in .*; 'b' is there, which differs in letter"):
+            SegmentationFolder(images, exclude=["a", "B"])
+        with pytest.raises(DataError, match=r"exclude names every image of .*images"):
+            SegmentationFolder(images, exclude=["a", "b"])
+
+    @pytest.mark.parametrize("argument", ["ids", "exclude"])
+    def test_are_not_the_data_set_itself(self, images, argument):
+        fill(images, None, "a", "b")
+        with pytest.raises(TypeError, match=rf"{argument} is a SegmentationFolder; .*: {argument}=dataset\.ids"):
+            SegmentationFolder(images, **{argument: SegmentationFolder(images)})
+        with pytest.raises(TypeError, match=f"{argument} is 'a'; expected a sequence of ids"):
+            SegmentationFolder(images, **{argument: "a"})
+
+    @pytest.mark.parametrize(
+        ("there", "id", "message"),
+        [
+            ("Car_0", "car_0", "'Car_0' is there, which differs in letter case$"),
+            ("Stra\u00dfe", "STRASSE", "'Stra\u00dfe' is there, which differs in letter case$"),
+            (
+                "cafe\u0301",
+                "caf\u00e9",
+                r"is there, which differs in Unicode form, which looks the same .*\('NFD', name\)",
+            ),
+            (
+                "caf\u00e9",
+                "cafe\u0301",
+                r"is there, which differs in Unicode form, which looks the same .*\('NFC', name\)",
+            ),
+            ("Caf\u00e9", "cafe\u0301", "is there, which differs in letter case and Unicode form"),
+            ("x/car_0", "car_0", "'x/car_0' is there, with the folder 'x/' in front$"),
+            ("car_0", "images/car_0", "'car_0' is there, without the folder 'images/' in front$"),
+            ("x/car_0", "y/car_0", "'x/car_0' is there, in another folder$"),
+            ("carriage_17", "carriage_1", "the nearest name that is there is 'carriage_17'$"),
+        ],
+    )
+    def test_that_are_near_are_told(self, images, there, id, message):
+        fill(images, None, there, "something else")
+        with pytest.raises(DataError, match=rf"no image with the id .* in .*images; .*{message}"):
+            SegmentationFolder(images, ids=[id])
+
+    def test_of_many_that_are_near_are_told_at_once(self, images):
+        there = {f"scene_{number:06d}" for number in range(100_000)}
+        assert nearest("scene_012345b", there) == "; the nearest name that is there is 'scene_012345'"
+
     def test_with_a_suffix_are_explained(self, images):
         fill(images, None, "d/a")
         with pytest.raises(DataError, match=r"id 'd/a\.jpg' .*did you mean 'd/a'\? Ids are without suffix"):
@@ -163,11 +224,370 @@ class TestIds:
             SegmentationFolder(images, ids=make("a"))
 
 
+class TestLabeledOnly:
+    def test_takes_the_images_with_a_mask(self, images, masks):
+        fill(images, masks, "a", "x/c")
+        fill(images, None, "b", "x/d", "e")
+        labeled = SegmentationFolder(images, masks, labeled_only=True)
+        assert labeled.ids == ["a", "x/c"]
+        assert labeled.without_mask == 3
+        assert repr(labeled).endswith(": 2 items; left out: 3 without a mask)")
+        unlabeled = SegmentationFolder(images, exclude=labeled.ids)
+        assert unlabeled.ids == ["b", "e", "x/d"]
+        assert unlabeled.without_mask == 0
+        assert np.array_equal(labeled[1][1], CLASSES)
+
+    def test_keeps_the_order_of_ids(self, images, masks):
+        fill(images, masks, "a", "b")
+        fill(images, None, "c")
+        labeled = SegmentationFolder(images, masks, ids=["c", "b", "a"], labeled_only=True)
+        assert (labeled.ids, labeled.without_mask) == (["b", "a"], 1)
+
+    def test_is_named_where_a_mask_is_missing(self, images, masks):
+        fill(images, masks, "a")
+        fill(images, None, "b")
+        with pytest.raises(DataError, match=r"image 'b' has no mask.*; labeled_only=True takes .*, ids=\.\.\. those"):
+            SegmentationFolder(images, masks)
+
+    def test_needs_masks(self, images):
+        fill(images, None, "a")
+        with pytest.raises(
+            ValueError, match=r"labeled_only is True without masks; expected SegmentationFolder\(images, m"
+        ):
+            SegmentationFolder(images, labeled_only=True)
+
+    def test_refuses_a_mask_without_image_and_tells_what_is_near(self, images, masks):
+        fill(images, masks, "a")
+        save(images / "b.png")
+        save(masks / "B.png", CLASSES)
+        with pytest.raises(
+            DataError, match=r"masks/B\.png has no image 'B' in .*; 'b' is there, which differs in letter"
+        ):
+            SegmentationFolder(images, masks, labeled_only=True)
+
+    @pytest.mark.parametrize("name", ["b.jpg", "b.npy", "b.pgm"])
+    def test_does_not_leave_out_what_has_a_mask_of_another_format(self, images, masks, name):
+        fill(images, masks, "a")
+        fill(images, None, "b", "c")
+        save(masks / "b.png", CLASSES).rename(masks / name)
+        with pytest.raises(DataError, match=rf"image 'b' has no mask: .*masks/{name} .*; expected PNG, BMP or TIFF"):
+            SegmentationFolder(images, masks, labeled_only=True)
+
+    def test_refuses_masks_of_none(self, images, masks):
+        fill(images, None, "a_0", "a_1")
+        fill(masks, None, "a_0_mask", "a_1_mask")
+        with pytest.raises(DataError, match=r"write mask_suffix=\"_mask\""):
+            SegmentationFolder(images, masks, labeled_only=True)
+        fill(images, masks, "b")
+        with pytest.raises(DataError, match=r"a_0_mask\.png has no image 'a_0_mask' in .*write mask_suffix=\"_mask\""):
+            SegmentationFolder(images, masks, labeled_only=True)
+
+
+class TestMaskSuffix:
+    def test_pairs_two_folders(self, images, masks):
+        for number, id in enumerate(["car_0", "x/car_1"]):
+            save(images / f"{id}.jpg")
+            save(masks / f"{id}_mask.png", CLASSES + number)
+            save(masks / f"{id}_color.png")
+        dataset = SegmentationFolder(images, masks, mask_suffix="_mask")
+        assert dataset.ids == ["car_0", "x/car_1"]
+        for number, (_, mask) in enumerate(dataset):
+            assert np.array_equal(mask, CLASSES + number)
+
+    def test_tells_masks_in_one_folder(self, images):
+        fill(images, None, "car_0", "car_1", "x/car_2", "without")
+        for id in ("car_0", "x/car_2", "car_1"):
+            save(images / f"{id}_mask.tif", CLASSES)
+        labeled = SegmentationFolder(images, images, mask_suffix="_mask", labeled_only=True)
+        assert labeled.ids == ["car_0", "car_1", "x/car_2"]
+        assert np.array_equal(labeled[2][1], CLASSES)
+        assert SegmentationFolder(images, mask_suffix="_mask", exclude=labeled.ids).ids == ["without"]
+
+    def test_may_be_the_suffix_of_the_image(self, images):
+        save(images / "a.jpg")
+        save(images / "a.jpg.png", CLASSES)
+        assert np.array_equal(SegmentationFolder(images, images, mask_suffix=".jpg")[0][1], CLASSES)
+
+    def test_that_was_forgotten_where_the_labeled_are_excluded_is_told(self, images):
+        fill(images, None, "a", "b", "c", "a_mask", "b_mask")
+        with pytest.warns(DataWarning, match=r"'a_mask' and 1 more .*: if they are masks, write mask_suffix=\"_mask\""):
+            SegmentationFolder(images, exclude=["a", "b"])
+        SegmentationFolder(images, exclude=["a", "c"])
+        SegmentationFolder(images, exclude=["a", "b"], mask_suffix="_mask")
+
+    def test_in_a_folder_of_images_alone_is_part_of_their_names(self, images, masks):
+        fill(images, None, "a_mask")
+        save(masks / "a_mask_mask.png", CLASSES)
+        assert SegmentationFolder(images, masks, mask_suffix="_mask").ids == ["a_mask"]
+
+    @pytest.mark.parametrize("given", ["", "_masks", "_mask.png"])
+    def test_is_named_where_masks_are_missing(self, images, masks, given):
+        for id in ("car_1", "car_10"):
+            save(images / f"{id}.jpg")
+            save(masks / f"{id}_mask.png", CLASSES)
+        with pytest.raises(
+            DataError, match=r"image 'car_1' has no mask: .*; 'car_1_mask' is there: write mask_suffix=\"_m"
+        ):
+            SegmentationFolder(images, masks, mask_suffix=given)
+
+    def test_is_not_the_number_of_another_image(self, images, masks):
+        fill(images, masks, "car_10")
+        fill(images, None, "car_1")
+        with pytest.raises(DataError, match="image 'car_1' has no mask") as caught:
+            SegmentationFolder(images, masks)
+        assert "mask_suffix" not in str(caught.value)
+
+    def test_is_named_where_one_folder_has_both(self, images):
+        fill(images, None, "car_0", "car_1", "car_0_seg", "car_1_seg")
+        with pytest.raises(DataError, match=r"folders of their own.*: write mask_suffix=\"_seg\" .*ListedFiles pairs"):
+            SegmentationFolder(images, images)
+
+    @pytest.mark.parametrize("given", ["_nothing", "_1.png"])
+    def test_that_matches_nothing(self, images, masks, given):
+        fill(images, masks, "a", "b")
+        with pytest.raises(DataError, match=rf"image 'a' has no mask: expected .*a{given} with one of the suffixes"):
+            SegmentationFolder(images, masks, mask_suffix=given)
+        with pytest.raises(DataError, match="image 'a' has no mask"):
+            SegmentationFolder(images, images, mask_suffix=given)
+        with pytest.raises(DataError, match=r"no file in .*images has a name that ends so; leave mask_suffix out"):
+            SegmentationFolder(images, mask_suffix=given)
+
+    @pytest.mark.parametrize("suffix", [".jpg", ".png"])
+    def test_that_makes_an_image_a_mask(self, images, suffix):
+        for id in ("car_0", "car_1"):
+            save(images / f"{id}{suffix}")
+            save(images / f"{id}_1.png", CLASSES)
+        with pytest.raises(
+            DataError, match=rf"car_1\{suffix} has no image 'car' in .*names end with mask_suffix, '_1', are"
+        ):
+            SegmentationFolder(images, images, mask_suffix="_1", labeled_only=True)
+
+    @pytest.mark.parametrize("given", ["masks/", "x\\_mask"])
+    def test_with_a_folder(self, images, masks, given):
+        fill(images, masks, "a")
+        with pytest.raises(ValueError, match=r"mask_suffix is .*; expected the end of a name, without folders"):
+            SegmentationFolder(images, masks, mask_suffix=given)
+
+    def test_that_is_no_string(self, images, masks):
+        with pytest.raises(TypeError, match="mask_suffix is None; expected a string"):
+            SegmentationFolder(images, masks, mask_suffix=None)
+
+
+class TestMasksBesideTheirImages:
+    """a.jpg and a.png in one folder."""
+
+    @pytest.mark.parametrize("masks", [True, False])
+    def test_name_a_line_that_works(self, images, masks):
+        for number, id in enumerate(["a", "x/b.c"]):
+            save(images / f"{id}.jpg")
+            save(images / f"{id}.png", CLASSES + number)
+        with pytest.raises(DataError) as caught:
+            SegmentationFolder(images, images if masks else None)
+        root, line = re.search(r"root = (.*?); (stseg\.data\.ListedFiles\(.*\))$", str(caught.value)).groups()
+        dataset = eval(line, {"stseg": stseg, "root": eval(root, {"Path": Path})})
+        assert dataset.ids == ["a", "x/b.c"]
+        assert np.array_equal(dataset[1][1], CLASSES + 1)
+
+
+class TestIdPrefix:
+    def test_is_before_all_ids(self, images, masks):
+        fill(images, masks, "a", "x/b", "c")
+        dataset = SegmentationFolder(images, masks, id_prefix="new/")
+        assert dataset.ids == ["new/a", "new/c", "new/x/b"]
+        assert dataset[2][1].shape == (4, 6)
+        assert pickle.loads(pickle.dumps(dataset))[2][1].shape == (4, 6)
+        assert SegmentationFolder(images, masks, id_prefix="").ids == ["a", "c", "x/b"]
+
+    def test_belongs_to_the_ids_that_are_chosen(self, images):
+        fill(images, None, "a", "b", "c")
+        chosen = SegmentationFolder(images, id_prefix="new_", ids=["new_c", "new_b"], exclude=["new_b"])
+        assert chosen.ids == ["new_c"]
+        assert chosen[0].shape == (3, 4, 6)
+        with pytest.raises(
+            DataError, match=r"no image with the id 'a' .*; did you mean 'new/a'\? .* id_prefix, 'new/'"
+        ):
+            SegmentationFolder(images, id_prefix="new/", ids=["a"])
+        with pytest.raises(DataError, match=r"'new/A' .*; 'new/a' is there, which differs in letter case"):
+            SegmentationFolder(images, id_prefix="new/", exclude=["new/A"])
+
+    def test_is_in_messages(self, images, masks):
+        fill(images, masks, "a")
+        fill(images, None, "b")
+        with pytest.raises(DataError, match="the image 'new/b' has no mask"):
+            SegmentationFolder(images, masks, id_prefix="new/")
+        (images / "a.png").write_bytes(b"")
+        with pytest.raises(UnreadableImageError, match=r"images/a\.png cannot be read"):
+            SegmentationFolder(images, id_prefix="new/")[0]
+
+    @pytest.mark.parametrize("prefix", ["new\\", "/", "/new/", "../", "a/../", "a//", "./"])
+    def test_must_be_a_path(self, images, prefix):
+        fill(images, None, "a")
+        with pytest.raises(ValueError, match=r"id_prefix is .*; expected a relative path with '/'"):
+            SegmentationFolder(images, id_prefix=prefix)
+
+    def test_with_a_backslash_says_what_to_write(self, images):
+        with pytest.raises(ValueError, match=r"such as 'old/new/'$"):
+            SegmentationFolder(images, id_prefix="old\\new\\")
+
+    def test_that_is_no_string(self, images):
+        with pytest.raises(TypeError, match="id_prefix is None; expected a string"):
+            SegmentationFolder(images, id_prefix=None)
+
+
+class TestCommonIds:
+    def refuse(self, *datasets):
+        refuse_common_ids(dict(zip(("labeled", "unlabeled"), map(Items.of, datasets), strict=True)))
+
+    def test_name_the_prefix(self, images, masks):
+        fill(images, masks, "a", "b")
+        with pytest.raises(DataError, match=r"'a' is in both .*SegmentationFolder\(\.\.\., id_prefix='unlabeled/'\)"):
+            self.refuse(SegmentationFolder(images), Subset(SegmentationFolder(masks), [1, 0]))
+        self.refuse(SegmentationFolder(images), SegmentationFolder(masks, id_prefix="unlabeled/"))
+
+    def test_of_one_folder_name_exclude(self, images):
+        fill(images, None, "a", "b")
+        labeled = SegmentationFolder(images, ids=["b"])
+        with pytest.raises(DataError, match=r"'b' is in both .*: SegmentationFolder\(images, exclude=labeled\.ids\)"):
+            self.refuse(labeled, SegmentationFolder(images / ".." / "images"))
+        self.refuse(labeled, SegmentationFolder(images, exclude=labeled.ids))
+
+    def test_of_lists_name_the_root(self, images, masks):
+        fill(images, masks, "a")
+        with pytest.raises(DataError, match="give ListedFiles a root above both"):
+            self.refuse(*(ListedFiles(root, ["a.png"], masks=False) for root in (images, masks)))
+
+    def test_of_other_data_sets_name_their_attribute(self):
+        class Named(list):
+            ids = ("a",)
+
+        with pytest.raises(DataError, match=r"dataset\.ids = \[f'unlabeled/\{id\}' for id in dataset\.ids\]"):
+            self.refuse(Named([RGB]), Named([RGB]))
+
+
+class TestLinks:
+    def test_of_a_folder_to_one_above_add_nothing(self, images, tmp_path):
+        fill(images, None, "a", "x/b")
+        (images / "x" / "self").symlink_to(".")
+        (images / "x" / "up").symlink_to("..")
+        (images / "x" / "over").symlink_to(tmp_path)
+        (images / "all").symlink_to(images)
+        assert SegmentationFolder(images).ids == ["a", "x/b"]
+
+    def test_to_a_folder_inside_add_nothing(self, images):
+        fill(images, None, "x/y/a", "z/b")
+        (images / "again").symlink_to("x")
+        (images / "aagain").symlink_to("x/y")
+        assert SegmentationFolder(images).ids == ["x/y/a", "z/b"]
+        with pytest.raises(DataError, match=r"no image with the id 'again/y/a' .*did you mean 'x/y/a'\? A link leads"):
+            SegmentationFolder(images, ids=["again/y/a"])
+
+    def test_to_one_folder_outside_count_once(self, images, tmp_path):
+        fill(tmp_path / "other", None, "x/a", "b")
+        (tmp_path / "other" / "back").symlink_to(images)
+        fill(images, None, "c")
+        (images / "two").symlink_to(tmp_path / "other")
+        (images / "one").symlink_to(tmp_path / "other")
+        (images / "zero").symlink_to(tmp_path / "other" / "x")
+        assert SegmentationFolder(images).ids == ["c", "one/b", "one/x/a"]
+
+    def test_of_masks_may_lead_to_one_folder(self, images, masks, tmp_path):
+        fill(images, None, "left/a", "left/x/b", "right/a", "right/x/b")
+        fill(tmp_path / "m", None, "x")
+        save(tmp_path / "m" / "a.png", CLASSES)
+        save(tmp_path / "m" / "x" / "b.png", CLASSES + 1)
+        (tmp_path / "m" / "x.png").unlink()
+        masks.mkdir()
+        for side in ("left", "right"):
+            (masks / side).symlink_to(tmp_path / "m")
+        dataset = SegmentationFolder(images, masks)
+        assert dataset.ids == ["left/a", "left/x/b", "right/a", "right/x/b"]
+        for number, (_, mask) in enumerate(dataset):
+            assert np.array_equal(mask, CLASSES + number % 2)
+
+    def test_in_both_folders_pair(self, images, masks):
+        fill(images, masks, "real/a")
+        (images / "link").symlink_to("real")
+        assert SegmentationFolder(images, masks).ids == ["real/a"]
+        (masks / "link").symlink_to("real")
+        assert SegmentationFolder(images, masks).ids == ["real/a"]
+        (masks / "link").unlink()
+        save(masks / "link" / "a.png", CLASSES)
+        assert SegmentationFolder(images, masks).ids == ["real/a"]
+
+    def test_may_be_the_root(self, images, masks, tmp_path):
+        fill(images, masks, "x/a")
+        (tmp_path / "i").symlink_to(images)
+        (tmp_path / "m").symlink_to("masks")
+        assert SegmentationFolder(tmp_path / "i", tmp_path / "m").ids == ["x/a"]
+        with pytest.raises(DataError, match="folders of their own"):
+            SegmentationFolder(tmp_path / "i", images)
+
+    def test_of_files_that_are_broken_are_named_when_read(self, images):
+        fill(images, None, "a")
+        (images / "b.png").symlink_to("nowhere.png")
+        dataset = SegmentationFolder(images)
+        assert dataset.ids == ["a", "b"]
+        with pytest.raises(UnreadableImageError, match=r"images/b\.png cannot be read"):
+            dataset[1]
+
+
+class TestFileKinds:
+    @pytest.mark.parametrize("suffix", ["jfif", "jpe", "jp2", "ppm", "pgm", "pnm", "gif", "avif", "PGM"])
+    def test_that_pillow_reads_are_images(self, images, suffix):
+        if f".{suffix.lower()}" not in image_suffixes():
+            pytest.skip("this Pillow does not read it")
+        save(images / f"a.{suffix}", CLASSES if suffix.lower() == "pgm" else RGB)
+        assert SegmentationFolder(images)[0].shape == (3, 4, 6)
+
+    def test_that_are_none_are_counted_and_told(self, images):
+        fill(images, None, "a")
+        for name in ("b.npy", "x/c.NPY", "d.heic", ".e.heic", "Desktop.ini", "Thumbs.db", ".git/f.heic"):
+            (images / name).parent.mkdir(exist_ok=True)
+            (images / name).write_text("")
+        with pytest.warns(DataWarning) as caught:
+            dataset = SegmentationFolder(images)
+        assert [str(warning.message).partition(". ")[0] for warning in caught] == [
+            f"3 files in {images} were left out, as they are not images that SegmentationFolder reads: 2 .npy, 1 .heic"
+        ]
+        assert caught[0].filename == __file__
+        assert dataset.left_out == {".npy": 2, ".heic": 1}
+        assert repr(dataset).endswith(": 1 items; left out: 2 .npy, 1 .heic)")
+
+    def test_that_are_none_do_not_count_among_masks(self, images, masks):
+        fill(images, masks, "a")
+        (masks / "classes.txt").write_text("")
+        assert SegmentationFolder(images, masks).left_out == {}
+
+    def test_without_any_image_are_told(self, images):
+        images.mkdir()
+        (images / "a.npy").write_text("")
+        (images / "b").write_text("")
+        with pytest.raises(
+            DataError, match=r"images holds no images; expected files in .*; it holds 1 without suffix, 1 \.npy$"
+        ):
+            SegmentationFolder(images)
+
+    @pytest.mark.parametrize("name", ["a.", "a", "a.b.", "..a.png", "a .png", "a.b.png", "a..png", ".png"])
+    def test_are_told_as_python_tells_them(self, images, name):
+        fill(images, None, "other")
+        (images / name).write_text("")
+        stem, suffix = os.path.splitext(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert (stem in SegmentationFolder(images).ids) == (suffix == ".png" and name[0] != ".")
+
+
 class TestRefuses:
     def test_an_image_without_mask(self, images, masks):
         fill(images, masks, "a", "b")
         save(images / "c" / "d.png")
         with pytest.raises(DataError, match=r"image 'c/d' has no mask: expected .*masks/c/d .*1 of 3 images"):
+            SegmentationFolder(images, masks)
+
+    def test_an_image_without_mask_and_names_no_mask_of_another_image(self, images, masks):
+        fill(images, masks, "monday/0001", "tuesday/0002")
+        fill(images, None, "monday/0002")
+        with pytest.raises(DataError, match=r"image 'monday/0002' has no mask: .* have none\); labeled_only=True"):
             SegmentationFolder(images, masks)
 
     @pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".webp", ".gif"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import pickle
 import re
 from pathlib import Path
@@ -26,6 +27,12 @@ CLASSES = np.random.default_rng(1).integers(0, 5, (4, 6), dtype=np.uint8)
 def save(path: Path, pixels=RGB) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+
+
+def mended(caught, pairs):
+    """The pairs that the line in a message makes."""
+    line = str(caught.value).partition(": pairs = ")[2]
+    return eval(line, {"pairs": pairs})
 
 
 def fill(root: Path, *names: str) -> list[tuple[str, str]]:
@@ -103,6 +110,26 @@ class TestReadPairs:
         with pytest.raises(DataError, match=r"list\.txt is not a text file in UTF-8"):
             self.read(tmp_path, "a b\n".encode("utf-16"))
 
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+    def test_says_how_to_mend_utf_16(self, tmp_path, encoding):
+        with pytest.raises(DataError, match=r"probably in UTF-16; save as UTF-8, .*read_text\('utf-16'\), 'utf-8'\)"):
+            self.read(tmp_path, "a.jpg b.png\n".encode(encoding))
+
+    @pytest.mark.parametrize("content", ["a.jpg,a.png", "a.jpg, a.png", "my a.JPG , my a.png, 3", "a.jpg;a.png"])
+    def test_says_how_to_read_commas(self, tmp_path, content):
+        mark = "," if "," in content else ";"
+        with pytest.raises(DataError, match=rf"line 2 has '{mark}' between the columns; .* csv\.reader") as caught:
+            self.read(tmp_path, f"\n{content}\n")
+        assert ("delimiter=';'" in str(caught.value)) == (mark == ";")
+
+    def test_takes_commas_in_names(self, tmp_path):
+        assert self.read(tmp_path, "a,b.jpg a,b.png")[0][:2] == ("a,b.jpg", "a,b.png")
+        assert self.read(tmp_path, "a.jpg,b.jpg\tm.png")[0][:2] == ("a.jpg,b.jpg", "m.png")
+
+    def test_says_that_a_line_may_be_a_header(self, tmp_path):
+        with pytest.raises(DataError, match=r"line 1 may be a header: remove it from the file"):
+            self.read(tmp_path, "image mask\na.jpg\n")
+
     def test_names_a_missing_list(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"none\.txt"):
             read_pairs(tmp_path / "none.txt")
@@ -168,6 +195,30 @@ class TestItems:
         pair = (Path("a") / "b_rgb.png", Path("a") / "b_mask.png")
         assert ListedFiles(tmp_path, [pair]).ids == ["a/b_rgb"]
         assert ListedFiles(tmp_path, [pair[0]], masks=False).ids == ["a/b_rgb"]
+
+    def test_may_be_rows_of_a_table(self, tmp_path):
+        fill(tmp_path, "a", "b")
+        (tmp_path / "list.csv").write_text("a_rgb.png,a_mask.png\nb_rgb.png,b_mask.png\n")
+        with open(tmp_path / "list.csv", newline="") as file:
+            rows = list(csv.reader(file))
+        for pairs in (rows, np.array(rows), np.array(rows, dtype=object)):
+            dataset = ListedFiles(tmp_path, pairs)
+            assert dataset.ids == ["a_rgb", "b_rgb"]
+            assert {type(id) for id in dataset.ids} == {str}
+        assert ListedFiles(tmp_path, np.array(rows)[:, 0], masks=False).ids == ["a_rgb", "b_rgb"]
+
+    @pytest.mark.parametrize("make", [str, Path])
+    def test_may_have_absolute_paths_below_the_root(self, tmp_path, make, monkeypatch):
+        fill(tmp_path / "data", "x/a")
+        pair = [make(tmp_path / "data" / "x" / name) for name in ("a_rgb.png", "a_mask.png")]
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "link").symlink_to("data")
+        for root in (tmp_path / "data", "data", "data/", "./data", "link"):
+            dataset = ListedFiles(root, [pair])
+            assert dataset.ids == ["x/a_rgb"]
+            assert dataset[0][1].shape == (4, 6)
+        with pytest.raises(DataError, match="is not one below the root"):
+            ListedFiles(tmp_path / "data" / "x", [(make(tmp_path / "data" / "xx.png"), pair[1])])
 
     def test_may_lie_behind_links(self, tmp_path):
         fill(tmp_path / "elsewhere", "a")
@@ -245,10 +296,59 @@ class TestRefuses:
         with pytest.raises(DataError, match=r"pair 0: the path '.*' is not one below the root"):
             ListedFiles(tmp_path, [path], masks=False)
 
-    def test_an_absolute_path_even_of_a_file_inside(self, tmp_path):
+    @pytest.mark.parametrize("wrong", ["/x/a{}", "\\x\\a{}", "x\\a{}", "//x/a{}"])
+    @pytest.mark.parametrize("kind", ["pairs", "images", "rows", "list of pairs", "list of images"])
+    def test_slashes_of_other_kinds_with_the_line_that_mends_the_list(self, tmp_path, wrong, kind):
+        fill(tmp_path, "x/a")
+        image, mask = wrong.format("_rgb.png"), wrong.format("_mask.png")
+        (tmp_path / "list.txt").write_text(f"{image} {mask}" if kind == "list of pairs" else image)
+        pairs = {
+            "pairs": [(image, mask)],
+            "images": [image],
+            "rows": [[image]],
+            "list of pairs": read_pairs(tmp_path / "list.txt"),
+            "list of images": read_pairs(tmp_path / "list.txt"),
+        }[kind]
+        masks = "pairs" in kind
+        with pytest.raises(DataError, match="is not one below the root; expected a relative one, with '/'") as caught:
+            ListedFiles(tmp_path, pairs, masks=masks)
+        assert ListedFiles(tmp_path, mended(caught, pairs), masks=masks).ids == ["x/a_rgb"]
+
+    def test_a_path_outside_with_no_line_that_mends_nothing(self, tmp_path):
+        with pytest.raises(DataError, match=r"without '\.\.'$"):
+            ListedFiles(tmp_path, ["/elsewhere/a.png"], masks=False)
+
+    def test_a_path_that_has_the_root_in_front(self, tmp_path, monkeypatch):
+        fill(tmp_path / "data", "a")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(DataError, match=r"\(data/a_rgb.png is there: paths are relative to the root, data\)"):
+            ListedFiles("data", sorted(Path("data").glob("*_rgb.png")), masks=False)
+
+    def test_a_header_of_a_file_and_of_a_table(self, tmp_path):
         fill(tmp_path, "a")
-        with pytest.raises(DataError, match="is not one below the root"):
-            ListedFiles(tmp_path, [str(tmp_path / "a_rgb.png")], masks=False)
+        with pytest.raises(DataError, match=r"line 1 may be a header: read_pairs\('.*list\.txt'\)\[1:\]\)"):
+            self.listed(tmp_path, "image mask\na_rgb.png a_mask.png\n")
+        assert ListedFiles(tmp_path, read_pairs(tmp_path / "list.txt")[1:]).ids == ["a_rgb"]
+        with pytest.raises(DataError, match=r"pair 0 may be a header: pairs\[1:\]"):
+            ListedFiles(tmp_path, [["image", "mask"], ["a_rgb.png", "a_mask.png"]])
+
+    def test_a_data_frame(self, tmp_path):
+        class DataFrame(dict):
+            def itertuples(self):
+                return iter(())
+
+        with pytest.raises(TypeError, match=r"pairs is a DataFrame; expected its rows .*\.values\.tolist\(\)"):
+            ListedFiles(tmp_path, DataFrame(image=["a_rgb.png"]))
+
+    @pytest.mark.parametrize("row", [["a", "b", "c"], ("a", "b", "c")])
+    def test_rows_of_three_columns(self, tmp_path, row):
+        with pytest.raises(TypeError, match=r"pair 0 is .*: \[row\[:2\] for row in pairs\] takes two columns"):
+            ListedFiles(tmp_path, [row])
+
+    def test_a_row_with_an_empty_mask(self, tmp_path):
+        fill(tmp_path, "a")
+        with pytest.raises(DataError, match=r"pair 0 names no mask for 'a_rgb\.png'"):
+            ListedFiles(tmp_path, [["a_rgb.png", ""]])
 
     @pytest.mark.parametrize("again", ["./a_rgb.png", "a_rgb.jpg", ".//a_rgb.png"])
     def test_two_images_of_one_id(self, tmp_path, again):
