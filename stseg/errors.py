@@ -49,7 +49,3 @@ class WorkdirMismatchError(StsegError, ValueError):
 
 class WorkdirInUseError(StsegError, RuntimeError):
     """Another process is using a folder."""
-
-
-class DataWarning(UserWarning):
-    """Data that can be used but are probably not what was meant."""
