@@ -8,8 +8,10 @@ from stseg.engine.loop import FitResult
 from stseg.engine.method import Batch, Losses, Method
 from stseg.errors import (
     DataError,
+    DataWarning,
     MethodError,
     NetworkError,
+    NetworkWarning,
     StsegError,
     TrainingDivergedError,
     UnreadableImageError,
@@ -74,6 +76,8 @@ __all__ = [  # noqa: RUF022  grouped
     "TrainingDivergedError",
     "WorkdirMismatchError",
     "WorkdirInUseError",
+    "DataWarning",
+    "NetworkWarning",
     # modules
     "augment",
     "data",

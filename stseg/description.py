@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import math
 import re
 import zlib
 from types import CodeType
@@ -25,6 +26,8 @@ def describe(value: Any) -> Any:
         >>> describe(nn.ReLU()), describe(len), describe(functools.partial(round, ndigits=2))
         ('ReLU()', 'builtins.len', {'partial': 'builtins.round', 'args': [], 'keywords': {'ndigits': 2}})
     """
+    if isinstance(value, float) and not math.isfinite(value):  # which JSON lacks
+        return str(value)
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
     if isinstance(value, (list, tuple)):
@@ -47,16 +50,16 @@ def describe(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return _describe_module(value)
     if _has_no_repr(value):
-        return _describe_attributes(value)
+        return _describe_attributes(value, ())
     if not hasattr(value, "__qualname__"):
         return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
     return _describe_function(value)
 
 
-def _describe_module(module: nn.Module) -> str:
+def _describe_module(module: nn.Module, *, weights: bool = False) -> str:
     """Return the ``repr`` and a checksum of the buffers, such as class weights of a loss, which it does not show."""
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(module))
-    tensors = list(module.buffers())
+    tensors = [*module.buffers(), *(module.parameters() if weights else ())]
     return f"{text} {_checksum(tensors)}" if tensors else text
 
 
@@ -72,13 +75,20 @@ def _has_no_repr(value: object) -> bool:
     return getattr(type(value), "__repr__", None) is object.__repr__
 
 
-def _describe_attributes(value: object) -> dict[str, Any]:
-    """Return type and attributes of an object that has no ``repr``; for attributes without one, the type only."""
-    attributes = {
-        name: type(each).__qualname__ if _has_no_repr(each) else describe(each)
-        for name, each in getattr(value, "__dict__", {}).items()
-    }
-    return {"type": type(value).__qualname__, **attributes}
+def _describe_attributes(value: object, outer: tuple[object, ...]) -> dict[str, Any]:
+    """Return type and attributes of an object that has no ``repr``, networks with their weights."""
+
+    def described(each: object) -> Any:
+        if isinstance(each, nn.Module):
+            return _describe_module(each, weights=True)
+        if not _has_no_repr(each):
+            return describe(each)
+        if any(each is other for other in (*outer, value)):  # a cycle
+            return type(each).__qualname__
+        return _describe_attributes(each, (*outer, value))
+
+    attributes = getattr(value, "__dict__", {})
+    return {"type": type(value).__qualname__, **{name: described(each) for name, each in attributes.items()}}
 
 
 def _describe_function(function: Any) -> str:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from stseg.checks import check_choice, check_log
 from stseg.data import MixedDataset
 from stseg.data.items import Items
+from stseg.description import describe
 from stseg.distributed import setup_device
 from stseg.engine.batches import Draw, Streams
 from stseg.engine.checkpoint import Row
@@ -159,6 +160,10 @@ def _validate_data(
         if data is not None:
             facts[name], counts = check(data, name=name)
             facts[f"{name} classes"] = counts.provenance()
+    if isinstance(labeled.dataset, MixedDataset):
+        facts["transform"] = describe(mixed.transform)
+        if mixed.pseudo is not None:
+            facts["pseudo-labeled"] = dataset_fingerprint(mixed.pseudo, with_mask=True)
     if unlabeled is not None:
         facts["unlabeled"] = dataset_fingerprint(unlabeled)
         if not known:

@@ -1,5 +1,6 @@
 """Data sets: folders and lists of images, splits, mixtures of labeled and pseudo-labeled images, synthetic scenes."""
 
+from stseg.data.class_map import ClassMap
 from stseg.data.folder import SegmentationFolder
 from stseg.data.listed import FilePair, ListedFiles, read_pairs
 from stseg.data.mixed import MixedDataset
@@ -7,6 +8,7 @@ from stseg.data.scenes import SyntheticScenes
 from stseg.data.splits import read_ids, split_ids
 
 __all__ = [
+    "ClassMap",
     "FilePair",
     "ListedFiles",
     "MixedDataset",

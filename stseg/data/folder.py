@@ -25,9 +25,9 @@ class SegmentationFolder(Dataset[Any]):
     already, or to one above the link, adds no ids.
 
     Args:
-        images: folder of images: RGB, gray, RGBA, palette, 16-bit gray (scaled to 8 bits), rotated
-            according to their EXIF data.
-        masks: folder of masks: 8-bit gray, palette (the indices are the classes) or 16-bit gray; or None. With
+        images: folder of images: gray, RGB, palette, of 8 or 16 bits; TIFFs of any depth and number of bands with
+            ``pip install "stseg[tiff]"``.
+        masks: folder of masks: gray of any depth, palette (the indices are the classes), colors; or None. With
             ``mask_suffix`` it may be the folder of the images.
         ids: which of the images, in which order; by default all, sorted.
         exclude: ids of images to leave out, such as those of the labeled ones.
@@ -39,10 +39,14 @@ class SegmentationFolder(Dataset[Any]):
             folder. ``ids`` and ``exclude`` are given with it.
         mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (gray), into which images are converted, or None for the
             channels that each file has.
-        class_map: the class of each value of the masks, such as ``{0: 0, 255: 1}``; by default the values are
-            the classes.
+        class_map: the class of each value of the masks, such as ``{0: 0, 255: 1}``, or of each color, such as
+            ``{(0, 0, 0): 0, (128, 0, 0): 1}``; by default the values are the classes.
         unmapped: class of the values that ``class_map`` lacks: by default the ignore index, 255; None raises an
             error for them.
+        value_range: the values of black and white in images of more than 8 bits, such as ``(0, 4095)`` for 12 bits in
+            16-bit files; None where the files state them or use their highest bit.
+        apply_exif: whether images are turned by their EXIF orientation; None turns them, and warns where the mask may
+            lie on the pixels as stored.
 
     Attributes:
         ids: name of each item.
@@ -51,14 +55,15 @@ class SegmentationFolder(Dataset[Any]):
             ``{".npy": 2}``. Hidden files, ``desktop.ini`` and ``Thumbs.db`` do not count.
 
     Shape:
-        Items are the image, uint8 ``(C, H, W)``; with masks, the image and the mask, ``(H, W)`` uint8 or
-        int32.
+        Items are the image, uint8 ``(C, H, W)``, or float32 in [0, 1] from files of more than 8 bits; with masks, the
+        image and the mask, ``(H, W)`` uint8 or int32. Masks hold the values that TIFFs store, whatever their
+        photometric interpretation; 0 and 255 for black and white PNG and BMP; the indices of palettes.
 
     Raises:
         DataError: if a folder is missing or has no usable file, an image has no mask or a mask no image, two
             files have the same id, or one of ``ids`` and ``exclude`` is that of no image; names the files and the
-            nearest names. When an item is read, if its mask is a color image, has an unmapped value, or differs from
-            the image in size.
+            nearest names. When an item is read, if its image or mask cannot be read without loss, its mask has colors
+            or values without a class, or differs from the image in size.
         UnreadableImageError: when an item is read, if its file is broken or a broken link; names the file.
         TypeError: if ``ids`` or ``exclude`` is a string, a path or a data set.
         ValueError: if ``labeled_only`` is given without ``masks``, or ``mask_suffix`` or ``id_prefix`` cannot be part

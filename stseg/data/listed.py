@@ -129,17 +129,22 @@ class ListedFiles(Dataset[Any]):
         masks: whether items have masks. If False, masks in the list are not read and need not exist.
         mode: ``"RGB"``, ``"RGBA"`` or ``"L"`` (gray), into which images are converted, or None for the
             channels that each file has.
-        class_map: the class of each value of the masks, such as ``{7: 0, 8: 1}``; by default the values are the
-            classes.
+        class_map: the class of each value of the masks, such as ``{0: 0, 255: 1}``, or of each color, such as
+            ``{(0, 0, 0): 0, (128, 0, 0): 1}``; by default the values are the classes.
         unmapped: class of the values that ``class_map`` lacks: by default the ignore index, 255; None raises an
             error for them.
+        value_range: the values of black and white in images of more than 8 bits, such as ``(0, 4095)`` for 12 bits in
+            16-bit files; None where the files state them or use their highest bit.
+        apply_exif: whether images are turned by their EXIF orientation; None turns them, and warns where the mask may
+            lie on the pixels as stored.
 
     Attributes:
         ids: name of each item.
 
     Shape:
-        Items are the image, uint8 ``(C, H, W)``; with masks, the image and the mask, ``(H, W)`` uint8 or
-        int32.
+        Items are the image, uint8 ``(C, H, W)``, or float32 in [0, 1] from files of more than 8 bits; with masks, the
+        image and the mask, ``(H, W)`` uint8 or int32. Masks hold the values that TIFFs store, whatever their
+        photometric interpretation; 0 and 255 for black and white PNG and BMP; the indices of palettes.
 
     Raises:
         DataError: if the root or a file is missing, a path is not below the root or has backslashes, a mask is not

@@ -91,7 +91,8 @@ class StageState:
 
     step: int = 0
     seconds: float = 0.0
-    best: float = -math.inf
+    best: float | None = None
+    """The highest mIoU on the validation set so far."""
     logged: dict[str, list[float]] = field(default_factory=dict)
     """The loss and what the method logged, for each step since the last row of the history."""
     history: list[Row] = field(default_factory=list)
@@ -148,8 +149,9 @@ class StageCheckpoint:
             shutil.rmtree(self.folder / "state", ignore_errors=True)  # left over if killed after the weights
         path = self.folder / "progress.json"
         try:
-            return StageState(**(read_record(path) or {"missing": path}))
-        except TypeError:
+            record = read_record(path) or {"missing": path}
+            return StageState(**{**record, "history": [_with_nan(row) for row in record["history"]]})
+        except (TypeError, KeyError, AttributeError):
             raise DataError(f"{path} is missing or damaged; delete {self.folder} to train this stage again") from None
 
     def resume(self, method: Method, optimizers: Sequence[Optimizer]) -> StageState:
@@ -181,7 +183,7 @@ class StageCheckpoint:
     def write_history(self, state: StageState) -> None:
         """Replace the saved history."""
         if self.folder is not None and rank() == 0:
-            lines = "".join(json.dumps(row) + "\n" for row in state.history)
+            lines = "".join(json.dumps(_without_nan(row), allow_nan=False) + "\n" for row in state.history)
             write_atomically(self.folder / "history.jsonl", lambda file: file.write(lines.encode()))
 
     def add_snapshot(self, model: nn.Module, at: int) -> nn.Module:
@@ -215,7 +217,8 @@ class StageCheckpoint:
         """Write the result and remove intermediate files."""
         barrier()  # all processes have read the best weights
         if self.folder is not None and rank() == 0:
-            write_record(self.folder / "progress.json", asdict(state))
+            history = [_without_nan(row) for row in state.history]
+            write_record(self.folder / "progress.json", {**asdict(state), "history": history})
             save_weights(model, self.folder / "model.safetensors")
             shutil.rmtree(self.folder / "state", ignore_errors=True)
         barrier()
@@ -223,6 +226,15 @@ class StageCheckpoint:
     def _snapshot(self, at: int) -> Path:
         assert self.folder is not None
         return self.folder / "snapshots" / f"{at}.safetensors"
+
+
+def _without_nan(row: Row) -> dict[str, float | None]:
+    """Return a row with None for numbers that JSON lacks."""
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
+def _with_nan(row: dict[str, float | None]) -> Row:
+    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def _bare(model: nn.Module) -> nn.Module:

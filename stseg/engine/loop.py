@@ -132,7 +132,7 @@ def run_stage(
                 broadcast_buffers(method)
             if state.step in plan.rows:
                 miou = validate()
-                if keep == "best" and miou is not None and miou > state.best:
+                if keep == "best" and miou is not None and miou > (-math.inf if state.best is None else state.best):
                     state.best = miou
                     checkpoint.keep_best(method.model)
                 seconds = before + time.monotonic() - began
@@ -150,7 +150,7 @@ def run_stage(
                 saved = time.monotonic()
     state.seconds = before + time.monotonic() - began
     if keep == "best":
-        if state.best == -math.inf:
+        if state.best is None:
             raise DataError("keep='best': no mIoU of the validation set is a number")
         checkpoint.load_best(method.model)
     checkpoint.finish(method.model, state)

@@ -19,7 +19,7 @@ from stseg.errors import DataError
 from stseg.functional import PseudoLabels, pseudo_label
 from stseg.functional.classes import check_classes
 from stseg.functional.thresholds import STEPS, check_threshold, least_confidence, leaves_out, step_of
-from stseg.inference.fingerprints import image_checksums
+from stseg.inference.fingerprints import check_repeatable, image_checksums
 from stseg.inference.mask_store import MaskStore, check_store_id
 from stseg.inference.reading import Skipped
 from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_images, predictor
@@ -173,7 +173,8 @@ class PseudoLabeler:
             A data set of ``(image, mask)``, in the order and with the ids of ``dataset``.
 
         Raises:
-            DataError: before labeling starts, if there is no image or an id would leave the store.
+            DataError: before labeling starts, if there is no image, an id would leave the store, or an image changes
+                from one reading to the next.
             WorkdirMismatchError: before labeling starts, if the store was filled by another model or with other
                 settings.
             UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false; the masks made
@@ -186,6 +187,7 @@ class PseudoLabeler:
         store = store if isinstance(store, MaskStore) else MaskStore(store)
         if store.folder is not None and leaves_out(self.threshold):
             check_stored(self.ignore_index)
+        check_repeatable(items, name="unlabeled")
         store.claim(self.provenance(), images=image_checksums(items))
         barrier()
         todo = [index for index in sweep.share if not store.holds(items.ids[index], confidence=confidence)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
 from itertools import combinations
 from typing import Any
 
@@ -17,14 +16,13 @@ from stseg.data.items import Items, shared
 from stseg.data.listed import ListedFiles
 from stseg.data.observations import Observations
 from stseg.distributed import all_gather, rank
-from stseg.errors import DataError, NetworkError, StsegError, UnreadableImageError
+from stseg.errors import DataError, NetworkError, StsegError
 from stseg.inference.class_counts import ClassCounts
-from stseg.inference.fingerprints import checksum, join_checksums
+from stseg.inference.fingerprints import check_repeatable, checksum, join_checksums
 from stseg.inference.reading import Skipped
 from stseg.inference.sweep import Sweep
 from stseg.models.segmenter import Segmenter
 from stseg.models.state import device_of, evaluating
-from stseg.seeds import derive_seed, fixed_seed
 
 
 def check_labeled(
@@ -71,29 +69,6 @@ def check_labeled(
         counts.show()
     counts.check(of_training=name != "validation")
     return join_checksums(items.ids, [row for part in all_gather(checksums) for row in part]), counts
-
-
-def check_repeatable(items: Items, *, name: str, with_mask: bool = False) -> None:
-    """Read some evenly spaced items several times, with different states of the random generators.
-
-    Pseudo-masks would belong to other images than those that are trained on, and a resumed run would see other data.
-
-    Raises:
-        DataError: if an item changes from one reading to the next; names it.
-    """
-    chosen = sorted({len(items) * k // 16 for k in range(16)}) if len(items) else []
-    for index in chosen:
-        readings = set()
-        for reading in range(max(2, 32 // len(chosen))):  # 32 or more in all
-            with fixed_seed(derive_seed(0, "read again", index, reading)), suppress(UnreadableImageError, OSError):
-                parts = items.pair(index) if with_mask else (items.image(index),)
-                readings.add(tuple(checksum(part) for part in parts))
-        if len(readings) > 1:
-            raise DataError(
-                f"item {items.names[index]!r} of the {name} data set changes from one reading to the next; expected "
-                "data sets without random augmentation, which belongs into the training: TrainConfig(weak=...), and "
-                "strong= of methods"
-            )
 
 
 def find_unreadable(

@@ -18,7 +18,7 @@ from stseg.distributed import all_gather, barrier
 from stseg.functional import mean_confidence, stability
 from stseg.functional.classes import check_classes
 from stseg.functional.reliability import compute_stability
-from stseg.inference.fingerprints import image_checksums
+from stseg.inference.fingerprints import check_repeatable, image_checksums
 from stseg.inference.ranking import Ranking
 from stseg.inference.score_log import ScoreLog
 from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_images, predictor
@@ -84,11 +84,13 @@ class _Ranker(ABC):
             skip_unreadable: whether to skip images that cannot be read and list them in ``.skipped``.
 
         Raises:
-            DataError: if there is no image, or ``store`` has a malformed line.
+            DataError: if there is no image, one changes from one reading to the next, or ``store`` has a malformed
+                line.
             WorkdirMismatchError: if ``store`` was made with other networks, settings or another score function.
             UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false.
         """
         items = Items.of(dataset)
+        check_repeatable(items, name="unlabeled")
         sweep = Sweep(items, "rank", self.batch_size, self.num_workers, self.progress, skip_unreadable)
         log = None if store is None else ScoreLog(Path(store), self.provenance(), image_checksums(items))
         scores: dict[int, float] = {} if log is None else log.read(items.ids)

@@ -159,7 +159,7 @@ class Segmenter(nn.Module):
     def _normalized(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise ValueError(f"expected a batch of images (B, C, H, W), got {_described(images)}")
-        images = images.to(device_of(self.network), non_blocking=True)
+        given, images = images, images.to(device_of(self.network), non_blocking=True)
         if images.dtype == torch.uint8:
             images = images.float() / 255
         elif not images.is_floating_point():
@@ -169,7 +169,9 @@ class Segmenter(nn.Module):
         if self.mean is not None:
             images = (images - self._per_channel("mean", images)) / self._per_channel("std", images)
         weight = next(self.network.parameters(), None)
-        return images if weight is None or not weight.is_floating_point() else images.to(weight.dtype)
+        if weight is not None and weight.is_floating_point():
+            images = images.to(weight.dtype)
+        return images.clone() if images is given else images  # the network may write into them
 
     def _per_channel(self, name: str, images: Tensor) -> Tensor:
         values: Tensor = getattr(self, f"_{name}")

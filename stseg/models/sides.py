@@ -72,17 +72,32 @@ def find_sides(network: nn.Module, logits_of: Callable[[Tensor], Tensor], x: Ten
             raised = True
             return None
 
-    devices = [x.device] if x.device.type == "cuda" else []
-    with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices=devices):
+    def scale_of_stride(place: int, smallest: int) -> tuple[int, int | None]:
+        """Return a side above ``smallest`` for a stride, and the scale of the output there."""
+        stride = strides[place]
+        # Sides that share no other divisor, and large enough to tell this stride from the next one.
+        after = strides[place + 1] if place + 1 < len(strides) else 2 * stride
+        times = max(-(-smallest // stride), after // (after - stride) + 1)
+        return stride * times, scale_at(stride * times, stride * (times + 1))
+
+    def search() -> Sides | None:
         for smallest in (130, 400):
             for place, stride in enumerate(strides):
-                # Sides that share no other divisor, and large enough to tell this stride from the next one.
-                after = strides[place + 1] if place + 1 < len(strides) else 2 * stride
-                times = max(-(-smallest // stride), after // (after - stride) + 1)
-                scale = scale_at(stride * times, stride * (times + 1))
-                if scale is not None:
-                    takes = (side for side in _LEAST if scale_at(*(2 * [side + -side % stride])) == scale)
-                    return Sides(stride, next(takes, stride * times))
+                side, scale = scale_of_stride(place, smallest)
+                if scale is None:
+                    continue
+                if side > 1.5 * smallest:  # smaller strides may have failed for their smaller sides
+                    for earlier in range(place):
+                        other, found = scale_of_stride(earlier, side)
+                        if found is not None:
+                            side, stride, scale = other, strides[earlier], found
+                            break
+                takes = (least for least in _LEAST if scale_at(*(2 * [least + -least % stride])) == scale)
+                return Sides(stride, next(takes, side))
             if not raised:
                 break  # it takes all sizes, and its output never covers the image
-    return None
+        return None
+
+    devices = [x.device] if x.device.type == "cuda" else []
+    with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        return search()

@@ -62,8 +62,9 @@ def write_report(result: SelfTrainingResult, folder: str | Path, *, class_names:
             _steps(result),
             _pictures(figures, class_names),
             _skipped(result),
+            _classes(run.get("data", {})),
             _settings("Settings", run.get("settings", {})),
-            _settings("Data", run.get("data", {})),
+            _settings("Data", {key: value for key, value in run.get("data", {}).items() if "classes" not in key}),
             _settings("Versions", run.get("versions", {})),
         )
     )
@@ -109,6 +110,23 @@ def _skipped(result: SelfTrainingResult) -> str:
         return ""
     rows = [(skipped.id, skipped.reason) for skipped in result.skipped]
     return f"<h2>Left out: {len(rows)} images that could not be read</h2>" + _table(("Image", "Reason"), rows)
+
+
+def _classes(data: dict[str, Any]) -> str:
+    """Format the share of pixels, and the number of masks, of each class of the labeled data."""
+    tables = ""
+    for name in ("labeled", "validation"):
+        counts = data.get(f"{name} classes")
+        if not isinstance(counts, dict):
+            continue
+        everything = max(1, sum(counts["pixels"]) + counts["ignored"])
+        rows = [
+            (str(index), f"{pixels / everything:.2%}".replace("%", " %"), str(masks))
+            for index, (pixels, masks) in enumerate(zip(counts["pixels"], counts["masks"], strict=True))
+        ]
+        rows.append(("ignored", f"{counts['ignored'] / everything:.2%}".replace("%", " %"), ""))
+        tables += _table((f"Class ({name})", "Pixels", "Masks"), rows, numbers=(1, 2))
+    return f"<h2>Classes</h2>{tables}" if tables else ""
 
 
 def _settings(title: str, values: dict[str, Any]) -> str:

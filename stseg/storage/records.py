@@ -75,7 +75,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Replace the record in a file."""
-    content = json.dumps(record, indent=1).encode()
+    content = json.dumps(record, indent=1, allow_nan=False).encode()
     write_atomically(path, lambda file: file.write(content))
 
 

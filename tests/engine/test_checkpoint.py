@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -110,7 +108,7 @@ class TestStageFolder:
         for optimizer in optimizers:
             optimizer.step()
         method.after_step(batch)
-        state = StageState(step=7, seconds=1.5, best=-math.inf, logged={"loss": [0.5]}, history=[{"step": 5.0}])
+        state = StageState(step=7, seconds=1.5, best=None, logged={"loss": [0.5]}, history=[{"step": 5.0}])
         StageCheckpoint(tmp_path, {"a": 1}).save(method, optimizers, state)
         assert set(torch.load(tmp_path / "state" / "latest.pt", weights_only=True)) == {
             *("method", "optimizers", "progress")

@@ -234,14 +234,14 @@ def test_logits_that_are_not_finite_are_an_error_whichever_checkpoint_gives_them
 
 
 class Interrupted(Named):
-    """Stops the process, as it were, at one image."""
+    """Stops the process, as it were, at one image, once there are scores."""
 
-    def __init__(self, items, at):
+    def __init__(self, items, at, file):
         super().__init__(items)
-        self.at = at
+        self.at, self.file = at, file
 
     def __getitem__(self, index):
-        if index == self.at:
+        if index == self.at and self.file.exists() and self.file.stat().st_size:
             raise KeyboardInterrupt
         return super().__getitem__(index)
 
@@ -250,7 +250,7 @@ class TestResume:
     def test_does_only_what_is_not_done(self, tmp_path):
         data, file = pictures(), tmp_path / "logs" / "scores"
         with pytest.raises(KeyboardInterrupt):
-            ranker(batch_size=1).rank(Interrupted(data, at=7), store=file)
+            ranker(batch_size=1).rank(Interrupted(data, at=7, file=file), store=file)
         again = checkpoints()
         ranking = ranker(again).rank(data, store=file)
         assert [network.images_seen() for network in again] == [6, 6, 6]
@@ -464,7 +464,7 @@ class TestConfidenceRanker:
     def test_goes_on_where_it_was_killed_and_refuses_scores_of_others(self, tmp_path):
         data, file, again = pictures(), tmp_path / "scores", Pooled()
         with pytest.raises(KeyboardInterrupt):
-            confident(batch_size=1).rank(Interrupted(data, at=7), store=file)
+            confident(batch_size=1).rank(Interrupted(data, at=7, file=file), store=file)
         ranking = confident(again).rank(data, store=file)
         assert again.images_seen() == 6
         assert by_image(ranking) == pytest.approx(by_image(confident().rank(data)), abs=1e-6)
