@@ -10,8 +10,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import stseg
 
@@ -39,9 +41,22 @@ def run_session(code: str, names: dict[str, Any], where: str) -> None:
     names.update(test.globs)
 
 
+def write_binary_data() -> None:
+    """Write what the ten lines of the README read: images, masks of 0 and 255 for some of them, held-out pairs."""
+    for folder, count, labeled in (("", 24, 6), ("test", 4, 4)):
+        for index in range(count):
+            mask = np.zeros((72, 80), dtype=np.uint8)
+            mask[index % 9 * 4 :][:30, 10:50] = 255
+            for kind in ("images", "masks") if index < labeled else ("images",):
+                (Path(folder) / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(mask).save(Path(folder) / kind / f"{index:03d}.png")
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if page.name == "README.md":
+        write_binary_data()
     names: dict[str, Any] = {"__name__": "page"}
     with torch.random.fork_rng():
         torch.manual_seed(0)
