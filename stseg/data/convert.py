@@ -231,9 +231,13 @@ def check_mask_values(mask: Tensor, num_classes: int, ignore_index: int, *, name
         value = int(mask[wrong][0])
         raise DataError(
             f"mask of {name!r} holds the value {value}; expected 0..{num_classes - 1} or {ignore_index} "
-            f"({_class_map_line(mask, num_classes, ignore_index)} gives values their classes; "
-            "stseg.data.ClassMap does in a data set of your own)"
+            f"({_more_classes(value, num_classes)}{_class_map_line(mask, num_classes, ignore_index)} gives "
+            "values their classes, stseg.data.ClassMap in a data set of your own)"
         )
+
+
+def _more_classes(value: int, num_classes: int) -> str:
+    return f"num_classes={value + 1} if it is a class; " if num_classes <= value <= 2 * num_classes else ""
 
 
 def _class_map_line(mask: Tensor, num_classes: int, ignore_index: int) -> str:

@@ -99,9 +99,9 @@ def _refuse_commas(path: str | Path, number: int, line: str) -> None:
     for mark in ",;":
         names = [name.strip() for name in line.split(mark)]
         if "\t" not in line and len(names) > 1 and all(map(_is_image, names[:2])):
-            option = "" if mark == "," else f", delimiter={mark!r}"
+            kind, option = ("commas", "") if mark == "," else ("semicolons", f", delimiter={mark!r}")
             raise DataError(
-                f"{path}, line {number} has {'commas' if mark == ',' else 'semicolons'} between the columns; expected white space or tabs. "
+                f"{path}, line {number} has {kind} between the columns; expected white space or tabs. "
                 f"The rows of csv.reader work instead: ListedFiles(root, list(csv.reader(open({str(path)!r}){option})))"
             )
 

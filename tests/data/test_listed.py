@@ -118,7 +118,10 @@ class TestReadPairs:
     @pytest.mark.parametrize("content", ["a.jpg,a.png", "a.jpg, a.png", "my a.JPG , my a.png, 3", "a.jpg;a.png"])
     def test_says_how_to_read_commas(self, tmp_path, content):
         mark = "," if "," in content else ";"
-        with pytest.raises(DataError, match=rf"line 2 has '{mark}' between the columns; .* csv\.reader") as caught:
+        with pytest.raises(
+            DataError,
+            match=rf"line 2 has {'commas' if mark == ',' else 'semicolons'} between the columns; .* csv\.reader",
+        ) as caught:
             self.read(tmp_path, f"\n{content}\n")
         assert ("delimiter=';'" in str(caught.value)) == (mark == ";")
 

@@ -227,6 +227,7 @@ def outcome_dtypes(found: dict[str, torch.Tensor]) -> dict[str, torch.dtype]:
     return {name: value.dtype for name, value in found.items()}
 
 
+@pytest.mark.filterwarnings("ignore::stseg.errors.NetworkWarning")  # of the layers that a rank leaves out
 class TestFit:
     def test_in_two_processes_comes_to_the_weights_of_one(self, both):
         alone = numbers(fitted(True))
