@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from stseg.data.convert import image_of, pair_of
+from stseg.data.decoding import pixel_limit_error
 from stseg.errors import DataError
 
 
@@ -84,7 +86,7 @@ class Items(Dataset[Any]):
 
     def image(self, index: int) -> Tensor:
         """Return an item's image, ``(C, H, W)`` uint8 or float32 in [0, 1]."""
-        return image_of(self.dataset[self._indices[index]], name=self.names[index])
+        return image_of(self._item(index), name=self.names[index])
 
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
         """Return an item's image and its mask, ``(H, W)`` uint8 or int32."""
@@ -93,8 +95,14 @@ class Items(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._indices)
 
+    def _item(self, index: int) -> Any:
+        try:
+            return self.dataset[self._indices[index]]
+        except Image.DecompressionBombError as error:
+            raise pixel_limit_error(f"item {self.names[index]!r}", error) from error
+
     def __getitem__(self, index: int) -> Any:
-        return self.image(index) if self._only_images else self.dataset[self._indices[index]]
+        return self.image(index) if self._only_images else self._item(index)
 
 
 def _refuse_others(dataset: Any) -> None:

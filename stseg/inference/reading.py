@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from stseg.data.decoding import pixel_limit_error
 from stseg.data.items import Items
 from stseg.data.observations import Observations, observing
 from stseg.errors import StsegError, UnreadableImageError
@@ -102,8 +100,6 @@ class _Parts(Dataset[Any]):
             name = self.items.names[index]
             text = str(error) if isinstance(error, UnreadableImageError) else f"item {name!r}: {error}"
             return _Unreadable(UnreadableImageError(text))
-        except Image.DecompressionBombError as error:
-            return pixel_limit_error(f"item {self.items.names[index]!r}", error)
         except StsegError as error:
             return error
         # A tensor from a worker keeps a file descriptor open for its lifetime; an array does not.
