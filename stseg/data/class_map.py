@@ -79,6 +79,8 @@ class ClassMap:
         Raises:
             DataError: if a value has no class and ``unmapped`` is None; names the mask and the value.
         """
+        if isinstance(mask, Image.Image) and mask.mode == "1":
+            mask = mask.convert("L")  # 0 and 255, as in files
         values = _color_codes(mask, name) if self.colors else as_mask(mask, name=name)
         if observing_values():
             self._observe(values)
@@ -102,8 +104,10 @@ class ClassMap:
 
     def _observe(self, values: Tensor) -> None:
         keys = [_color(value) if self.colors else value for value in self._values.tolist()]
-        met = torch.isin(self._values, values.int()).tolist()
-        observe_values(tuple(keys), {key for key, is_met in zip(keys, met, strict=True) if is_met})
+        held: list[int] = torch.unique(values.int()).tolist()
+        known = dict(zip(self._values.tolist(), keys, strict=True))
+        others = {self._shown(value) for value in held if value not in known}
+        observe_values(tuple(keys), {known[value] for value in held if value in known}, others)
 
     def _shown(self, value: int) -> str:
         return str(_color(value) if self.colors else value)

@@ -73,6 +73,8 @@ def decode_image(path: Path, *, apply_exif: bool = True) -> Decoded:
             upright = ImageOps.exif_transpose(image) if orientation != 1 else image.copy()
             if upright.mode.startswith("I") or upright.mode == "F":
                 values = np.array(upright)
+                if image.format == "JPEG2000":  # which PIL spreads over 16 bits
+                    values, stated = values >> (16 - depth), (0.0, float(2**depth - 1)) if depth < 16 else None
                 if image.format != "TIFF":
                     values = sixteen_bits(values)  # in which older versions of PIL return 16 bits
                 values = values.view(np.uint32) if unsigned else values
@@ -167,9 +169,24 @@ def _is_tiff(path: Path) -> bool:
         return file.read(4) in _TIFF
 
 
-def _refuse_several(image: Image.Image, path: Path) -> None:
+def _count(image: Image.Image) -> int:
+    """Return the number of images in a file, without previews."""
     count = getattr(image, "n_frames", 1)
-    if count > 1 and image.format != "MPO":  # whose further images are previews
+    if count == 1 or image.format == "MPO":  # whose further images are previews
+        return 1
+    if image.format == "TIFF":
+        whole = 0
+        for place in range(count):
+            image.seek(place)
+            whole += not _tag(image, 254, 0) & 1  # not of reduced resolution, as the overviews of GeoTIFFs
+        image.seek(0)
+        return whole
+    return count
+
+
+def _refuse_several(image: Image.Image, path: Path) -> None:
+    count = _count(image)
+    if count > 1:
         what = "pages" if image.format == "TIFF" else "frames"
         raise DataError(f"{path} holds {count} {what}; expected one image in a file (save each as a file of its own)")
 
@@ -277,11 +294,12 @@ def _deep_tiff(path: Path) -> Samples | None:
     """Read a TIFF of samples or bands that PIL would drop; None if PIL keeps them."""
     stated = None
     with suppress(UnidentifiedImageError), Image.open(path) as image:
-        if getattr(image, "n_frames", 1) > 1 and importlib.util.find_spec("tifffile") is None:
+        several = _count(image) > 1
+        if several and importlib.util.find_spec("tifffile") is None:
             _refuse_several(image, path)
         bands, bits, signed = _tag(image, 277, 1), _tag(image, 258, 8), _tag(image, 339, 1) == _SIGNED
         whole = bits <= 8 and not signed and _unstated_bands(image) <= 0 if bands > 1 else not (bits == 8 and signed)
-        if whole and getattr(image, "n_frames", 1) == 1:
+        if whole and not several:
             return None
         stated = _stated_range(image)
     values, page = _tifffile(path)
@@ -322,13 +340,14 @@ def _tifffile(path: Path) -> tuple[np.ndarray[Any, Any], Any]:
         series = file.series[0]
         axes, values = series.axes, series.asarray()
         page = file.pages.first
+        whole = [each for each in file.series if not each.keyframe.is_reduced]
         kept = [axis for axis, size in zip(axes, values.shape, strict=True) if size > 1 or axis in "YX"]
         channels = [axis for axis in kept if axis in "CS"]
         others = [axis for axis in kept if axis not in "YXCS"]
-        if len(file.series) > 1 or others or len(channels) > 1 or "Y" not in kept or "X" not in kept:
+        if len(whole) > 1 or others or len(channels) > 1 or "Y" not in kept or "X" not in kept:
             sizes = " x ".join(f"{size} ({axis})" for axis, size in zip(axes, values.shape, strict=True))
             raise DataError(
-                f"{path} holds several images: {len(file.series)} series, the first one of {sizes}; "
+                f"{path} holds several images: {len(whole)} series, the first one of {sizes}; "
                 "expected one image in a file (save each as a file of its own)"
             )
         if (turned := page.tags.valueof("Orientation", default=1)) != 1:

@@ -13,6 +13,8 @@ from stseg.errors import DataWarning
 
 Key = int | tuple[int, ...]
 
+_MOST = 1000  # values that are remembered
+
 _current: ContextVar[Observations | None] = ContextVar("observations", default=None)
 
 
@@ -22,16 +24,21 @@ class Observations:
 
     Attributes:
         met: for each ``class_map``, as the tuple of its keys, those that a mask holds.
+        unmapped: for each ``class_map``, some of the other values that the masks hold.
         turned: names of the images that were turned by their EXIF orientation and whose masks may not have been.
     """
 
     met: dict[tuple[Any, ...], set[Any]] = field(default_factory=dict)
+    unmapped: dict[tuple[Any, ...], set[str]] = field(default_factory=dict)
     turned: list[str] = field(default_factory=list)
 
     def add(self, other: Observations) -> None:
         """Add what another pass, or another process, saw."""
         for keys, met in other.met.items():
             self.met.setdefault(keys, set()).update(met)
+        for keys, values in other.unmapped.items():
+            mine = self.unmapped.setdefault(keys, set())
+            mine.update(list(values)[: _MOST - len(mine)])
         self.turned.extend(other.turned)
 
     def warn(self, name: str) -> None:
@@ -41,6 +48,13 @@ class Observations:
                 warn(
                     f"no mask of the {name} data set holds {_listed(missing)}, which class_map names; "
                     f"of its keys, the masks hold {_listed(sorted(met)) if met else 'none'}"
+                )
+        for keys, values in self.unmapped.items():
+            if len(values) > 2 * len(keys) + 8:
+                warn(
+                    f"the masks of the {name} data set hold {len(values)}{' or more' if len(values) == _MOST else ''} "
+                    f"values that class_map does not name, such as {_listed(sorted(values, key=_as_number), 4)}; "
+                    "were they resized with interpolation, or compressed with loss? unmapped=None refuses such masks"
                 )
         if self.turned:
             count = len(self.turned)
@@ -67,11 +81,11 @@ def observing() -> Iterator[Observations]:
         _current.reset(token)
 
 
-def observe_values(keys: tuple[Any, ...], met: set[Any]) -> None:
-    """Note the keys of a ``class_map`` that a mask holds."""
+def observe_values(keys: tuple[Any, ...], met: set[Any], unmapped: set[str]) -> None:
+    """Note the keys of a ``class_map`` that a mask holds, and the other values."""
     observations = _current.get()
     if observations is not None:
-        observations.met.setdefault(keys, set()).update(met)
+        observations.add(Observations({keys: met}, {keys: unmapped}))
 
 
 def observing_values() -> bool:
@@ -91,6 +105,10 @@ def observe_turned(name: str) -> None:
 def warn(message: str) -> None:
     """Warn about data."""
     warnings.warn(message, DataWarning, stacklevel=3)
+
+
+def _as_number(value: str) -> tuple[int, str]:
+    return (int(value) if value.lstrip("-").isdecimal() else 0, value)
 
 
 def _listed(values: list[Any], most: int = 8) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stseg.data import ListedFiles, SegmentationFolder
+from stseg.data import ClassMap, ListedFiles, SegmentationFolder
 from stseg.data.decoding import decode_mask
 from stseg.errors import DataError, DataWarning, UnreadableImageError
 
@@ -302,3 +302,33 @@ def test_what_is_no_image_stays_unreadable(tmp_path):
             read_image(tmp_path / name)
         with pytest.raises(UnreadableImageError, match="cannot be read as an image"):
             decode_mask(tmp_path / name)
+
+
+def test_overviews_of_reduced_resolution_are_no_images_of_their_own(tmp_path):
+    array = RNG.integers(0, 4, (64, 80), dtype=np.uint8)
+    bands = RNG.integers(0, 255, (64, 80, 5), dtype=np.uint8)
+    for name, content in (("mask.tif", array), ("bands.tif", bands)):
+        photometric = {"photometric": "minisblack", "planarconfig": "contig"} if content.ndim == 3 else {}
+        with tifffile.TiffWriter(tmp_path / name) as file:
+            file.write(content, metadata=None, **photometric)
+            file.write(content[::2, ::2], subfiletype=1, metadata=None, **photometric)
+    assert np.array_equal(decode_mask(tmp_path / "mask.tif"), array)
+    assert read_image(tmp_path / "mask.tif").shape == (3, 64, 80)
+    assert read_image(tmp_path / "bands.tif", mode=None).shape == (5, 64, 80)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_jpeg_2000_states_its_depth(tmp_path, bits):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    array = RNG.integers(0, 2**bits, (40, 48)).astype(np.uint8 if bits == 8 else np.uint16)
+    array[0, 0] = 2**bits - 1
+    content = imagecodecs.jpeg2k_encode(array, level=0, reversible=True, bitspersample=bits)
+    (tmp_path / "a.jp2").write_bytes(content)
+    image = read_image(tmp_path / "a.jp2", mode="L")
+    scaled = image.numpy()[0] / (255 if image.dtype == torch.uint8 else 1)
+    assert np.abs(scaled - array / (2**bits - 1)).max() < 2e-3
+
+
+def test_black_and_white_images_of_pil_are_0_and_255_for_a_class_map():
+    black_and_white = Image.fromarray(np.array([[False, True]]))
+    assert ClassMap({0: 0, 255: 1})(black_and_white).tolist() == [[0, 1]]

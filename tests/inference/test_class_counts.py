@@ -206,3 +206,26 @@ def test_the_table_is_shown_and_kept(tmp_path, capsys):
     report = (tmp_path / "report.html").read_text()
     assert "<h2>Classes</h2>" in report
     assert "50.00 %" in report
+
+
+def test_masks_that_were_resized_with_interpolation_are_warned_of(tmp_path):
+    for index in range(4):
+        mask = np.zeros((10, 10), np.uint8)
+        mask[index : index + 5, 2:7] = 255
+        Image.fromarray(mask).resize((40, 40), Image.Resampling.BICUBIC).save(tmp_path / f"{index}_mask.png")
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{index}.png")
+    data = SegmentationFolder(tmp_path, tmp_path, mask_suffix="_mask", class_map={0: 0, 255: 1})
+    with pytest.warns(DataWarning, match=r"hold \d+ values that class_map does not name, such as \d+, .*unmapped=None"):
+        fit(data)
+
+
+def test_a_class_map_of_some_of_many_values_is_not(tmp_path):
+    """As 19 of the 34 of Cityscapes."""
+    for index in range(4):
+        Image.fromarray(np.arange(34, dtype=np.uint8)[None].repeat(20, 0)).save(tmp_path / f"{index}_mask.png")
+        Image.new("RGB", (34, 20)).save(tmp_path / f"{index}.png")
+    class_map = {value: place for place, value in enumerate(range(7, 26))}
+    data = SegmentationFolder(tmp_path, tmp_path, mask_suffix="_mask", class_map=class_map)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(data, 19)
