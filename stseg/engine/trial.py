@@ -21,7 +21,7 @@ from stseg.engine.plan import Plan
 from stseg.errors import MethodError, NetworkError, StsegError
 from stseg.models.precision import autocast
 from stseg.models.segmenter import takes_images
-from stseg.models.state import device_of, train_unfrozen
+from stseg.models.state import bare_network, device_of, train_unfrozen
 from stseg.seeds import derive_seed, fixed_seed
 
 
@@ -100,10 +100,12 @@ def check_model(method: Method) -> None:
             f"{name}.model holds a script module ({scripted.original_name}), which cannot be trained here; "
             "expected the torch.nn.Module that it was made of (torch.compile(network) works)"
         )
-    if isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
+    if takes_images(inner := bare_network(model)) and inner is not model:
+        kind = type(model).__name__
+        function = "torch.compile" if hasattr(model, "_orig_mod") else kind
         raise NetworkError(
-            f"{name}.model is compiled with its wrapper; expected stseg.Segmenter(torch.compile(network)), so that "
-            "weights are those of the network"
+            f"{name}.model is a {kind} around stseg.{type(inner).__name__}; expected "
+            f"stseg.Segmenter({function}(network)), so that weights are those of the network"
         )
     if not takes_images(model):
         raise MethodError(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 
 from stseg.checks import check_image_range
 from stseg.description import describe
@@ -56,8 +57,8 @@ class Segmenter(nn.Module):
         float64 network) on the network's device, K at least 2. Any H and W.
 
     Raises:
-        NetworkError: when called, if the network does not return a batch of logits, returns several, or logits that,
-            scaled by one integer, do not cover the image.
+        NetworkError: if the network has lazy layers without a shape; when called, if the network does not return a
+            batch of logits, returns several, or logits that, scaled by one integer, do not cover the image.
         ValueError: when called, if float images are not in [0, 1] (on a GPU only at the first call).
 
     Example:
@@ -83,6 +84,11 @@ class Segmenter(nn.Module):
             raise TypeError(f"network is {type(network).__name__}; expected a torch.nn.Module")
         if takes_images(network):
             raise ValueError(f"network is a {type(network).__name__}, which takes images as they are")
+        if any(isinstance(parameter, UninitializedParameter) for parameter in network.parameters()):
+            raise NetworkError(
+                f"the network ({type(network).__name__}) has lazy layers without a shape; expected one that was called "
+                "once, such as network(torch.zeros(1, 3, 64, 64))"
+            )
         if stride is not None and stride < 1:
             raise ValueError(f"stride is {stride}; expected 1 or more")
         if (mean is None) != (std is None):

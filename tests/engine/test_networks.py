@@ -261,9 +261,18 @@ class TestWrappers:
             with pytest.raises(NetworkError, match="script module"):
                 attempt(lambda: make(nn.Conv2d(3, 2, 1)))
 
-    def test_a_compiled_wrapper_is_refused_with_the_line_to_write(self):
-        with pytest.raises(NetworkError, match=r"expected stseg\.Segmenter\(torch\.compile\(network\)\)"):
-            fit(torch.compile(stseg.Segmenter(Net()), backend="eager"))
+    @pytest.mark.parametrize(("kind", "name"), [("compile", r"torch\.compile"), ("DataParallel", "DataParallel")])
+    def test_around_the_wrapper_are_refused_with_the_line_to_write(self, kind, name):
+        with pytest.raises(NetworkError, match=rf"expected stseg\.Segmenter\({name}\(network\)\)"):
+            fit(WRAPPERS[kind](stseg.Segmenter(Net())))
+
+    def test_lazy_layers_are_refused_until_they_have_a_shape(self):
+        network = nn.Sequential(nn.LazyConv2d(4, 3, padding=1), nn.Conv2d(4, 2, 1))
+        for attempt in (lambda: fit(network), lambda: run(lambda: copy.deepcopy(network))):
+            with pytest.raises(NetworkError, match=r"called once, such as network\(torch\.zeros\(1, 3, 64, 64\)\)"):
+                attempt()
+        network(torch.zeros(1, 3, 64, 64))
+        fit(network)
 
 
 class TestOutputsThatAreNoLogits:
