@@ -134,7 +134,11 @@ def _color_codes(mask: Any, name: str) -> Tensor:
         pixels = pixels[..., :3]
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         transparent = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
-        what = "has transparent pixels" if transparent else f"is {pixels.dtype} of shape {pixels.shape}"
+        what = (
+            "has transparent pixels (PIL's image.convert('RGB') leaves the transparency out)"
+            if transparent
+            else f"is {pixels.dtype} of shape {pixels.shape}"
+        )
         raise DataError(
             f"mask of {name!r} {what}; expected opaque colors, a PIL image or (H, W, 3) uint8, as class_map has colors"
         )

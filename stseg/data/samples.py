@@ -36,7 +36,7 @@ def scale_samples(
     name: str,
     value_range: tuple[float, float] | None = None,
     stated: tuple[float, float] | None = None,
-    way_out: str = "value_range=(0, {high})",
+    way_out: str = "value_range=({low}, {high})",
 ) -> np.ndarray[Any, Any]:
     """Scale samples to float32 in [0, 1].
 
@@ -50,16 +50,21 @@ def scale_samples(
         raise DataError(f"image {name!r} holds {values.dtype}; expected integers or real numbers")
     values = values.astype(np.uint8) if values.dtype.kind == "b" else values
     low, high = (float(extreme) for extreme in (values.min(), values.max()))
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise DataError(
+            f"image {name!r} holds NaN or infinite values; expected numbers (give pixels without data a value)"
+        )
     bounds = value_range or stated or _implied_range(values.dtype, low, high)
     if bounds is None:
         kind = f"{8 * values.dtype.itemsize}-bit " + ("floats" if values.dtype.kind == "f" else "integers")
-        line = way_out.format(high=_next_range(high))
+        usual = values.dtype.kind != "f" and low >= 0
+        line = way_out.format(low="0" if low >= 0 else f"{low:g}", high=_next_range(high) if usual else f"{high:g}")
         full = " or (0, 65535) for all 16 bits" if values.dtype.kind in "iu" and values.dtype.itemsize == 2 else ""
         raise DataError(
             f"image {name!r} holds {kind} from {low:g} to {high:g} and does not state which values are black and "
             f"white; expected {line}{full if low >= 0 else ''}, the range of all images"
         )
-    if not (bounds[0] <= low and high <= bounds[1]):  # also catches NaN
+    if not (bounds[0] <= low and high <= bounds[1]):
         source = "value_range" if value_range else "the range that the file states"
         raise DataError(
             f"image {name!r} holds values from {low:g} to {high:g}; {source} is "

@@ -332,3 +332,19 @@ def test_jpeg_2000_states_its_depth(tmp_path, bits):
 def test_black_and_white_images_of_pil_are_0_and_255_for_a_class_map():
     black_and_white = Image.fromarray(np.array([[False, True]]))
     assert ClassMap({0: 0, 255: 1})(black_and_white).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("array", "line"),
+    [
+        (np.array([[-998, 2999]], dtype=np.int16), r"value_range=\(-998, 2999\)"),
+        (np.array([[0.5, 300]], dtype=np.float32), r"value_range=\(0, 300\)"),
+        (np.array([[0, 300]], dtype=np.uint16), r"value_range=\(0, 1023\)"),
+        (np.array([[0.5, np.nan]], dtype=np.float32), "NaN or infinite values"),
+        (np.array([[0.5, np.inf]], dtype=np.float32), "NaN or infinite values"),
+    ],
+)
+def test_the_line_to_write_holds_all_values(tmp_path, array, line):
+    tifffile.imwrite(tmp_path / "a.tif", array)
+    with pytest.raises(DataError, match=line):
+        read_image(tmp_path / "a.tif")
