@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from stseg.data.convert import image_of, pair_of
 from stseg.data.decoding import pixel_limit_error
-from stseg.errors import DataError
+from stseg.errors import DataError, StsegError
 
 
 class Items(Dataset[Any]):
@@ -96,10 +96,15 @@ class Items(Dataset[Any]):
         return len(self._indices)
 
     def _item(self, index: int) -> Any:
+        name = self.names[index]
         try:
             return self.dataset[self._indices[index]]
+        except (StsegError, OSError, MemoryError):
+            raise
         except Image.DecompressionBombError as error:
-            raise pixel_limit_error(f"item {self.names[index]!r}", error) from error
+            raise pixel_limit_error(f"item {name!r}", error) from error
+        except Exception as error:  # of any type; a StopIteration would end the loop over the items as if it were done
+            raise DataError(f"item {name!r} cannot be read: {type(error).__name__}: {error}") from error
 
     def __getitem__(self, index: int) -> Any:
         return self.image(index) if self._only_images else self._item(index)

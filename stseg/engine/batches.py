@@ -144,7 +144,10 @@ class Streams(Dataset[tuple[StreamName, Any]]):
         items, name = self.items[draw.stream], self.items[draw.stream].names[draw.item]
         with fixed_seed(derive_seed(self.config.seed, *_key("sample", draw.stream), draw.number)):
             if draw.stream == "unlabeled":
-                view, valid = self.view(items.image(draw.item), self._augment(name))
+                try:
+                    view, valid = self.view(items.image(draw.item), self._augment(name))
+                except StopIteration as error:  # which would end the loop over the batches
+                    raise DataError(f"the view of item {name!r} fails: StopIteration") from error
                 return draw.stream, (_map(view, Tensor.cpu), None if valid is None else valid.cpu())
             item = items[draw.item]
             image, mask = pair_of(item, name=name)

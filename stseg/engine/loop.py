@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
 from stseg.data.items import Items
 from stseg.distributed import broadcast_buffers, rank, world_size
@@ -30,6 +29,7 @@ from stseg.engine.trial import preserved_random_state, try_step
 from stseg.errors import DataError, NetworkError, NetworkWarning, TrainingDivergedError
 from stseg.inference.evaluate import evaluate
 from stseg.models.state import device_of, train_unfrozen
+from stseg.progress import progress_bar
 from stseg.seeds import derive_seed
 
 
@@ -111,7 +111,7 @@ def run_stage(
         state.seconds = before + time.monotonic() - began
         checkpoint.save(method, optimizers, state)
 
-    bar = tqdm(total=plan.steps, initial=state.step, desc=title, disable=not progress or rank() > 0, dynamic_ncols=True)
+    bar = progress_bar(title=title, total=plan.steps, initial=state.step, show=progress and rank() == 0)
     steps = range(state.step, plan.steps)
     with bar, preserved_random_state(device):
         for batch in streams.batches(steps, plan.steps, device, num_workers=config.num_workers):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stseg.data.observations import warn
 from stseg.distributed import all_gather, rank
 from stseg.errors import DataError
+from stseg.progress import show_message
 
 _SHOWN = 32  # classes of a table
 
@@ -108,7 +107,7 @@ class ClassCounts:
     def show(self) -> None:
         """Print the table of classes, in the first process."""
         if rank() == 0:
-            tqdm.write(self.table(), file=sys.stderr)
+            show_message(self.table())
 
     def table(self) -> str:
         """Format classes, their share of pixels and the number of masks that hold them.

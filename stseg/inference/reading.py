@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stseg.data.items import Items
 from stseg.data.observations import Observations, observing
-from stseg.errors import StsegError, UnreadableImageError
+from stseg.errors import DataError, StsegError, UnreadableImageError
 from stseg.seeds import derive_seed, fixed_seed
 
 
@@ -56,8 +56,10 @@ def read_items(
         collate_fn=list,
         generator=torch.Generator(),  # its own, so as not to advance the caller's
     )
+    count = 0
     for batch in loader:
         for index, value, seen in batch:
+            count += 1
             if observations is not None and seen is not None:
                 observations.add(seen)
             if isinstance(value, StsegError):
@@ -69,6 +71,8 @@ def read_items(
                 raise value.error
             else:
                 skip(Skipped(index, items.ids[index], str(value.error)))
+    if count != len(indices):
+        raise DataError(f"{count} of {len(indices)} items were read; expected all of them")
 
 
 @dataclass(frozen=True)

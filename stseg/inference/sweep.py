@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from stseg.checks import check_choice
 from stseg.data.items import Items
@@ -18,6 +17,7 @@ from stseg.errors import DataError, NetworkError
 from stseg.inference.reading import Skipped, read_items
 from stseg.models.precision import autocast
 from stseg.models.state import device_of, evaluating
+from stseg.progress import progress_bar
 from stseg.types import Precision
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ class Sweep:
         )
 
     def _bar(self, iterable: Iterable[T], total: int) -> Iterable[T]:
-        return tqdm(iterable, total=total, desc=self.title, disable=not self.progress or rank() > 0, dynamic_ncols=True)
+        return progress_bar(iterable, title=self.title, total=total, show=self.progress and rank() == 0)
 
 
 def batch_by_size(
