@@ -23,6 +23,7 @@ from stseg.stages.result import SelfTrainingResult
 from stseg.stages.stages import MakeMethod, Stages
 from stseg.stages.validation import validate_run
 from stseg.stages.workdir import Workdir
+from stseg.storage.files import absolute_folder
 
 _SHORTHANDS = {"supervised": Baseline, "st": ST, "st++": STPlusPlus}
 
@@ -97,7 +98,7 @@ class SelfTrainer:
         check_choice("keep", keep, "final", "best")
         self.make_model, self.num_classes, self.config = make_model, num_classes, config
         self.recipe = _as_recipe(method)
-        self.keep, self.workdir, self.skip_unreadable = keep, workdir, skip_unreadable
+        self.keep, self.workdir, self.skip_unreadable = keep, absolute_folder(workdir), skip_unreadable
         self.log, self.progress = log, progress
         self.recipe.check_settings(config, num_classes=num_classes, on_disk=workdir is not None)
 

@@ -25,6 +25,7 @@ from stseg.errors import DataError
 from stseg.inference.fingerprints import dataset_fingerprint
 from stseg.inference.preflight import check_labeled, check_network, find_unreadable, refuse_common_ids
 from stseg.methods.supervised import Supervised
+from stseg.storage.files import absolute_folder
 
 
 def fit(
@@ -92,6 +93,7 @@ def fit(
             "(recipes such as stseg.methods.STPlusPlus() belong to SelfTrainer)"
         )
     check_log(log)
+    workdir = absolute_folder(workdir)
     method = method if isinstance(method, Method) else Supervised(method, ignore_index=config.ignore_index)
     check_model(method)
     check_choice("keep", keep, "final", "best")
@@ -117,7 +119,7 @@ def fit(
     method.to(setup_device())
     image = streams[Draw("labeled", 0, 0)][1][0]
     streams.num_classes = check_network(method.model, image)
-    known = workdir is not None and (Path(workdir) / "stage.json").exists()
+    known = workdir is not None and (workdir / "stage.json").exists()
     facts = {"items": streams.description()}
     facts |= _validate_data(items, extra, held_out, streams.num_classes, config, progress=progress, known=known)
     return run_stage(

@@ -22,7 +22,7 @@ from stseg.engine.method import Method
 from stseg.errors import DataError, WorkdirMismatchError
 from stseg.models.segmenter import Segmenter
 from stseg.models.state import bare_network, cpu_state
-from stseg.storage.files import write_atomically
+from stseg.storage.files import absolute_folder, write_atomically
 from stseg.storage.records import claim, read_record, write_record
 
 Row = dict[str, float]
@@ -133,7 +133,7 @@ class StageCheckpoint:
     """
 
     def __init__(self, folder: str | Path | None, record: dict[str, Any]) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = absolute_folder(folder)
         self._best: dict[str, torch.Tensor] | None = None
         if self.folder is not None:
             if (self.folder / "run.json").exists():

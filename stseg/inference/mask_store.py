@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stseg.data.convert import as_mask
 from stseg.errors import DataError, UnreadableImageError, WorkdirMismatchError
-from stseg.storage.files import write_atomically
+from stseg.storage.files import absolute_folder, write_atomically
 from stseg.storage.records import claim, merge_claim, read_record
 
 _CONFIDENCE = ".confidence"
@@ -42,7 +42,7 @@ class MaskStore:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = absolute_folder(folder, "the store")
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"the store {self.folder} is a file; expected a folder")
         self._masks: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from stseg.distributed import all_gather, barrier, rank
 from stseg.errors import WorkdirInUseError, WorkdirMismatchError
-from stseg.storage.files import lock
+from stseg.storage.files import absolute_folder, lock
 from stseg.storage.records import read_record, refuse_other, write_record
 
 
@@ -27,7 +27,7 @@ class Workdir:
     """
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = absolute_folder(folder)
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"the work directory {self.folder} is a file; expected a folder")
         if self.folder is not None and (self.folder / "stage.json").exists():

@@ -14,6 +14,23 @@ except ImportError:  # not available on Windows
     fcntl = None  # type: ignore[assignment]
 
 
+def absolute_folder(folder: str | os.PathLike[str] | None, name: str = "workdir") -> Path | None:
+    """Return a folder as an absolute path, which a later change of the current folder does not move.
+
+    Raises:
+        ValueError: if it is an empty string, which would mean the current folder.
+
+    Example:
+        >>> absolute_folder("runs/first").is_absolute(), absolute_folder(None)
+        (True, None)
+    """
+    if folder is None:
+        return None
+    if os.fspath(folder) == "":
+        raise ValueError(f"{name} is an empty string; expected a folder, or None for none ('.' is the current one)")
+    return Path(folder).absolute()
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file atomically.
 

@@ -7,7 +7,10 @@ import stat
 import time
 
 import pytest
+import torch
+from torch import nn
 
+import stseg
 from stseg.storage.files import write_atomically
 
 
@@ -94,3 +97,25 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path, delay):
     content = path.read_bytes()
     assert len(content) == 64 * 4096
     assert len(set(content)) == 1
+
+
+def test_an_empty_folder_is_refused_and_a_relative_one_stays_where_it_was(tmp_path, monkeypatch):
+    data = [(torch.rand(3, 20, 20), torch.randint(2, (20, 20), dtype=torch.uint8)) for _ in range(4)]
+    config = stseg.TrainConfig(steps=3, batch_size=2, weak=stseg.WeakAugment(16))
+    options = {"num_classes": 2, "config": config, "method": "supervised", "progress": False}
+    with pytest.raises(ValueError, match="workdir is an empty string; expected a folder"):
+        stseg.SelfTrainer(lambda: nn.Conv2d(3, 2, 1), workdir="", **options)
+    with pytest.raises(ValueError, match="workdir is an empty string; expected a folder"):
+        stseg.fit(nn.Conv2d(3, 2, 1), data, config, workdir="", progress=False)
+    with pytest.raises(ValueError, match="the store is an empty string"):
+        stseg.MaskStore("")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    trainer, store = stseg.SelfTrainer(lambda: nn.Conv2d(3, 2, 1), workdir="run", **options), stseg.MaskStore("masks")
+    monkeypatch.chdir(tmp_path / "there")
+    trainer.fit(data)
+    store.put("a", torch.zeros(3, 4, dtype=torch.uint8))
+    assert (tmp_path / "here" / "run" / "run.json").exists()
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"run", "masks"}
+    assert not any((tmp_path / "there").iterdir())
