@@ -79,13 +79,11 @@ class ItemReader:
             return convert_channels(values, self.mode, has_alpha=image.has_alpha, extra=image.extra, name=name)
         image = eight_bits(image, name=name)
         image = image if self.mode in (None, image.mode) else image.convert(self.mode)
-        pixels = as_image(image, name=name)
-        if self.value_range is None:
-            return pixels
-        return torch.from_numpy(scale_samples(pixels.numpy(), name=name, value_range=self.value_range))
+        return as_image(image, name=name)
 
     def _classes(self, mask: Path, name: str) -> Tensor:
-        values = decode_mask(mask, colors=self.class_map is not None and self.class_map.colors)
+        colors = self.class_map is not None and self.class_map.colors
+        values = decode_mask(mask, colors=colors, apply_exif=self.apply_exif is not False)
         if self.class_map is not None and self.class_map.colors:
             return self.class_map(values, name=name)
         values = gray_of(values, name=name) if values.ndim == 3 else values
@@ -93,17 +91,18 @@ class ItemReader:
 
     def _check_orientation(self, image: Tensor, mask: Tensor, orientation: int, path: Path, name: str) -> None:
         """Refuse, or warn of, a mask that may have been drawn on the pixels as stored."""
-        if orientation == 1 or orientation_of(path) != 1:
+        if self.apply_exif is False or orientation == (of_mask := orientation_of(path)):
             return
         (height, width), (mask_height, mask_width) = image.shape[-2:], mask.shape
         if (height, width) != (mask_height, mask_width) == (width, height):
             raise DataError(
                 f"image and mask of {name!r} differ in size: image {height} x {width}, mask "
-                f"{mask_height} x {mask_width} (height x width), as the image was turned by its EXIF orientation "
-                f"({orientation}) and the mask was drawn on the pixels as stored; expected apply_exif=False, which "
-                "reads images as they are stored, or masks of the turned images"
+                f"{mask_height} x {mask_width} (height x width), as the EXIF orientation of the image ({orientation}) "
+                f"is not that of the mask ({of_mask}), which was drawn on the pixels as stored; expected "
+                "apply_exif=False, which reads files as they are stored, or masks of the turned images"
             )
-        sure = orientation >= 5 and height != width  # the size tells that the mask was drawn on the turned image
+        # The size tells that the mask was drawn on the turned image.
+        sure = max(orientation, of_mask) >= 5 and height != width
         if (height, width) == (mask_height, mask_width) and not sure and self.apply_exif is None:
             observe_turned(name)
 

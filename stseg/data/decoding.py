@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from stseg.data.observations import observe_palette
 from stseg.data.samples import sixteen_bits
 from stseg.errors import DataError, StsegError, UnreadableImageError
 
@@ -18,6 +19,15 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LOSSY_TIFF = {6: "JPEG", 7: "JPEG", 33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 50001: "WebP"}
 _LOSSLESS = ("PNG", "BMP", "TIFF")
 _ORIENTATION = 0x0112
+_BACK = {  # of each orientation, to the pixels as stored
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3  # TIFF's SampleFormat
 
 
@@ -42,7 +52,7 @@ class Decoded(NamedTuple):
     image: Image.Image | Samples
     """The upright image."""
     orientation: int
-    """EXIF orientation that was applied, 1 to 8; 1 for none."""
+    """EXIF orientation of the file, 1 to 8; 1 for none."""
 
 
 def decode_image(path: Path, *, apply_exif: bool = True) -> Decoded:
@@ -58,19 +68,17 @@ def decode_image(path: Path, *, apply_exif: bool = True) -> Decoded:
         with Image.open(path) as image:
             _refuse_several(image, path)
             depth = _bits_per_channel(image, path)
+            orientation = image.getexif().get(_ORIENTATION, 1)  # of a PNG, this loads it
             if image.format == "PNG" and depth > 8 and not image.mode.startswith("I"):
                 alpha = image.mode in ("RGBA", "LA")
-                orientation = image.getexif().get(_ORIENTATION, 1)
                 values = _turned(_decode_png(path), orientation if apply_exif else 1)
-                return Decoded(Samples(values, alpha), orientation if apply_exif else 1)
+                return Decoded(Samples(values, alpha), orientation)
             if depth > 8 and not image.mode.startswith("I"):
                 raise DataError(f"{path} has {depth} bits per channel, of which 8 would be read; expected PNG or TIFF")
             stated = (0.0, 65535.0) if image.format == "PPM" else _stated_range(image)
             inverted = image.format == "TIFF" and _tag(image, 262, 1) == 0
             unsigned = image.format == "TIFF" and _tag(image, 258, 8) == 32 and _tag(image, 339, 1) == _UNSIGNED
-            image.load()
-            orientation = image.getexif().get(_ORIENTATION, 1) if apply_exif else 1
-            upright = ImageOps.exif_transpose(image) if orientation != 1 else image.copy()
+            upright = _loaded(image, orientation, apply_exif=apply_exif)
             if upright.mode.startswith("I") or upright.mode == "F":
                 values = np.array(upright)
                 if image.format == "JPEG2000":  # which PIL spreads over 16 bits
@@ -82,7 +90,7 @@ def decode_image(path: Path, *, apply_exif: bool = True) -> Decoded:
             return Decoded(upright, orientation)
 
 
-def decode_mask(path: Path, *, colors: bool = False) -> np.ndarray[Any, Any]:
+def decode_mask(path: Path, *, colors: bool = False, apply_exif: bool = True) -> np.ndarray[Any, Any]:
     """Decode a mask file: the values that it stores, or colors.
 
     TIFF gives the stored values, whatever its photometric interpretation is, as tifffile does; PNG and BMP in gray of
@@ -91,6 +99,7 @@ def decode_mask(path: Path, *, colors: bool = False) -> np.ndarray[Any, Any]:
     Args:
         path: PNG, BMP or TIFF.
         colors: whether to return the colors of palette and gray images instead.
+        apply_exif: whether to turn the mask by its EXIF orientation.
 
     Returns:
         ``(H, W)`` integers; ``(H, W, C)`` uint8 or uint16 for an image in color, where the last of 2 or 4 channels is
@@ -124,8 +133,9 @@ def decode_mask(path: Path, *, colors: bool = False) -> np.ndarray[Any, Any]:
             if image.format == "BMP" and image.mode == "1" and path.read_bytes()[28:30] != b"\x01\x00":
                 raise ValueError("Pillow misreads a BMP of more than 1 bit whose palette is black and white; use PNG")
             unpack = _stored_values(image) if tiff else None
-            image.load()
-            upright = ImageOps.exif_transpose(image)
+            upright = _loaded(image, image.getexif().get(_ORIENTATION, 1), apply_exif=apply_exif)
+            if upright.mode == "P":
+                _observe_palette(upright)
             if colors and upright.mode in ("1", "L", "P", "PA"):
                 alpha = "transparency" in upright.info or upright.mode == "PA"
                 return np.array(upright.convert("RGBA" if alpha else "RGB"))
@@ -223,6 +233,21 @@ def _decode_png(path: Path) -> np.ndarray[Any, Any]:
         ) from None
     values: np.ndarray[Any, Any] = imagecodecs.png_decode(path.read_bytes())
     return values
+
+
+def _loaded(image: Image.Image, orientation: int, *, apply_exif: bool) -> Image.Image:
+    """Return an image, turned by its EXIF orientation or as it is stored; PIL turns TIFFs while it loads them."""
+    image.load()
+    turned = orientation != 1 and image.getexif().get(_ORIENTATION, 1) == 1
+    if apply_exif or not turned:
+        return ImageOps.exif_transpose(image) if apply_exif and orientation != 1 else image.copy()
+    return image.transpose(_BACK[orientation])
+
+
+def _observe_palette(mask: Image.Image) -> None:
+    palette = mask.getpalette("RGB") or []
+    held = [index for index, count in enumerate(mask.histogram()) if count and 3 * index + 2 < len(palette)]
+    observe_palette({index: tuple(palette[3 * index : 3 * index + 3]) for index in held})
 
 
 def _turned(values: np.ndarray[Any, Any], orientation: int) -> np.ndarray[Any, Any]:

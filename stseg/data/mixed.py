@@ -80,7 +80,7 @@ class MixedDataset(Dataset[tuple[Tensor, Tensor, bool]]):
         else:
             image, mask = self.pseudo.pair(from_pseudo)
         if self.transform is not None:
-            image, mask = pair_of(self.transform(image, mask), name=self.item_names[position])
+            image, mask = pair_of(self.transform(image.clone(), mask.clone()), name=self.item_names[position])
         return image, mask, from_pseudo >= 0
 
 

@@ -26,11 +26,13 @@ class Observations:
         met: for each ``class_map``, as the tuple of its keys, those that a mask holds.
         unmapped: for each ``class_map``, some of the other values that the masks hold.
         turned: names of the images that were turned by their EXIF orientation and whose masks may not have been.
+        palettes: the colors of each index of masks with a palette.
     """
 
     met: dict[tuple[Any, ...], set[Any]] = field(default_factory=dict)
     unmapped: dict[tuple[Any, ...], set[str]] = field(default_factory=dict)
     turned: list[str] = field(default_factory=list)
+    palettes: dict[int, set[tuple[int, ...]]] = field(default_factory=dict)
 
     def add(self, other: Observations) -> None:
         """Add what another pass, or another process, saw."""
@@ -40,6 +42,8 @@ class Observations:
             mine = self.unmapped.setdefault(keys, set())
             mine.update(list(values)[: _MOST - len(mine)])
         self.turned.extend(other.turned)
+        for index, colors in other.palettes.items():
+            self.palettes.setdefault(index, set()).update(colors)
 
     def warn(self, name: str) -> None:
         """Warn of keys of a ``class_map`` that no mask holds, and of masks that may lie beside their image."""
@@ -56,6 +60,14 @@ class Observations:
                     f"values that class_map does not name, such as {_listed(sorted(values, key=_as_number), 4)}; "
                     "were they resized with interpolation, or compressed with loss? unmapped=None refuses such masks"
                 )
+        several = {index: sorted(colors)[:2] for index, colors in self.palettes.items() if len(colors) > 1}
+        if several and not any(isinstance(key, tuple) for keys in self.met for key in keys):
+            index, (one, other) = next(iter(several.items()))
+            warn(
+                f"the palettes of the masks of the {name} data set differ: index {index} is {one} in one file and "
+                f"{other} in another, so that it may not be the same class; the colors as keys are: "
+                f"class_map={{{one}: ..., {other}: ...}}"
+            )
         if self.turned:
             count = len(self.turned)
             warn(
@@ -65,8 +77,9 @@ class Observations:
 
 
 _TURNED = (
-    "by an EXIF orientation tag, which the mask does not have, and whose size does not tell whether the mask was drawn "
-    "on the turned pixels or on those stored; expected apply_exif=True (turned) or apply_exif=False (as stored)"
+    "by an EXIF orientation tag, which the mask does not have (or the other way round), and whose size does not tell "
+    "whether the mask was drawn on the turned pixels or on those stored; expected apply_exif=True (turned) or "
+    "apply_exif=False (as stored)"
 )
 
 
@@ -86,6 +99,13 @@ def observe_values(keys: tuple[Any, ...], met: set[Any], unmapped: set[str]) -> 
     observations = _current.get()
     if observations is not None:
         observations.add(Observations({keys: met}, {keys: unmapped}))
+
+
+def observe_palette(colors: dict[int, tuple[int, ...]]) -> None:
+    """Note the colors of the indices that a mask with a palette holds."""
+    observations = _current.get()
+    if observations is not None:
+        observations.add(Observations(palettes={index: {color} for index, color in colors.items()}))
 
 
 def observing_values() -> bool:

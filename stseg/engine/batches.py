@@ -164,7 +164,8 @@ class Streams(Dataset[tuple[StreamName, Any]]):
             if weak is None:
                 return image, mask
             try:
-                return pair_of(weak(image, mask), name=name)
+                # Copies: a function may write into them, and the data set may keep its tensors.
+                return pair_of(weak(image.clone(), mask.clone()), name=name)
             except StsegError:
                 raise
             except Exception as error:  # libraries raise different types

@@ -41,6 +41,8 @@ class ClassCounts:
         self.masks = torch.zeros(self.num_classes, dtype=torch.int64)
         self.ignored = 0
         self.total = 0
+        # Masks that hold ignored pixels and class 0 alone, those that hold ignored pixels and other classes.
+        self.only_ignored = self.with_ignored = 0
 
     def add(self, mask: Tensor) -> None:
         """Count the pixels of a valid mask ``(H, W)``."""
@@ -50,12 +52,17 @@ class ClassCounts:
         self.masks += counts > 0
         self.ignored += mask.numel() - values.numel()
         self.total += 1
+        if mask.numel() > values.numel():
+            found = counts.nonzero().flatten().tolist()
+            self.only_ignored += found == [0]
+            self.with_ignored += any(index > 0 for index in found)
 
     def merge_processes(self) -> None:
         """Add the counts of all processes."""
-        parts = all_gather((self.pixels, self.masks, self.ignored, self.total))
+        parts = all_gather((self.pixels, self.masks, self.ignored, self.total, self.only_ignored, self.with_ignored))
         self.pixels, self.masks = (torch.stack([part[i] for part in parts]).sum(0) for i in (0, 1))
         self.ignored, self.total = (sum(part[i] for part in parts) for i in (2, 3))
+        self.only_ignored, self.with_ignored = (sum(part[i] for part in parts) for i in (4, 5))
 
     def check(self, *, of_training: bool = True) -> None:
         """Refuse masks that hold one class, and warn of classes that no mask holds.
@@ -85,6 +92,7 @@ class ClassCounts:
                 f"all labeled pixels of the {self.name} data set have the class {found[0]}; "
                 f"expected two of the {self.num_classes} classes or more{hint}"
             )
+        self.warn_of_mixed_values()
         missing = [index for index in range(self.num_classes) if index not in found]
         if missing and rank() == 0:
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
@@ -101,7 +109,17 @@ class ClassCounts:
             raise DataError(
                 f"the masks of the {self.name} data set hold the values 0 and 255 alone, and 255 is the ignore index, "
                 "so that class 0 is all there is; where 255 is the foreground, expected class_map={0: 0, 255: 1} "
-                "(of SegmentationFolder and ListedFiles; stseg.data.ClassMap in other data sets)"
+                "(of SegmentationFolder and ListedFiles; stseg.data.ClassMap in other data sets), or, where there is a "
+                "class_map, the values that the masks hold as its keys"
+            )
+
+    def warn_of_mixed_values(self) -> None:
+        """Warn if ignored pixels occur only in masks of class 0, as if some masks were stored otherwise."""
+        if self.only_ignored and not self.with_ignored and len(self.pixels.nonzero()) > 1 and rank() == 0:
+            warn(
+                f"{self.only_ignored} of the {self.total} masks of the {self.name} data set hold nothing but class 0 "
+                "and ignored pixels, and the other masks no ignored pixel: as if some were stored as 0 and 1, others "
+                "as 0 and 255; where both mean the foreground: class_map={0: 0, 1: 1, 255: 1}"
             )
 
     def show(self) -> None:

@@ -82,4 +82,5 @@ def evaluate(
     metric.merge_processes()
     counts.merge_processes()
     counts.refuse_ignored_foreground()
+    counts.warn_of_mixed_values()
     return metric

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from itertools import combinations
 from typing import Any
 
@@ -16,13 +17,14 @@ from stseg.data.items import Items, shared
 from stseg.data.listed import ListedFiles
 from stseg.data.observations import Observations
 from stseg.distributed import all_gather, rank
-from stseg.errors import DataError, NetworkError, StsegError
+from stseg.errors import DataError, NetworkError, NetworkWarning, StsegError
 from stseg.inference.class_counts import ClassCounts
 from stseg.inference.fingerprints import check_repeatable, checksum, join_checksums
 from stseg.inference.reading import Skipped
 from stseg.inference.sweep import Sweep
 from stseg.models.segmenter import Segmenter
 from stseg.models.state import device_of, evaluating
+from stseg.seeds import fixed_seed
 
 
 def check_labeled(
@@ -155,6 +157,13 @@ def check_network(model: nn.Module, image: Tensor, num_classes: int | None = Non
         raise NetworkError(f"the network gives {classes} classes; num_classes is {num_classes}{hint}")
     if not logits.isfinite().all():
         raise NetworkError("the network returned NaN or infinite logits for the first image")
+    if rank() == 0 and not torch.equal(logits, _again(model, image)):
+        warnings.warn(
+            "the network gives other logits for the same image in evaluation mode, so that labels and figures are not "
+            "reproducible; is dropout or noise applied without regard to self.training?",
+            NetworkWarning,
+            stacklevel=2,
+        )
     if isinstance(model, Segmenter) and _is_bounded(model, image, logits):
         lowest = 0 if (logits >= 0).all() else -1
         one = torch.ones((), device=logits.device, dtype=logits.dtype)
@@ -164,6 +173,13 @@ def check_network(model: nn.Module, image: Tensor, num_classes: int | None = Non
             "(leave out the softmax, sigmoid or tanh at its end, as with activation=None)"
         )
     return classes
+
+
+def _again(model: nn.Module, image: Tensor) -> Tensor:
+    """Return the logits of an image with other random numbers."""
+    with evaluating(model), torch.no_grad(), fixed_seed(1):
+        logits: Tensor = model(image[None].to(device_of(model)))
+    return logits
 
 
 def _is_bounded(model: Segmenter, image: Tensor, logits: Tensor) -> bool:

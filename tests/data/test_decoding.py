@@ -294,6 +294,50 @@ class TestExif:
         assert not torch.equal(turned, image)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_images_are_turned_or_read_as_stored(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    array = (RNG.integers(0, 2, (3, 5, 3)) * 255).astype(np.uint8).repeat(16, 0).repeat(16, 1)
+    Image.fromarray(array).save(tmp_path / f"a.{suffix}", exif=exif, **({"quality": 95} if suffix == "jpg" else {}))
+    stored = read_image(tmp_path / f"a.{suffix}", apply_exif=False).permute(1, 2, 0).numpy()
+    assert np.array_equal(stored > 127, array > 127)
+    turned = read_image(tmp_path / f"a.{suffix}").permute(1, 2, 0).numpy()
+    rows, columns = (stored.swapaxes(0, 1), True) if orientation >= 5 else (stored, False)
+    flip_rows, flip_columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    expected = rows[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+    assert columns == (orientation >= 5)
+    assert np.array_equal(turned, expected)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("with_tag", ["image", "mask", "both"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_image_and_mask_are_read_alike(tmp_path, suffix, with_tag, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    mask = np.zeros((20, 20), np.uint8)
+    mask[:10, :7] = 1
+    for name, array in (("image", mask * 200), ("mask", mask)):
+        tags = {"exif": exif} if with_tag in (name, "both") else {}
+        Image.fromarray(array).save(tmp_path / f"{name}.{suffix}", **tags)
+    pairs = [(f"image.{suffix}", f"mask.{suffix}")]
+    image, classes = ListedFiles(tmp_path, pairs, apply_exif=False)[0]
+    assert torch.equal(image[0] > 100, classes == 1)
+    if with_tag == "both":
+        image, classes = ListedFiles(tmp_path, pairs)[0]
+        assert torch.equal(image[0] > 100, classes == 1)
+    else:
+        with pytest.warns(DataWarning, match="EXIF"):
+            ListedFiles(tmp_path, pairs)[0]
+
+
+def test_a_value_range_is_for_more_than_8_bits(tmp_path):
+    Image.new("L", (4, 3), 200).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", mode="L", value_range=(0, 4095)).unique().tolist() == [200]
+
+
 def test_what_is_no_image_stays_unreadable(tmp_path):
     (tmp_path / "a.tif").write_bytes(b"II*\0" + bytes(20))
     (tmp_path / "b.png").write_bytes(b"")

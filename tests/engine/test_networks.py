@@ -347,3 +347,26 @@ def test_a_batch_of_one_is_found_out_before_training():
     ):
         with pytest.raises(stseg.MethodError, match="batch_size=2 or more"):
             attempt()
+
+
+def test_random_numbers_in_evaluation_mode_are_warned_of():
+    class Noisy(Net):
+        def forward(self, x):
+            return super().forward(x + 0.1 * torch.rand(()))
+
+    with pytest.warns(NetworkWarning, match="other logits for the same image in evaluation mode"):
+        fit(Noisy())
+
+
+def test_an_augmentation_that_writes_in_place_leaves_the_data_alone():
+    def relabel(image, mask):
+        image.mul_(0.5)
+        mask[mask == 1] = 0
+        return image[:, :16, :16], mask[:16, :16]
+
+    data = [(image.clone(), mask.clone()) for image, mask in LABELED]
+    config = stseg.TrainConfig(steps=3, batch_size=2, weak=relabel)
+    stseg.fit(Net(), data, config, progress=False)
+    for (image, mask), (before, classes) in zip(data, LABELED, strict=True):
+        assert torch.equal(image, before)
+        assert torch.equal(mask, classes)

@@ -229,3 +229,41 @@ def test_a_class_map_of_some_of_many_values_is_not(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(data, 19)
+
+
+@pytest.mark.parametrize("class_map", [None, {0: 0, 255: 1}, {0: 0, 1: 1}])
+def test_masks_of_0_and_1_beside_masks_of_0_and_255_are_warned_of(tmp_path, class_map):
+    for index in range(4):
+        mask = np.zeros((20, 20), np.uint8)
+        mask[5:15] = 255 if index % 2 else 1
+        Image.fromarray(mask).save(tmp_path / f"{index}_mask.png")
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{index}.png")
+    data = SegmentationFolder(tmp_path, tmp_path, mask_suffix="_mask", class_map=class_map)
+    with pytest.warns(DataWarning, match=r"2 of the 4 masks .*class_map=\{0: 0, 1: 1, 255: 1\}"):
+        fit(data)
+    with pytest.warns(DataWarning, match=r"2 of the 4 masks"):
+        stseg.evaluate(nn.Conv2d(3, 2, 1), data, num_classes=2, progress=False)
+    both = SegmentationFolder(tmp_path, tmp_path, mask_suffix="_mask", class_map={0: 0, 1: 1, 255: 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(both)
+
+
+def test_masks_with_ignored_borders_are_not():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(squares([0, 1, 255], 2) + squares([0, 255], 2))
+
+
+def test_palettes_that_differ_are_warned_of(tmp_path):
+    for index in range(4):
+        mask = Image.fromarray(np.array([[0, 1]] * 20, np.uint8).repeat(10, 1))
+        mask.putpalette([0, 0, 0, 255, 0, 0] if index % 2 else [255, 0, 0, 0, 0, 0])
+        mask.save(tmp_path / f"{index}_mask.png")
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{index}.png")
+    with pytest.warns(DataWarning, match=r"palettes .* differ: index 0 is \(0, 0, 0\) in one file and \(255, 0, 0\)"):
+        fit(SegmentationFolder(tmp_path, tmp_path, mask_suffix="_mask"))
+    colors = {(0, 0, 0): 0, (255, 0, 0): 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(SegmentationFolder(tmp_path, tmp_path, mask_suffix="_mask", class_map=colors))
