@@ -7,13 +7,23 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 import re
+import sysconfig
+import textwrap
 import zlib
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_LIBRARIES = tuple(
+    str(Path(folder).resolve()) + os.sep
+    for folder in (*map(sysconfig.get_path, ("stdlib", "platlib", "purelib")), str(Path(__file__).parent))
+)
+"""Folders of functions that change with versions, which are recorded by themselves."""
 
 
 def describe(value: Any) -> Any:
@@ -97,9 +107,22 @@ def _describe_function(function: Any) -> str:
     if code is None:
         return name
     bound = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *_closure(function)]
-    plain = [each for each in bound if isinstance(each, (bool, int, float, str, tuple, type(None)))]
-    parts = [name, str(plain) if plain else "", _lambda_source(function, code) if "<lambda>" in name else ""]
+    plain = [each for each in bound if isinstance(each, (bool, int, float, str, tuple, list, dict, type(None)))]
+    source = _lambda_source(function, code) if "<lambda>" in name else _source_checksum(function, code)
+    parts = [name, str(describe(plain)) if plain else "", source]
     return " ".join(part for part in parts if part)
+
+
+def _source_checksum(function: Any, code: CodeType) -> str:
+    """Return a checksum of the source of a user's function, without comments and layout; empty for libraries."""
+    path = str(Path(code.co_filename).resolve())
+    if any(path.startswith(folder) for folder in _LIBRARIES):
+        return ""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return ""
+    return f"{zlib.crc32(ast.unparse(tree).encode()):08x}"
 
 
 def _closure(function: Any) -> list[Any]:

@@ -278,7 +278,7 @@ class TestExif:
     def test_swapped_sides_are_refused(self, tmp_path):
         folders = self.folder(tmp_path, (30, 50))
         for apply_exif in (None, True):
-            with pytest.raises(DataError, match=r"EXIF orientation \(6\).*apply_exif=False"):
+            with pytest.raises(DataError, match=r"EXIF orientation of the image \(6\).*apply_exif=False"):
                 SegmentationFolder(*folders, apply_exif=apply_exif)[0]
         image, mask = SegmentationFolder(*folders, apply_exif=False)[0]
         assert torch.equal(image[0] > 100, mask == 1)
@@ -299,7 +299,7 @@ class TestExif:
 def test_images_are_turned_or_read_as_stored(tmp_path, suffix, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    array = (RNG.integers(0, 2, (3, 5, 3)) * 255).astype(np.uint8).repeat(16, 0).repeat(16, 1)
+    array = (RNG.integers(0, 2, (3, 5, 1)) * 255).astype(np.uint8).repeat(16, 0).repeat(16, 1).repeat(3, 2)
     Image.fromarray(array).save(tmp_path / f"a.{suffix}", exif=exif, **({"quality": 95} if suffix == "jpg" else {}))
     stored = read_image(tmp_path / f"a.{suffix}", apply_exif=False).permute(1, 2, 0).numpy()
     assert np.array_equal(stored > 127, array > 127)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import linecache
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -243,3 +244,35 @@ class TestClaim:
         claim(tmp_path / "a.json", {"model": "a"}, images={"x": 1})
         with pytest.raises(WorkdirMismatchError, match="other images: the one called 'x' differs"):
             claim(tmp_path / "a.json", {"model": "a"}, images={"x": 2})
+
+
+class TestFunctions:
+    """By ``def``, in a file of the user's."""
+
+    def described(self, path, text, **names):
+        path.write_text(text)
+        linecache.checkcache(str(path))
+        space = dict(names)
+        exec(compile(text, str(path), "exec"), space)  # as a module would
+        return describe(space["pick"])
+
+    def test_of_other_bodies_differ(self, tmp_path):
+        path = tmp_path / "mine.py"
+        one = self.described(path, "def pick(o):\n    return o[0]\n", __name__="mine")
+        other = self.described(path, "def pick(o):\n    return o[1]\n", __name__="mine")
+        same = self.described(path, "# first\n\ndef pick(o):  # this\n    return (o[0])\n", __name__="mine")
+        assert one != other
+        assert one == same
+
+    def test_of_libraries_are_their_names(self):
+        assert describe(textwrap.dedent) == "textwrap.dedent"
+
+    def test_bound_to_other_lists_and_dictionaries_differ(self):
+        def bound(value):
+            def pick(output):
+                return output[value["key"]]
+
+            return pick
+
+        assert describe(bound({"key": 0})) != describe(bound({"key": 1}))
+        assert describe(bound({"key": 0})) == describe(bound({"key": 0}))
