@@ -132,8 +132,10 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
 
 
 def _hint(image: object) -> str:
-    if isinstance(image, np.ndarray):
+    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] <= 4:
         return ": torch.from_numpy(array).permute(2, 0, 1) makes one of (H, W, C)"
+    if isinstance(image, np.ndarray):
+        return f": torch.from_numpy(array){'[None] makes one of (H, W)' if image.ndim == 2 else ''}"
     if isinstance(image, (str, os.PathLike)):
         return (
             "; stseg.data.SegmentationFolder(images, masks) reads folders of files, "
@@ -176,9 +178,14 @@ def as_mask(mask: Any, *, name: str = "mask") -> Tensor:
     classes: Tensor = mask.as_subclass(Tensor)
     shape = tuple(classes.shape)
     if classes.is_floating_point() or classes.is_complex():
-        raise TypeError(f"mask of {name!r} is {classes.dtype}; expected integer class indices")
+        raise TypeError(
+            f"mask of {name!r} is {classes.dtype}; expected integer class indices: mask.long() of whole numbers "
+            "(torchvision's ToTensor divides values by 255, PILToTensor keeps them)"
+        )
     if not (len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)):
-        raise DataError(f"mask of {name!r} has shape {shape}; expected (H, W)")
+        last = len(shape) == 3 and shape[-1] == 1
+        hint = ": mask[..., 0]" if last else "; of one-hot masks (K, H, W), mask.argmax(0)" if len(shape) == 3 else ""
+        raise DataError(f"mask of {name!r} has shape {shape}; expected (H, W){hint}")
     if 0 in shape:
         raise DataError(f"mask of {name!r} has no pixels: shape {shape}")
     classes = classes.reshape(shape[-2:])

@@ -22,7 +22,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _WAYS_OUT = (
     "Where its sides must be multiples of a number: stseg.Segmenter(network, stride=32); where a ViT of timm takes one "
-    "size: dynamic_img_size=True; where convolutions lose the border: padding"
+    "size: dynamic_img_size=True; where convolutions lose the border: padding; where the output is larger than the "
+    "image: select=lambda output: torch.nn.functional.avg_pool2d(output, 2)"
 )
 
 
