@@ -50,20 +50,24 @@ def check_log(log: object) -> None:
         raise TypeError(f"log is {log!r}; expected a function of a dictionary of numbers, such as print or wandb.log")
 
 
-def check_image_range(images: Tensor, checked: set[str]) -> None:
+def check_image_range(images: Tensor, checked: set[str], *, rows: Tensor | None = None) -> None:
     """Raise a ``ValueError`` unless float images are in [0, 1], with a small margin.
 
     Always on the CPU; on other devices, where looking waits for the device, only the first time.
 
     Args:
-        images: float images.
+        images: ``(B, ...)`` float.
         checked: names of the other devices on which images were checked already; the device is added.
+        rows: ``(B,)`` bool, which images to look at; None for all.
     """
     device = images.device.type
-    if device in checked or device == "meta" or torch.compiler.is_compiling() or not images.numel():
+    if device in checked or device == "meta" or torch.compiler.is_compiling():
         return
     if device != "cpu":
         checked.add(device)
+    images = images if rows is None else images[rows]
+    if not images.numel():
+        return
     low, high = (float(extreme) for extreme in torch.aminmax(images.detach()))
     if low < -_MARGIN or high > 1 + _MARGIN:  # NaN becomes a loss that is not finite, which is reported
         hint = "images / 255" if low >= 0 else "not normalized: stseg.Segmenter(network, mean=..., std=...) does that"

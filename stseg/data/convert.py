@@ -124,7 +124,8 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
         if values.size == 0:
             raise DataError(f"image {name!r} has no pixels: {image.width} x {image.height}")
         line = (
-            "floats in [0, 1] from the data set, such as torch.from_numpy(numpy.asarray(image) / {high}).float()[None]"
+            "floats in [0, 1] from the data set, such as "
+            "torch.from_numpy((numpy.asarray(image) - {low}) / ({high} - {low})).float()[None]"
         )
         return torch.from_numpy(scale_samples(sixteen_bits(values), name=name, way_out=line)[None])
     array = np.array(eight_bits(image, name=name))
@@ -252,9 +253,9 @@ def _class_map_line(mask: Tensor, num_classes: int, ignore_index: int) -> str:
     found = [value for value in torch.unique(mask).tolist() if value != ignore_index or value == 255]
     if found[-1] == num_classes and (not found[0] or found[0] == 1):
         return f"class_map={{i: i - 1 for i in range(1, {num_classes + 1})}}"  # counted from 1; 0 is ignored
-    if len(found) <= num_classes and found[0] >= 0:
-        return f"class_map={{{', '.join(f'{value}: {index}' for index, value in enumerate(found))}}}"
-    return f"class_map={{{found[-1]}: ..., ...}}"
+    known = [value for value in found if value >= 0]  # what class_map lacks is ignored
+    pairs = [f"{value}: {index}" for index, value in enumerate(known[:8])] + ["..."] * (len(known) > 8)
+    return f"class_map={{{', '.join(pairs)}}}"
 
 
 def _load(image: Image.Image, what: str) -> None:

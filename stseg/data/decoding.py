@@ -63,8 +63,8 @@ def decode_image(path: Path, *, apply_exif: bool = True) -> Decoded:
         DataError: if it holds more than one image, or samples that cannot be read without loss; says how to read it.
     """
     with _errors_of(path):
-        if _is_tiff(path) and (samples := _deep_tiff(path)) is not None:
-            return Decoded(samples, 1)
+        if _is_tiff(path) and (deep := _deep_tiff(path, apply_exif=apply_exif)) is not None:
+            return deep
         with Image.open(path) as image:
             _refuse_several(image, path)
             depth = _bits_per_channel(image, path)
@@ -118,7 +118,7 @@ def decode_mask(path: Path, *, colors: bool = False, apply_exif: bool = True) ->
         except UnidentifiedImageError:
             if not tiff:
                 raise
-            return _tiff_mask(path)
+            return _tiff_mask(path, apply_exif=apply_exif)
         with image:
             if image.format not in _LOSSLESS:
                 raise DataError(
@@ -127,7 +127,7 @@ def decode_mask(path: Path, *, colors: bool = False, apply_exif: bool = True) ->
                 )
             _refuse_several(image, path)
             if tiff and not _pil_keeps_mask(image):
-                return _tiff_mask(path)
+                return _tiff_mask(path, apply_exif=apply_exif)
             if image.format == "PNG" and _bits_per_channel(image, path) > 8 and not image.mode.startswith("I"):
                 return _decode_png(path)
             if image.format == "BMP" and image.mode == "1" and path.read_bytes()[28:30] != b"\x01\x00":
@@ -151,7 +151,7 @@ def orientation_of(path: Path) -> int:
             with Image.open(path) as image:
                 return int(image.getexif().get(_ORIENTATION, 1))
         except UnidentifiedImageError:
-            return 1
+            return _tifffile(path, apply_exif=False)[2]
 
 
 def pixel_limit_error(name: str, error: Exception) -> DataError:
@@ -287,8 +287,6 @@ def _refuse_lossy_tiff(path: Path) -> None:
 
 def _pil_keeps_mask(image: Image.Image) -> bool:
     """Return whether PIL keeps all values of a TIFF mask."""
-    if image.mode == "F":
-        return False
     if image.mode in ("1", "L", "P", "I;16", "I;16B", "I"):
         return _tag(image, 277, 1) == 1
     return image.mode in ("RGB", "RGBA", "LA") and _tag(image, 258, 8) == 8 and not _unstated_bands(image)
@@ -315,7 +313,7 @@ def _stored_values(image: Image.Image) -> Callable[[np.ndarray[Any, Any]], np.nd
     return None
 
 
-def _deep_tiff(path: Path) -> Samples | None:
+def _deep_tiff(path: Path, *, apply_exif: bool) -> Decoded | None:
     """Read a TIFF of samples or bands that PIL would drop; None if PIL keeps them."""
     stated = None
     with suppress(UnidentifiedImageError), Image.open(path) as image:
@@ -327,17 +325,18 @@ def _deep_tiff(path: Path) -> Samples | None:
         if whole and not several:
             return None
         stated = _stated_range(image)
-    values, page = _tifffile(path)
+    values, page, orientation = _tifffile(path, apply_exif=apply_exif)
     alpha = any(int(kind) in (1, 2) for kind in page.extrasamples[-1:])
     colors = 3 if int(page.photometric) == 2 else 1
     extra = values.shape[2] - colors - alpha
     if int(page.photometric) == 3:
         raise DataError(f"{path} has a palette that cannot be read; expected PNG")
-    return Samples(values, alpha, stated, inverted=int(page.photometric) == 0, extra=max(extra, 0))
+    samples = Samples(values, alpha, stated, inverted=int(page.photometric) == 0, extra=max(extra, 0))
+    return Decoded(samples, orientation)
 
 
-def _tiff_mask(path: Path) -> np.ndarray[Any, Any]:
-    values, _ = _tifffile(path)
+def _tiff_mask(path: Path, *, apply_exif: bool) -> np.ndarray[Any, Any]:
+    values, _, _ = _tifffile(path, apply_exif=apply_exif)
     if values.dtype.kind == "f":
         raise DataError(
             f"the mask {path} holds {values.dtype}; expected integers, as "
@@ -348,8 +347,8 @@ def _tiff_mask(path: Path) -> np.ndarray[Any, Any]:
     return values[..., 0] if values.shape[2] == 1 else values
 
 
-def _tifffile(path: Path) -> tuple[np.ndarray[Any, Any], Any]:
-    """Return the samples ``(H, W, C)`` of a TIFF, and its first page.
+def _tifffile(path: Path, *, apply_exif: bool) -> tuple[np.ndarray[Any, Any], Any, int]:
+    """Return the samples ``(H, W, C)`` of a TIFF, its first page and its orientation.
 
     Raises:
         DataError: if tifffile is missing, or the file holds several images.
@@ -375,9 +374,9 @@ def _tifffile(path: Path) -> tuple[np.ndarray[Any, Any], Any]:
                 f"{path} holds several images: {len(whole)} series, the first one of {sizes}; "
                 "expected one image in a file (save each as a file of its own)"
             )
-        if (turned := page.tags.valueof("Orientation", default=1)) != 1:
-            raise DataError(f"{path} has the orientation tag {int(turned)}; expected upright pixels")
         values = values.reshape([size for axis, size in zip(axes, values.shape, strict=True) if axis in kept])
         order = [kept.index("Y"), kept.index("X"), *(kept.index(axis) for axis in channels)]
         values = values.transpose(order)
-        return (values if channels else values[..., None]), page
+        values = values if channels else values[..., None]
+        orientation = int(page.tags.valueof("Orientation", default=1))
+        return _turned(values, orientation if apply_exif else 1), page, orientation

@@ -59,10 +59,11 @@ def scale_samples(
         kind = f"{8 * values.dtype.itemsize}-bit " + ("floats" if values.dtype.kind == "f" else "integers")
         usual = values.dtype.kind != "f" and low >= 0
         line = way_out.format(low="0" if low >= 0 else f"{low:g}", high=_next_range(high) if usual else f"{high:g}")
-        full = " or (0, 65535) for all 16 bits" if values.dtype.kind in "iu" and values.dtype.itemsize == 2 else ""
+        sixteen = usual and values.dtype.itemsize == 2 and way_out.startswith("value_range")
+        full = " or (0, 65535) for all 16 bits" if sixteen else ""
         raise DataError(
             f"image {name!r} holds {kind} from {low:g} to {high:g} and does not state which values are black and "
-            f"white; expected {line}{full if low >= 0 else ''}, the range of all images"
+            f"white; expected {line}{full}, the range of all images"
         )
     if not (bounds[0] <= low and high <= bounds[1]):
         source = "value_range" if value_range else "the range that the file states"
@@ -113,4 +114,4 @@ def _implied_range(dtype: np.dtype[Any], low: float, high: float) -> tuple[float
 
 def _next_range(high: float) -> str:
     """Return the highest value of the usual depths that holds a value, for messages."""
-    return next((str(top) for top in (255, 1023, 4095, 16383, 65535) if high <= top), f"{high:g}")
+    return next((str(top) for top in (255, 1023, 4095, 16383, 32767, 65535) if high <= top), f"{high:g}")

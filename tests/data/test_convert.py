@@ -145,7 +145,8 @@ class TestImage:
     @pytest.mark.parametrize("top", [255, 1023, 4095, 16383, 32767])
     def test_of_16_bits_that_are_not_used_is_refused_with_the_line_to_write(self, top):
         gray = Image.fromarray(np.array([[0, top]], dtype=np.uint16))
-        with pytest.raises(DataError, match=rf"image 'x' holds 16-bit integers from 0 to {top} .*asarray\(image\) / "):
+        line = rf"asarray\(image\) - 0\) / \({top} - 0\)\)\.float\(\)\[None\]"
+        with pytest.raises(DataError, match=rf"image 'x' holds 16-bit integers from 0 to {top} .*{line}, the range"):
             as_image(gray, name="x")
 
     @pytest.mark.parametrize("value", [-1, 65536])

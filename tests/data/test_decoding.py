@@ -392,3 +392,19 @@ def test_the_line_to_write_holds_all_values(tmp_path, array, line):
     tifffile.imwrite(tmp_path / "a.tif", array)
     with pytest.raises(DataError, match=line):
         read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_deep_tiffs_are_turned_or_read_as_stored(tmp_path, orientation):
+    tags = [(274, "H", 1, orientation, True)]
+    bands = RNG.integers(0, 255, (20, 30, 5), dtype=np.uint8)
+    bands[0, 0] = 255
+    mask = RNG.integers(0, 4, (20, 30)).astype(np.int64)
+    tifffile.imwrite(tmp_path / "a.tif", bands, photometric="minisblack", planarconfig="contig", extratags=tags)
+    tifffile.imwrite(tmp_path / "m.tif", mask, extratags=tags)
+    turns = {1: lambda x: x, 3: lambda x: x[::-1, ::-1], 6: lambda x: x[::-1].swapaxes(0, 1)}
+    for apply_exif in (False, None):
+        turn = turns[1 if apply_exif is False else orientation]
+        image, classes = ListedFiles(tmp_path, [("a.tif", "m.tif")], mode=None, apply_exif=apply_exif)[0]
+        assert np.allclose(image.permute(1, 2, 0), turn(bands) / 255)
+        assert np.array_equal(classes, turn(mask))
