@@ -19,6 +19,7 @@ from stseg.engine.method import Losses, Method
 from stseg.engine.optimizers import keep_initial_rates, set_learning_rates
 from stseg.engine.plan import Plan
 from stseg.errors import MethodError, NetworkError, StsegError
+from stseg.functional.losses import check_ignores
 from stseg.models.precision import autocast
 from stseg.models.segmenter import takes_images
 from stseg.models.state import bare_network, device_of, train_unfrozen
@@ -68,6 +69,9 @@ def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]
                 optimizer.step()
             with torch.no_grad():
                 trial.after_step(batch)
+            loss = getattr(trial, "loss", None)
+            if callable(loss) and streams.num_classes is not None:
+                check_ignores(loss, streams.num_classes, config.ignore_index, device)
         except StsegError:
             raise
         except Exception as error:  # of any type: user code

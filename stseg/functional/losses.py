@@ -210,17 +210,42 @@ def supervised_loss(logits: Tensor, masks: Tensor, *, loss: Criterion | None = N
     except Exception as error:  # libraries raise different types
         raise ValueError(
             f"the loss {loss!r} fails on logits {tuple(logits.shape)} and masks {tuple(masks.shape)}: "
-            f"{type(error).__name__}: {error}\n"
-            f"A loss is given logits (B, K, H, W), K = 2 for a network with one logit, and class indices (B, H, W),\n"
-            f"with the ignore index {ignore_index} where there is no label. A loss that does not know it needs\n"
-            f"    its own argument, such as nn.CrossEntropyLoss(ignore_index={ignore_index}), or\n"
-            f"    stseg.functional.without_ignored(loss, ignore_index={ignore_index})"
+            f"{type(error).__name__}: {error}\n{_how_to_ignore(ignore_index)}"
         ) from error
     if not isinstance(value, Tensor):
         raise TypeError(f"the loss {loss!r} returned {type(value).__name__}; expected a scalar tensor")
     if value.ndim != 0:
         raise ValueError(f"the loss {loss!r} returned a tensor of shape {tuple(value.shape)}; expected a scalar")
     return value
+
+
+def check_ignores(loss: Criterion, num_classes: int, ignore_index: int, device: torch.device) -> None:
+    """Raise a ``ValueError`` if pixels with the ignore index change the loss, or it fails on them.
+
+    Args:
+        loss: ``(logits, masks) -> scalar``.
+        num_classes: number of classes K.
+        ignore_index: mask value of ignored pixels.
+        device: device of the loss.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, num_classes, 8, 8, generator=generator).to(device).requires_grad_()
+    masks = torch.randint(num_classes, (2, 8, 8), generator=generator).to(device)
+    masks[:, ::2] = ignore_index
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(supervised_loss(logits, masks, loss=loss, ignore_index=ignore_index), logits)
+    if gradient[:, :, ::2].any():
+        way_out = _how_to_ignore(ignore_index)
+        raise ValueError(f"the loss {loss!r} learns from pixels with the ignore index {ignore_index}.\n{way_out}")
+
+
+def _how_to_ignore(ignore_index: int) -> str:
+    return (
+        f"A loss is given logits (B, K, H, W), K = 2 for a network with one logit, and class indices (B, H, W),\n"
+        f"with the ignore index {ignore_index} where there is no label. A loss that does not know it needs\n"
+        f"    its own argument, such as nn.CrossEntropyLoss(ignore_index={ignore_index}), or\n"
+        f"    stseg.functional.without_ignored(loss, ignore_index={ignore_index})"
+    )
 
 
 def without_ignored(loss: Criterion, *, ignore_index: int = 255) -> nn.Module:

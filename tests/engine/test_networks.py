@@ -6,6 +6,7 @@ import copy
 import warnings
 
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -14,7 +15,7 @@ import stseg
 from stseg import NetworkError
 from stseg.engine.optimizers import parameter_groups
 from stseg.errors import NetworkWarning
-from stseg.methods import CPS, FixMatch, MeanTeacher, UniMatch
+from stseg.methods import CPS, FixMatch, MeanTeacher, Supervised, UniMatch
 from stseg.models.state import train_unfrozen
 
 CONFIG = stseg.TrainConfig(steps=3, batch_size=2, weak=stseg.WeakAugment(16), optimizer="adamw", lr=1e-2)
@@ -370,3 +371,29 @@ def test_an_augmentation_that_writes_in_place_leaves_the_data_alone():
     for (image, mask), (before, classes) in zip(data, LABELED, strict=True):
         assert torch.equal(image, before)
         assert torch.equal(mask, classes)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [smp.losses.FocalLoss("multiclass"), smp.losses.LovaszLoss("multiclass"), lambda z, y: (z.sum(1) * (y > 0)).mean()],
+    ids=["focal", "lovasz", "own"],
+)
+def test_losses_that_learn_from_ignored_pixels_are_refused(loss):
+    with pytest.raises(stseg.MethodError, match=r"learns from pixels with the ignore index[\s\S]*without_ignored\("):
+        fit(Supervised(Net(), loss=loss))
+    fit(Supervised(Net(), loss=stseg.functional.without_ignored(loss)))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        smp.losses.FocalLoss("multiclass", ignore_index=255),
+        smp.losses.LovaszLoss("multiclass", ignore_index=255),
+        smp.losses.DiceLoss("multiclass", ignore_index=255),
+        nn.CrossEntropyLoss(ignore_index=255),
+        stseg.functional.ohem_cross_entropy,
+    ],
+    ids=["focal", "lovasz", "dice", "cross-entropy", "OHEM"],
+)
+def test_losses_that_ignore_them_are_taken(loss):
+    fit(Supervised(Net(), loss=loss))
