@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,9 +61,13 @@ def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]
         try:
             optimizers = list(trial.optimizers(config))
             keep_initial_rates(optimizers)
+            outputs: list[Any] = []
+            handle = trial.model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
             with autocast(device, config.precision):
                 losses = trial(batch)
+            handle.remove()
             _check_losses(losses, name)
+            _check_training_logits(outputs)
             losses.total.backward()
             set_learning_rates(optimizers, config, 0, batch.steps)
             for optimizer in optimizers:
@@ -116,6 +121,18 @@ def check_model(method: Method) -> None:
             f"{name}.model is a bare {type(model).__name__}, which would see other images in training than in "
             "evaluation; expected self.model = stseg.Segmenter(network)"
         )
+
+
+def _check_training_logits(outputs: Sequence[Any]) -> None:
+    """Raise a ``NetworkError`` if the model returns probabilities in training mode, whatever it does in evaluation."""
+    for logits in outputs:
+        if isinstance(logits, Tensor) and logits.ndim == 4 and bool((logits >= 0).all()):
+            sums = logits.detach().float().sum(1)
+            if torch.allclose(sums, torch.ones_like(sums), atol=1e-2 if logits.dtype != torch.float32 else 1e-4):
+                raise NetworkError(
+                    "the network returns values that sum to 1 at every pixel in training mode, as probabilities do; "
+                    "expected logits (leave out the softmax at its end)"
+                )
 
 
 def _check_losses(losses: object, name: str) -> None:

@@ -74,11 +74,8 @@ class ClassCounts:
             DataError: if all pixels are ignored; if all that are not have class 0 and the ignore index is 255, as in
                 masks of 0 and 255; and, of training data, if all have one class. Names the ``class_map`` to write.
         """
+        self.refuse_none()
         found = self.pixels.nonzero().flatten().tolist()
-        if not found:
-            raise DataError(
-                f"the masks of the {self.name} data set hold nothing but the ignore index {self.ignore_index}"
-            )
         self.refuse_ignored_foreground()
         if len(found) == 1 and of_training:
             ignored = self.ignored / (self.ignored + int(self.pixels.sum()))
@@ -101,6 +98,14 @@ class ClassCounts:
                 f"({len(missing)} of {self.num_classes}; "
                 + ("the network cannot learn them: " if of_training else "the mIoU leaves them out: ")
                 + "check num_classes and class_map)"
+            )
+
+    def refuse_none(self) -> None:
+        """Raise a ``DataError`` if all pixels are ignored."""
+        if not self.pixels.any():
+            raise DataError(
+                f"the masks of the {self.name} data set hold nothing but the ignore index {self.ignore_index}; "
+                "expected classes (class_map= gives values their classes)"
             )
 
     def refuse_ignored_foreground(self) -> None:

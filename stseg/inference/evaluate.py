@@ -81,6 +81,7 @@ def evaluate(
         metric.add(prediction, truth.pop(index))
     metric.merge_processes()
     counts.merge_processes()
+    counts.refuse_none()
     counts.refuse_ignored_foreground()
     counts.warn_of_mixed_values()
     return metric

@@ -397,3 +397,12 @@ def test_losses_that_learn_from_ignored_pixels_are_refused(loss):
 )
 def test_losses_that_ignore_them_are_taken(loss):
     fit(Supervised(Net(), loss=loss))
+
+
+def test_probabilities_in_training_mode_alone_are_refused():
+    class Probabilities(Net):
+        def forward(self, x):
+            return super().forward(x).softmax(1) if self.training else super().forward(x)
+
+    with pytest.raises(NetworkError, match="sum to 1 at every pixel in training mode"):
+        fit(Probabilities())

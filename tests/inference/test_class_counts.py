@@ -268,3 +268,8 @@ def test_palettes_that_differ_are_warned_of(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(SegmentationFolder(tmp_path, tmp_path, mask_suffix="_mask", class_map=colors))
+
+
+def test_an_evaluation_of_nothing_is_refused():
+    with pytest.raises(DataError, match="evaluated data set hold nothing but the ignore index 255"):
+        stseg.evaluate(nn.Conv2d(3, 2, 1), squares([255]), num_classes=2, progress=False)
