@@ -129,7 +129,7 @@ def decode_mask(path: Path, *, colors: bool = False, apply_exif: bool = True) ->
             if tiff and not _pil_keeps_mask(image):
                 return _tiff_mask(path, apply_exif=apply_exif)
             if image.format == "PNG" and _bits_per_channel(image, path) > 8 and not image.mode.startswith("I"):
-                return _decode_png(path)
+                return _turned(_decode_png(path), image.getexif().get(_ORIENTATION, 1) if apply_exif else 1)
             if image.format == "BMP" and image.mode == "1" and path.read_bytes()[28:30] != b"\x01\x00":
                 raise ValueError("Pillow misreads a BMP of more than 1 bit whose palette is black and white; use PNG")
             unpack = _stored_values(image) if tiff else None

@@ -58,6 +58,6 @@ def check_repeatable(items: Items, *, name: str, with_mask: bool = False) -> Non
         if len(readings) > 1:
             raise DataError(
                 f"item {items.names[index]!r} of the {name} data set changes from one reading to the next; expected "
-                "data sets without random augmentation, which belongs into the training: TrainConfig(weak=...), and "
+                "data sets without random augmentation, which belongs in the training: TrainConfig(weak=...), and "
                 "strong= of methods"
             )

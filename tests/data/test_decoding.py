@@ -408,3 +408,22 @@ def test_deep_tiffs_are_turned_or_read_as_stored(tmp_path, orientation):
         image, classes = ListedFiles(tmp_path, [("a.tif", "m.tif")], mode=None, apply_exif=apply_exif)[0]
         assert np.allclose(image.permute(1, 2, 0), turn(bands) / 255)
         assert np.array_equal(classes, turn(mask))
+
+
+@pytest.mark.parametrize("apply_exif", [None, False])
+def test_16_bit_gray_in_three_channels_is_turned_as_its_image(tmp_path, apply_exif):
+    cv2 = pytest.importorskip("cv2")
+    mask = RNG.integers(0, 4, (20, 30)).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray((mask * 80).astype(np.uint8)).save(tmp_path / "image.png", exif=exif)
+    cv2.imwrite(str(tmp_path / "plain.png"), np.stack([mask] * 3, axis=-1))
+    chunk = (tmp_path / "image.png").read_bytes()
+    start = chunk.index(b"eXIf") - 4
+    length = int.from_bytes(chunk[start : start + 4], "big") + 12
+    content = (tmp_path / "plain.png").read_bytes()
+    place = content.index(b"IDAT") - 4
+    (tmp_path / "mask.png").write_bytes(content[:place] + chunk[start : start + length] + content[place:])
+    image, classes = ListedFiles(tmp_path, [("image.png", "mask.png")], apply_exif=apply_exif)[0]
+    assert classes.shape == ((30, 20) if apply_exif is None else (20, 30))
+    assert torch.equal(image[0].int(), classes * 80)
