@@ -7,6 +7,7 @@ from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult
 from stseg.engine.method import Batch, Losses, Method
 from stseg.errors import (
+    DamagedFileError,
     DataError,
     DataWarning,
     MethodError,
@@ -17,6 +18,7 @@ from stseg.errors import (
     UnreadableImageError,
     WorkdirInUseError,
     WorkdirMismatchError,
+    WorkdirMissingError,
 )
 from stseg.functional import PseudoLabels
 from stseg.inference.evaluate import evaluate
@@ -71,11 +73,13 @@ __all__ = [  # noqa: RUF022  grouped
     "StsegError",
     "DataError",
     "UnreadableImageError",
+    "DamagedFileError",
     "NetworkError",
     "MethodError",
     "TrainingDivergedError",
     "WorkdirMismatchError",
     "WorkdirInUseError",
+    "WorkdirMissingError",
     "DataWarning",
     "NetworkWarning",
     # modules

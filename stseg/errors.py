@@ -15,6 +15,13 @@ class UnreadableImageError(DataError, OSError):
     """A file cannot be decoded as an image: truncated, empty, or not an image at all."""
 
 
+class DamagedFileError(DataError):
+    """A file of a work directory or a mask store is damaged, or is not the one that was written there.
+
+    The message names the file and what to delete; the same call then makes it anew.
+    """
+
+
 class DataWarning(UserWarning):
     """Data that can be used but are probably not what was meant."""
 
@@ -49,3 +56,7 @@ class WorkdirMismatchError(StsegError, ValueError):
 
 class WorkdirInUseError(StsegError, RuntimeError):
     """Another process is using a folder."""
+
+
+class WorkdirMissingError(StsegError, RuntimeError):
+    """A work directory was removed or moved while a run was using it."""

@@ -1,0 +1,48 @@
+"""Seals: digests by which a file of a run is recognized when it is read again.
+
+A seal covers what a file holds and whose it is: the record of its step, and its name in it. A damaged file, one of another
+run, or two that were exchanged do not match theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stseg.errors import DamagedFileError
+
+
+def seal(*parts: Any) -> str:
+    """Compute a digest of bytes (or memory), and of values that are JSON-serializable.
+
+    Example:
+        >>> len(seal({"lr": 0.1}, b"content")), seal("a", "b") == seal("ab")
+        (32, False)
+    """
+    total = hashlib.sha256()
+    for part in parts:
+        if not isinstance(part, (bytes, bytearray, memoryview)):
+            part = json.dumps(part, sort_keys=True, separators=(",", ":")).encode()
+        total.update(f"{len(part)} ".encode())
+        total.update(part)
+    return total.hexdigest()[:32]
+
+
+def damaged(path: Path, what: str, *, to: str, delete: Sequence[Path] = ()) -> DamagedFileError:
+    """Return the error of a file that is not as it was written, which says what to delete.
+
+    Args:
+        path: the file.
+        what: what is wrong, a verb and more.
+        to: what the same call then does, after "to".
+        delete: what to delete; by default the file itself.
+
+    Example:
+        >>> str(damaged(Path("run/model.safetensors"), "is damaged", to="train this stage again"))
+        'run/model.safetensors is damaged; delete run/model.safetensors to train this stage again'
+    """
+    *others, last = [str(each) for each in delete or (path,)]
+    return DamagedFileError(f"{path} {what}; delete {', '.join(others)}{' and ' if others else ''}{last} to {to}")
