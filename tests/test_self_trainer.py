@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,18 +19,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from small import Entropic, same
 from torch import nn
 
 import stseg
-from stseg import DataError, Ranking, SelfTrainer, TrainConfig, WeakAugment, WorkdirMismatchError, fit
+from stseg import DamagedFileError, DataError, Ranking, SelfTrainer, TrainConfig, WeakAugment, WorkdirMismatchError, fit
 from stseg.engine import loop
+from stseg.engine.step import training_step
 from stseg.functional import ohem_cross_entropy
 from stseg.inference import sweep
 from stseg.methods import ST, Baseline, Labeling, STPlusPlus, Supervised
 from stseg.methods.st import thirds
 from stseg.seeds import derive_seed
+from stseg.storage.records import read_record, write_record
 
 SEED = 5
 NORMAL = [torch.tensor(v)[:, None, None] for v in (stseg.IMAGENET_MEAN, stseg.IMAGENET_STD)]
@@ -501,13 +503,13 @@ class TestWorkdir:
         steps = ["teacher", "ranking", "reliable", "student-1", "unreliable", "student-2", "report.html"]
         trainer(workdir=tmp_path).fit(labeled(), unlabeled())
         before = content(tmp_path)
-        run = json.loads((tmp_path / "run.json").read_text())
+        run = read_record(tmp_path / "run.json")
         for step in steps[steps.index(removed) :]:
             run["steps"].pop(step, None)
             for path in sorted((tmp_path / step).rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
         (tmp_path / "report.html").unlink(missing_ok=True)
-        (tmp_path / "run.json").write_text(json.dumps(run))
+        write_record(tmp_path / "run.json", run)
         trainer(workdir=tmp_path).fit(labeled(), unlabeled())
         assert content(tmp_path) == before
 
@@ -589,17 +591,17 @@ class TestWorkdir:
     def test_with_damaged_or_foreign_thresholds_says_which_file(self, tmp_path):
         trainer(method=ST(labeling=Labeling(keep_per_class=0.6)), workdir=tmp_path).fit(labeled(), unlabeled())
         path = tmp_path / "labels" / "thresholds.json"
-        record = json.loads(path.read_text())
+        record = read_record(path)
         for change, message in (
             ({"result": [0.1, 0.2]}, r"thresholds\.json is damaged"),
             ({"result": [0.1, 0.2, 7]}, r"thresholds\.json is damaged"),
             ({"result": None}, r"thresholds\.json is damaged"),
             ({"result": ["a", 0.2, 0.3]}, r"thresholds\.json is damaged"),
             ({"result": [0.1, 0.2, 0.3]}, "threshold is .* there and"),
-            ({"model": "another"}, r"labels was made .*: model is 'another' there and"),
-            ({"keep_per_class": 0.9}, r"labels was made .*: keep_per_class is 0.9 there and 0.6 now"),
+            ({"model": "another"}, r"thresholds\.json was made .*: model is 'another' there and"),
+            ({"keep_per_class": 0.9}, r"thresholds\.json was made .*: keep_per_class is 0.9 there and 0.6 now"),
         ):
-            path.write_text(json.dumps({**record, **change}))
+            write_record(path, {**record, **change})
             with pytest.raises((stseg.DataError, WorkdirMismatchError), match=message):
                 trainer(method=ST(labeling=Labeling(keep_per_class=0.6)), workdir=tmp_path).fit(labeled(), unlabeled())
 
@@ -608,10 +610,25 @@ class TestWorkdir:
         options = {"method": ST(student_init=student_init), "workdir": tmp_path}
         trainer(**options).fit(labeled(), unlabeled())
         path = tmp_path / "teacher" / "model.safetensors"
-        weights = load_file(path)
-        save_file({**weights, "3.bias": weights["3.bias"] + 1}, path)
-        with pytest.raises(WorkdirMismatchError, match=r"labels.masks was made .*: model is '.*' there and '.*' now"):
+        trainer(method="supervised", workdir=tmp_path / "other", config=CONFIG.with_seed(7)).fit(labeled())
+        shutil.copy(tmp_path / "other" / "teacher" / "model.safetensors", path)
+        with pytest.raises(DamagedFileError, match=r"teacher/model\.safetensors was written by another training"):
             trainer(**options).fit(labeled(), unlabeled())
+
+    def test_of_a_teacher_that_came_out_otherwise_names_each_step_to_make_again(self, tmp_path, monkeypatch):
+        trainer(workdir=tmp_path).fit(labeled(), unlabeled())
+        (tmp_path / "teacher" / "model.safetensors").unlink()
+        with monkeypatch.context() as patched:  # as on another device
+            patched.setattr(loop, "training_step", lambda *args: training_step(*args) | _nudge(args[0]))
+            for step in ("ranking", "reliable/masks", "student-1", "unreliable/masks", "student-2"):
+                with pytest.raises(WorkdirMismatchError, match=f"delete {tmp_path / step} to ") as caught:
+                    trainer(workdir=tmp_path).fit(labeled(), unlabeled())
+                assert str(caught.value).startswith(f"{tmp_path / step} was made with other settings or data: ")
+                shutil.rmtree(tmp_path / step)
+            again = trainer(workdir=tmp_path).fit(labeled(), unlabeled())
+            fresh = trainer().fit(labeled(), unlabeled())
+        assert again.ranking == fresh.ranking
+        assert same(again.model, fresh.model)
 
     @pytest.mark.parametrize("cut", ["lines", "score", "everything", "index"])
     def test_with_a_damaged_ranking_says_which_file(self, tmp_path, cut):
@@ -672,6 +689,13 @@ class TestWorkdir:
         trainer(workdir=tmp_path).fit(labeled(), unlabeled())
         busy = dataclasses.replace(CONFIG, num_workers=1, save_every=5.0, eval_batch_size=3)
         trainer(workdir=tmp_path, config=busy).fit(labeled(), unlabeled())
+
+
+def _nudge(network):
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 1e-3
+    return {}
 
 
 KILLED = """

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 from torch.optim import Optimizer
 
 from stseg.distributed import barrier, rank
 from stseg.engine.method import Method
-from stseg.errors import DataError, WorkdirMismatchError
+from stseg.errors import DamagedFileError, DataError, NetworkWarning, WorkdirMismatchError
 from stseg.models.segmenter import Segmenter
 from stseg.models.state import bare_network, cpu_state
 from stseg.storage.files import absolute_folder, write_atomically
-from stseg.storage.records import claim, read_record, write_record
+from stseg.storage.records import as_json, claim, read_record, write_record
+from stseg.storage.seals import damaged, seal, seal_tensors
 
 Row = dict[str, float]
 """A row of a history: epoch, step, lr (of the backbone), loss and what the method logged (means since the row before),
 miou (with validation) and seconds (since the start)."""
 
 RESERVED = ("epoch", "step", "lr", "loss", "miou", "seconds")
+
+_INITIAL = "initial weights"  # key of the record of a stage
+_OWNER = "stage"  # key of the seal of that record in progress.json
+_METADATA = "stseg"  # key of the digest and the seal of weights: one key, as safetensors shuffles several
+_TRAIN_AGAIN, _START_AGAIN = "train this stage again", "start this stage from its beginning"
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
@@ -44,11 +54,11 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
         >>> save_weights(nn.Conv2d(3, 2, 1), path)
+        >>> from safetensors.torch import load_file
         >>> sorted(load_file(path))
         ['bias', 'weight']
     """
-    content = save(cpu_state(_bare(model)))
-    write_atomically(Path(path), lambda file: file.write(content))
+    _write_weights(cpu_state(_bare(model)), Path(path))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -59,7 +69,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         path: file written by :func:`stseg.save_weights`, :func:`stseg.fit` or :class:`stseg.SelfTrainer`.
 
     Raises:
-        DataError: if the file is missing, damaged or of another architecture.
+        DataError: if the file is missing or of another architecture.
+        DamagedFileError: if it is damaged.
 
     Example:
         >>> import tempfile
@@ -70,14 +81,16 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         >>> torch.equal(one.weight, other.weight)
         True
     """
+    path = Path(path)
     try:
-        _bare(model).load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        kind = type(_bare(model)).__name__
-        raise DataError(
-            f"{path} cannot be loaded into a {kind}: {error} "
-            "(if the file is damaged, delete it to train its stage again)"
-        ) from error
+        tensors, digest, _ = _read_weights(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; expected a file of weights") from None
+    except Exception as error:  # a broken file raises many types
+        raise DamagedFileError(f"{path} cannot be read as weights: {error}") from error
+    if digest and digest != seal_tensors(tensors):
+        raise DamagedFileError(f"{path} is damaged: its weights are not those that were saved")
+    _load(tensors, model, path)
 
 
 def copy_to_cpu(model: nn.Module) -> nn.Module:
@@ -93,6 +106,8 @@ class StageState:
     seconds: float = 0.0
     best: float | None = None
     """The highest mIoU on the validation set so far."""
+    best_step: int = 0
+    """The step of the weights that had it."""
     logged: dict[str, list[float]] = field(default_factory=dict)
     """The loss and what the method logged, for each step since the last row of the history."""
     history: list[Row] = field(default_factory=list)
@@ -122,52 +137,69 @@ class StageCheckpoint:
     """Checkpoint of a stage, in a folder, or in memory if ``folder`` is None.
 
     ``model.safetensors`` is written last, so a folder that contains it holds a finished stage. Only the first process
-    writes.
+    writes. Each file is sealed with the record of the stage and its name: what is read again is what was written.
 
     Args:
         folder: created on the first write.
         record: settings and data of the stage, JSON-serializable.
+        method: the method with its initial weights, which are recorded too.
 
     Raises:
-        WorkdirMismatchError: if the folder belongs to a stage with a different record.
+        WorkdirMismatchError: if the folder belongs to a stage with a different record or, if it is finished, of other
+            initial weights.
+        DamagedFileError: if the record is damaged.
     """
 
-    def __init__(self, folder: str | Path | None, record: dict[str, Any]) -> None:
+    def __init__(self, folder: str | Path | None, record: dict[str, Any], method: Method) -> None:
         self.folder = absolute_folder(folder)
         self._best: dict[str, torch.Tensor] | None = None
-        if self.folder is not None:
-            if (self.folder / "run.json").exists():
-                raise WorkdirMismatchError(f"{self.folder} holds a run of SelfTrainer; use another folder")
-            claim(self.folder / "stage.json", record)
+        if self.folder is None:
+            return
+        if (self.folder / "run.json").exists():
+            raise WorkdirMismatchError(f"{self.folder} holds a run of SelfTrainer; use another folder")
+        weights = seal_tensors(cpu_state(method))
+        found = read_record(self.folder / "stage.json") or {}
+        record = as_json({**record, _INITIAL: found.get(_INITIAL, weights)})
+        claim(self.folder / "stage.json", record, to=_TRAIN_AGAIN)
+        if record[_INITIAL] != weights:
+            self._meet_other_weights(method.model)
+        self._owner = seal(record)
 
     def finished(self, model: nn.Module) -> StageState | None:
         """Load the weights of the stage into the model if it is finished."""
-        if self.folder is None or not (self.folder / "model.safetensors").exists():
+        if self.folder is None or not (path := self._model).exists():
             return None
-        load_weights(model, self.folder / "model.safetensors")
+        _load(self._read(path), model, path)
+        progress = self.folder / "progress.json"
+        record = read_record(progress, delete=[path], to=_TRAIN_AGAIN)
+        if record is None or record.pop(_OWNER, None) != self._owner:
+            what = "is missing" if record is None else "is that of another training"
+            raise damaged(progress, what, delete=[path], to=_TRAIN_AGAIN)
         if rank() == 0:
             shutil.rmtree(self.folder / "state", ignore_errors=True)  # left over if killed after the weights
-        path = self.folder / "progress.json"
-        try:
-            record = read_record(path) or {"missing": path}
-            return StageState(**{**record, "history": [_with_nan(row) for row in record["history"]]})
-        except (TypeError, KeyError, AttributeError):
-            raise DataError(f"{path} is missing or damaged; delete {self.folder} to train this stage again") from None
+        return StageState(**{**record, "history": [_with_nan(row) for row in record["history"]]})
 
     def resume(self, method: Method, optimizers: Sequence[Optimizer]) -> StageState:
         """Load the last state that was saved, if there is one."""
         if self.folder is None or not (path := self.folder / "state" / "latest.pt").exists():
             return StageState()
         try:
+            digest, found = _read_digest(path)
+        except OSError as error:
+            raise damaged(path, f"cannot be read ({error})", to=_START_AGAIN) from None
+        if found != seal(self._owner, "state", digest):
+            raise damaged(path, "is damaged, or was written by another training", to=_START_AGAIN)
+        try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             method.load_state_dict(saved["method"])
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            return StageState(**saved["progress"])
-        except Exception as error:  # torch raises many types for a broken file, with advice that does not apply
-            raise DataError(
-                f"{path} is damaged ({type(error).__name__}); delete it to start the stage from its beginning"
-            ) from error
+            progress = StageState(**saved["progress"])
+        except Exception as error:  # torch raises many types, with advice that does not apply
+            raise damaged(path, f"cannot be loaded ({type(error).__name__}: {error})", to=_START_AGAIN) from error
+        if progress.best is not None:
+            self._read(self._best_path(progress.best_step))
+        return progress
 
     def save(self, method: Method, optimizers: Sequence[Optimizer], state: StageState) -> None:
         """Replace the saved state."""
@@ -178,7 +210,16 @@ class StageCheckpoint:
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "progress": asdict(state),
         }
-        write_atomically(self.folder / "state" / "latest.pt", lambda file: torch.save(content, file))
+
+        def write(file: BinaryIO) -> None:
+            target = _Digested(file)
+            torch.save(content, target)  # type: ignore[arg-type]
+            file.write(seal(self._owner, "state", target.digest()).encode())
+
+        write_atomically(self.folder / "state" / "latest.pt", write)
+        for path in self._best_path(0).parent.glob("best-*.safetensors"):
+            if path != self._best_path(state.best_step):
+                path.unlink(missing_ok=True)
 
     def write_history(self, state: StageState) -> None:
         """Replace the saved history."""
@@ -189,27 +230,28 @@ class StageCheckpoint:
     def add_snapshot(self, model: nn.Module, at: int) -> nn.Module:
         """Keep a copy of the current model."""
         if self.folder is not None and rank() == 0:
-            save_weights(model, self._snapshot(at))
+            self._save(model, self._snapshot(at))
         return copy_to_cpu(model)
 
     def snapshot(self, model: nn.Module, at: int) -> nn.Module:
         """Return a copy of the model with the weights of a snapshot."""
         copied = copy_to_cpu(model)
-        load_weights(copied, self._snapshot(at))
+        _load(self._read(self._snapshot(at)), copied, self._snapshot(at))
         return copied
 
-    def keep_best(self, model: nn.Module) -> None:
+    def keep_best(self, model: nn.Module, state: StageState) -> None:
         """Keep the weights as the best so far."""
+        state.best_step = state.step
         if self.folder is None:
             self._best = cpu_state(model)
         elif rank() == 0:
-            save_weights(model, self.folder / "state" / "best.safetensors")
+            self._save(model, self._best_path(state.step))
 
-    def load_best(self, model: nn.Module) -> None:
+    def load_best(self, model: nn.Module, state: StageState) -> None:
         """Load the best weights into the model."""
         barrier()
         if self.folder is not None:
-            load_weights(model, self.folder / "state" / "best.safetensors")
+            _load(self._read(self._best_path(state.best_step)), model, self._best_path(state.best_step))
         elif self._best is not None:
             model.load_state_dict(self._best)
 
@@ -218,14 +260,121 @@ class StageCheckpoint:
         barrier()  # all processes have read the best weights
         if self.folder is not None and rank() == 0:
             history = [_without_nan(row) for row in state.history]
-            write_record(self.folder / "progress.json", {**asdict(state), "history": history})
-            save_weights(model, self.folder / "model.safetensors")
+            progress = {**asdict(state), "history": history, _OWNER: self._owner}
+            write_record(self.folder / "progress.json", progress)
+            self._save(model, self._model)
             shutil.rmtree(self.folder / "state", ignore_errors=True)
         barrier()
+
+    def _meet_other_weights(self, model: nn.Module) -> None:
+        """Refuse or warn of initial weights that are not those of the stage in the folder."""
+        if not self._model.exists():
+            if rank() == 0:
+                warnings.warn(
+                    f"the network has other weights than those from which the training in {self.folder} started; it "
+                    "goes on from its saved state. To start it from the new ones, use another folder, or delete "
+                    f"{self.folder}",
+                    NetworkWarning,
+                    stacklevel=4,
+                )
+            return
+        with suppress(Exception):
+            if seal_tensors(_read_weights(self._model)[0]) == seal_tensors(cpu_state(_bare(model))):
+                return  # the network that was trained here
+        raise WorkdirMismatchError(
+            f"{self.folder} holds a finished training that started from other initial weights. Use another folder, or "
+            f"delete {self.folder} to train this network; stseg.load_weights(network, {str(self._model)!r}) loads the "
+            "result (torch.manual_seed(0) before a network is made makes its random weights the same each time)"
+        )
+
+    @property
+    def _model(self) -> Path:
+        assert self.folder is not None
+        return self.folder / "model.safetensors"
 
     def _snapshot(self, at: int) -> Path:
         assert self.folder is not None
         return self.folder / "snapshots" / f"{at}.safetensors"
+
+    def _best_path(self, step: int) -> Path:
+        assert self.folder is not None
+        return self.folder / "state" / f"best-{step}.safetensors"
+
+    def _save(self, model: nn.Module, path: Path) -> None:
+        _write_weights(cpu_state(_bare(model)), path, owner=[self._owner, path.name])
+
+    def _read(self, path: Path) -> dict[str, torch.Tensor]:
+        """Read weights that this stage wrote.
+
+        Raises:
+            DamagedFileError: if the file is missing, damaged or of another stage; says what to delete.
+        """
+        assert self.folder is not None
+        done = self._model.exists()
+        delete = [self._model if done else self.folder / "state"]
+        again = partial(damaged, path, delete=delete, to=_TRAIN_AGAIN if done else _START_AGAIN)
+        try:
+            tensors, digest, found = _read_weights(path)
+        except FileNotFoundError:
+            raise again("is missing") from None
+        except Exception as error:  # a broken file raises many types
+            raise again(f"is damaged ({error})") from None
+        if digest != seal_tensors(tensors):
+            raise again("is damaged" if digest else "was not written by a training")
+        if found != seal(self._owner, path.name, digest):
+            raise again("was written by another training, or under another name")
+        return tensors
+
+
+class _Digested:
+    """File to write to, with the digest of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._total = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._total.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digest(self) -> str:
+        return self._total.hexdigest()
+
+
+def _read_digest(path: Path) -> tuple[str, str]:
+    """Return the digest of what a file holds before its seal, and the seal."""
+    length = len(seal())
+    rest = path.stat().st_size - length
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while rest > 0 and (part := file.read(min(rest, 1 << 20))):
+            total.update(part)
+            rest -= len(part)
+        return total.hexdigest(), file.read(length).decode("latin-1")
+
+
+def _write_weights(tensors: dict[str, torch.Tensor], path: Path, *, owner: Sequence[str] = ()) -> None:
+    digest = seal_tensors(tensors)
+    content = save(tensors, {_METADATA: f"{digest} {seal(*owner, digest) if owner else ''}"})
+    write_atomically(path, lambda file: file.write(content))
+
+
+def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str, str]:
+    """Return the tensors in a file, their digest and their seal, ``""`` if it has none."""
+    if not path.exists():
+        raise FileNotFoundError(path)
+    with safe_open(path, "pt") as file:
+        digest, _, found = (file.metadata() or {}).get(_METADATA, "").partition(" ")
+        return {name: file.get_tensor(name) for name in file.keys()}, digest, found  # noqa: SIM118
+
+
+def _load(tensors: dict[str, torch.Tensor], model: nn.Module, path: Path) -> None:
+    try:
+        _bare(model).load_state_dict(tensors)
+    except RuntimeError as error:
+        raise DataError(f"{path} cannot be loaded into a {type(_bare(model)).__name__}: {error}") from error
 
 
 def _without_nan(row: Row) -> dict[str, float | None]:

@@ -88,7 +88,7 @@ def run_stage(
         "snapshots": list(plan.snapshots),
         "keep": keep,
     }
-    checkpoint = StageCheckpoint(workdir, record)
+    checkpoint = StageCheckpoint(workdir, record, method)
     if finished := checkpoint.finished(method.model):
         kept = tuple(checkpoint.snapshot(method.model, at) for at in plan.snapshots)
         return FitResult(method.model.eval(), kept, tuple(finished.history), finished.seconds)
@@ -134,7 +134,7 @@ def run_stage(
                 miou = validate()
                 if keep == "best" and miou is not None and miou > (-math.inf if state.best is None else state.best):
                     state.best = miou
-                    checkpoint.keep_best(method.model)
+                    checkpoint.keep_best(method.model, state)
                 seconds = before + time.monotonic() - began
                 epoch = state.step / plan.steps_per_epoch
                 row = state.add_row(epoch=epoch, lr=config.lr * factor, miou=miou, seconds=seconds)
@@ -152,7 +152,7 @@ def run_stage(
     if keep == "best":
         if state.best is None:
             raise DataError("keep='best': no mIoU of the validation set is a number")
-        checkpoint.load_best(method.model)
+        checkpoint.load_best(method.model, state)
     checkpoint.finish(method.model, state)
     return FitResult(method.model.eval(), tuple(copies), tuple(state.history), state.seconds)
 

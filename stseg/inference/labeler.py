@@ -20,7 +20,7 @@ from stseg.functional import PseudoLabels, pseudo_label
 from stseg.functional.classes import check_classes
 from stseg.functional.thresholds import STEPS, check_threshold, least_confidence, leaves_out, step_of
 from stseg.inference.fingerprints import check_repeatable, image_checksums
-from stseg.inference.mask_store import MaskStore, check_store_id
+from stseg.inference.mask_store import MaskStore
 from stseg.inference.reading import Skipped
 from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_images, predictor
 from stseg.models.segmenter import as_segmenter
@@ -61,7 +61,10 @@ class PseudoLabeled(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         id = self.ids[position]
         image = image_of(self.dataset[self.indices[position]], name=id)
-        mask = self.store.get(id)
+        try:
+            mask = self.store.get(id)
+        except KeyError:
+            raise DataError(f"the pseudo-mask of {id!r} is missing in {self.store}; start again to make it") from None
         if image.shape[-2:] != mask.shape:
             raise DataError(
                 f"the pseudo-mask of {id!r} is {tuple(mask.shape)}, but its image {tuple(image.shape[-2:])}: "
@@ -175,22 +178,24 @@ class PseudoLabeler:
         Raises:
             DataError: before labeling starts, if there is no image, an id would leave the store, or an image changes
                 from one reading to the next.
+            DamagedFileError: before labeling starts, if the store holds masks that this labeler did not write, such as
+                edited ones; says what to delete. Truncated and broken ones are made again.
             WorkdirMismatchError: before labeling starts, if the store was filled by another model or with other
                 settings.
             UnreadableImageError: if an image cannot be read and ``skip_unreadable`` is false; the masks made
                 so far stay in the store.
         """
         items = Items.of(dataset)
-        for id in items.ids:
-            check_store_id(id)
         sweep = Sweep(items, "label", self.batch_size, self.num_workers, self.progress, skip_unreadable)
         store = store if isinstance(store, MaskStore) else MaskStore(store)
         if store.folder is not None and leaves_out(self.threshold):
             check_stored(self.ignore_index)
+        store.expect(items.ids)
         check_repeatable(items, name="unlabeled")
         store.claim(self.provenance(), images=image_checksums(items))
         barrier()
-        todo = [index for index in sweep.share if not store.holds(items.ids[index], confidence=confidence)]
+        missing = set(store.missing([items.ids[index] for index in sweep.share], confidence=confidence))
+        todo = [index for index in sweep.share if items.ids[index] in missing]
 
         def label_each(batch: Tensor) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
             labels = self._label(batch)
@@ -210,6 +215,9 @@ class PseudoLabeler:
             _share_memory(store, [items.ids[index] for index in sweep.share])
         skipped = sweep.skipped()
         left_out = {s.index for s in skipped}
+        for index in sweep.share:
+            if index not in left_out and items.ids[index] not in store:
+                raise DataError(f"the mask of {items.ids[index]!r} has vanished from {store}; start again to make it")
         indices = [index for index in range(len(items)) if index not in left_out]
         return PseudoLabeled(items, store, indices=indices, ids=[items.ids[i] for i in indices], skipped=skipped)
 

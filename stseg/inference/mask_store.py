@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import ntpath
 import os
-from collections.abc import Iterator
-from functools import cache
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from zlib import crc32
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
+from stseg.checks import check_choice
 from stseg.data.convert import as_mask
-from stseg.errors import DataError, UnreadableImageError, WorkdirMismatchError
-from stseg.storage.files import absolute_folder, write_atomically
-from stseg.storage.records import claim, merge_claim, read_record
+from stseg.errors import DamagedFileError, DataError, WorkdirMismatchError
+from stseg.inference.mask_files import LABEL_AGAIN, Pixels, holds_png, read_png, write_png
+from stseg.storage.files import absolute_folder
+from stseg.storage.records import claim, merge_claim, owner_of, read_record
+from stseg.storage.seals import damaged, seal
 
 _CONFIDENCE = ".confidence"
+_MOST_IN_FOLDER = 10_000  # masks, before they are spread over folders
+_MOST_VERIFIED = 10_000  # masks of a sample
+_MOST_NAMED = 20  # files in a message
+_SHARD = re.compile("shard-[0-9a-f]{2}/")
+_LABEL_ALL = "label all images again"
 _LONGEST_PART = 255 - len(_CONFIDENCE + ".png")  # limit of file systems
 
 
@@ -29,10 +39,15 @@ class MaskStore:
 
     On disk, the mask of id ``a/b`` is ``a/b.png`` in the folder: an 8-bit palette PNG whose indices are the
     classes (16-bit gray for masks that are not uint8); its confidence is ``a/b.confidence.png``, 16-bit gray,
-    where 65535 is 1. Files are written atomically.
+    where 65535 is 1. Files are written atomically, each with a digest of its pixels, its id and the labeler, which is
+    checked when it is read. Labels of more than 10,000 images in one folder are spread over its subfolders ``shard-00``
+    to ``shard-ff``.
 
     Args:
         folder: folder of the files, created with the first mask. ``None`` keeps everything in memory.
+        verify: which masks a labeling that goes on opens, to see whether they are whole and its own: ``"sample"``,
+            evenly spaced 10,000 of them or all if there are no more; ``"all"``; or ``"none"``. In any case each one is
+            verified when it is read.
 
     Example:
         >>> store = MaskStore()
@@ -41,7 +56,11 @@ class MaskStore:
         (torch.Size([4, 6]), False, 1)
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(
+        self, folder: str | Path | None = None, *, verify: Literal["sample", "all", "none"] = "sample"
+    ) -> None:
+        check_choice("verify", verify, "sample", "all", "none")
+        self.verify, self._sharded = verify, False
         self.folder = absolute_folder(folder, "the store")
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"the store {self.folder} is a file; expected a folder")
@@ -73,43 +92,63 @@ class MaskStore:
                 self._confidence[id] = confidence.clone()
             return
         # The mask is written last: if it exists, so does its confidence.
-        png = _as_png(mask, id)
+        pixels = _pixels_of(mask, id)
         beside = self._path(id, _CONFIDENCE)
         if confidence is None:
             beside.unlink(missing_ok=True)
         else:
             gray = (confidence.clamp(0, 1).double().numpy() * 65535).round().astype(np.uint16)
-            _write_png(Image.fromarray(gray), beside)
-        _write_png(png, self._path(id))
+            write_png(gray, beside, origin=self.origin, name=id + _CONFIDENCE)
+        write_png(pixels, self._path(id), origin=self.origin, name=id)
 
     def get(self, id: str) -> Tensor:
         """Return a copy of the mask of an id, ``(H, W)`` uint8 or int32.
 
         Raises:
             KeyError: if there is none.
-            UnreadableImageError: if its file is broken.
+            DamagedFileError: if its file is damaged, or is not the one that the labeler wrote.
         """
         if self.folder is None:
             return self._masks[id].clone()
-        return as_mask(_read_png(self._path(id), id), name=id)
+        return as_mask(self._read(id), name=id)
 
     def confidence(self, id: str) -> Tensor:
         """Return a copy of the confidence of a mask, ``(H, W)`` float32 (in steps of 1/65535 from disk).
 
         Raises:
             KeyError: if there is none.
-            UnreadableImageError: if its file is broken.
+            DamagedFileError: if its file is damaged, or is not the one that the labeler wrote.
         """
         if self.folder is None:
             return self._confidence[id].clone()
-        return torch.from_numpy((_read_png(self._path(id, _CONFIDENCE), id) / 65535.0).astype(np.float32))
+        return torch.from_numpy((self._read(id, _CONFIDENCE) / 65535.0).astype(np.float32))
 
     def holds(self, id: str, *, confidence: bool = False) -> bool:
-        """Return whether the mask, and with ``confidence`` its confidence, exists and is not broken."""
+        """Return whether the mask, and with ``confidence`` its confidence, exists and is not broken.
+
+        Raises:
+            DamagedFileError: if a file is whole, but is not the one that the labeler wrote, such as a mask that was
+                edited.
+        """
         check_store_id(id)
         if self.folder is None:
             return id in self._masks and (not confidence or id in self._confidence)
-        return _intact(self._path(id)) and (not confidence or _intact(self._path(id, _CONFIDENCE)))
+        names = [(id, ""), (id, _CONFIDENCE)] if confidence else [(id, "")]
+        return all(holds_png(self._path(*name), origin=self.origin, name="".join(name)) for name in names)
+
+    def missing(self, ids: Sequence[str], *, confidence: bool = False) -> list[str]:
+        """Return which ids have no whole mask; which files are opened for that, ``verify`` says.
+
+        Raises:
+            DamagedFileError: if masks are whole, but are not those that the labeler wrote; says what to delete.
+        """
+        steps = {"all": 1, "none": len(ids) + 1, "sample": -(-len(ids) // _MOST_VERIFIED) or 1}
+        step = steps[self.verify]
+        found = {id: id in self if place % step else self._state(id, confidence) for place, id in enumerate(ids)}
+        if wrong := [id for id, there in found.items() if there is None]:
+            endings = ("", _CONFIDENCE) if confidence else ("",)
+            raise self._wrong([path for id in wrong for end in endings if (path := self._path(id, end)).exists()])
+        return [id for id, there in found.items() if not there]
 
     def claim(self, owner: dict[str, Any], *, images: dict[str, int] | None = None) -> None:
         """Record the labeler that fills this store, so that masks of different labelers are not mixed.
@@ -123,15 +162,39 @@ class MaskStore:
         Raises:
             WorkdirMismatchError: if the store was filled by another labeler, with masks of other images under the same
                 ids, or from an unknown origin.
+            DamagedFileError: if the record is damaged.
         """
-        where = self.folder or "the store"
         record = None if self.folder is None else self.folder / "labels.json"
         found = self._owner if record is None else read_record(record)
-        if found is None and next(iter(self), None) is not None:
+        if found is None and self._holds_others(seal(owner)):
+            where = self.folder or "the store"
             raise WorkdirMismatchError(f"{where} holds masks of unknown origin; use an empty folder")
-        self._owner = (
-            merge_claim(found, owner, images, where=where) if record is None else claim(record, owner, images=images)
-        )
+        if record is None:
+            self._owner = merge_claim(found, owner, images, delete="the store", to=_LABEL_ALL)
+        else:
+            self._owner = claim(record, owner, images=images, to=_LABEL_ALL)
+
+    @property
+    def origin(self) -> str:
+        """Digest of the labeler that fills the store; ``""`` if there is none.
+
+        Raises:
+            DamagedFileError: if its record is damaged.
+        """
+        if self._owner is None and self.folder is not None:
+            self._owner = read_record(self.folder / "labels.json")
+        return "" if self._owner is None else seal(owner_of(self._owner))
+
+    def expect(self, ids: Sequence[str]) -> None:
+        """Prepare the store for masks of these ids: many in one folder are spread over several.
+
+        Raises:
+            DataError: if an id cannot name a file in the store.
+        """
+        for id in ids:
+            check_store_id(id)
+        folders = Counter(id.rpartition("/")[0] for id in ids)
+        self._sharded = self._sharded or max(folders.values(), default=0) > _MOST_IN_FOLDER
 
     def __getitem__(self, id: str) -> Tensor:
         return self.get(id)
@@ -142,7 +205,7 @@ class MaskStore:
     def __contains__(self, id: object) -> bool:
         if not isinstance(id, str) or not _is_store_id(id):
             return False
-        return id in self._masks if self.folder is None else self._path(id).is_file()
+        return id in self._masks if self.folder is None else self._path(id).exists()
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the ids that have a mask: in insertion order in memory, in arbitrary order on disk."""
@@ -152,7 +215,8 @@ class MaskStore:
         for root, _, files in os.walk(self.folder):
             for name in files:
                 if name.endswith(".png") and not name.endswith(f"{_CONFIDENCE}.png"):
-                    yield (Path(root) / name[: -len(".png")]).relative_to(self.folder).as_posix()
+                    id = (Path(root) / name[: -len(".png")]).relative_to(self.folder).as_posix()
+                    yield _SHARD.sub("", id, count=1) if _SHARD.match(id) else id
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -161,9 +225,47 @@ class MaskStore:
         return f"MaskStore({'' if self.folder is None else repr(str(self.folder))})"
 
     def _path(self, id: str, ending: str = "") -> Path:
+        """Return the path of a file: where it is, in a shard or not, else where it belongs."""
         assert self.folder is not None
         check_store_id(id)
-        return self.folder / f"{id}{ending}.png"
+        name, shard = f"{id}{ending}.png", f"shard-{crc32(id.encode()) & 255:02x}"
+        paths = [self.folder / name, self.folder / shard / name]
+        first, other = paths[::-1] if self._sharded else paths
+        return other if not first.exists() and other.exists() else first
+
+    def _read(self, id: str, ending: str = "") -> Pixels:
+        try:
+            return read_png(self._path(id, ending), origin=self.origin, name=id + ending)
+        except FileNotFoundError:
+            raise KeyError(id) from None
+
+    def _holds_others(self, origin: str) -> bool:
+        """Return whether the masks are of another origin, by the first one that is whole."""
+        if self.folder is None:
+            return bool(self._masks)
+        for id in islice(self, 100):
+            with suppress(DataError):
+                check_store_id(id)
+                try:
+                    if holds_png(self._path(id), origin=origin, name=id):
+                        return False
+                except DamagedFileError:
+                    return True
+        return next(iter(self), None) is not None
+
+    def _state(self, id: str, confidence: bool) -> bool | None:
+        """Return what :meth:`holds` does; None if it raises."""
+        try:
+            return self.holds(id, confidence=confidence)
+        except DamagedFileError:
+            return None
+
+    def _wrong(self, paths: list[Path]) -> DamagedFileError:
+        """Return the error of files that are not those that the labeler wrote."""
+        assert self.folder is not None
+        delete, again = (paths, LABEL_AGAIN) if len(paths) <= _MOST_NAMED else ([self.folder], _LABEL_ALL)
+        what = f"and {len(paths) - 1} more are not" if len(paths) > 1 else "is not"
+        return damaged(paths[0], f"{what} what this labeling wrote", delete=delete, to=again)
 
 
 def check_store_id(id: str) -> None:
@@ -196,22 +298,6 @@ def _is_store_id(id: str) -> bool:
     )
 
 
-@cache
-def palette() -> tuple[int, ...]:
-    """Return the 256 colors of Pascal VOC as a flat tuple: the bits of the index spread over red, green and blue.
-
-    Example:
-        >>> palette()[3:9]
-        (128, 0, 0, 0, 128, 0)
-    """
-    colors = np.zeros((256, 3), dtype=np.uint8)
-    index = np.arange(256)
-    for bit in range(8):
-        for channel in range(3):
-            colors[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return tuple(int(v) for v in colors.reshape(-1))
-
-
 def _check_confidence(confidence: Tensor, mask: Tensor, id: str) -> None:
     if confidence.shape != mask.shape:
         raise DataError(f"confidence of {id!r} has shape {tuple(confidence.shape)}; expected {tuple(mask.shape)}")
@@ -220,41 +306,13 @@ def _check_confidence(confidence: Tensor, mask: Tensor, id: str) -> None:
         raise DataError(f"confidence of {id!r} holds values from {low:g} to {high:g}; expected [0, 1]")
 
 
-def _as_png(mask: Tensor, id: str) -> Image.Image:
+def _pixels_of(mask: Tensor, id: str) -> Pixels:
     if mask.dtype == torch.uint8:
-        image = Image.fromarray(mask.numpy())
-        image.putpalette(palette())
-        return image
+        return mask.numpy()
     low, high = (int(v) for v in torch.aminmax(mask))
     if low < 0 or high > 65535:
         raise DataError(
             f"mask of {id!r} holds values from {low} to {high}; expected 0..65535 for a PNG "
             "(choose another ignore_index)"
         )
-    return Image.fromarray(mask.numpy().astype(np.uint16))
-
-
-def _write_png(image: Image.Image, path: Path) -> None:
-    write_atomically(path, lambda file: image.save(file, format="PNG", compress_level=3))
-
-
-def _read_png(path: Path, id: str) -> np.ndarray[Any, np.dtype[Any]]:
-    try:
-        # Not Image.open: its limit on the number of pixels is meant for untrusted files.
-        with PngImageFile(path) as image:
-            return np.array(image)
-    except FileNotFoundError:
-        raise KeyError(id) from None
-    except Exception as error:  # PIL raises many types for a broken file
-        raise UnreadableImageError(f"{path} cannot be read as a PNG: {error}") from error
-
-
-def _intact(path: Path) -> bool:
-    try:
-        with PngImageFile(path) as image:
-            image.verify()  # verifies the checksums of all chunks without decoding them
-        with open(path, "rb") as file:
-            file.seek(-12, os.SEEK_END)
-            return file.read(8)[4:] == b"IEND"
-    except Exception:  # PIL raises many types for a broken file
-        return False
+    return mask.numpy().astype(np.uint16)

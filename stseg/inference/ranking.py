@@ -115,6 +115,11 @@ class Ranking:
 
     def to_csv(self, path: str | Path) -> None:
         """Write ``index,id,score`` lines, best first; scores are exact."""
+        content = self.as_csv()
+        write_atomically(Path(path), lambda file: file.write(content))
+
+    def as_csv(self) -> bytes:
+        """Return what :meth:`to_csv` writes."""
         # By default the writer does not quote carriage returns, at which the reader ends lines.
         returns = any("\r" in id for id in self.ids)
         text = io.StringIO("index,id,score\n")
@@ -122,8 +127,7 @@ class Ranking:
         writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
         writer.writerows((int(i), id, float(s)) for i, id, s in zip(self.indices, self.ids, self.scores, strict=True))
         # Ids from file names that are not valid UTF-8 contain surrogates.
-        content = text.getvalue().encode(errors="surrogatepass")
-        write_atomically(Path(path), lambda file: file.write(content))
+        return text.getvalue().encode(errors="surrogatepass")
 
     @classmethod
     def from_csv(cls, path: str | Path) -> Ranking:

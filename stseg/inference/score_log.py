@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from stseg.distributed import barrier, rank
-from stseg.errors import DataError, WorkdirMismatchError
-from stseg.storage.records import claim
+from stseg.errors import WorkdirMismatchError
+from stseg.storage.records import as_json, claim
+from stseg.storage.seals import damaged, seal
+
+_AGAIN = "score its images again"
 
 
 class ScoreLog:
-    """Log of scores, one per line; each process appends to its own file.
+    """Log of scores, one per line, each with a digest; each process appends to its own file.
 
     The origin of the scores is recorded next to it, in a file that ends in ``.json``.
 
@@ -26,55 +29,70 @@ class ScoreLog:
 
     Raises:
         WorkdirMismatchError: if the scores have another owner, are those of other images, or are of unknown origin.
+        DamagedFileError: if the record of their origin is damaged.
     """
 
     def __init__(self, path: Path, owner: dict[str, Any], images: dict[str, int]) -> None:
         self.path = path
         self.mine = path if rank() == 0 else path.with_name(f"{path.name}.{rank()}")
         record = path.with_name(f"{path.name}.json")
-        used = bool(self._files())
+        files = self._files()
         barrier()
-        if not used and rank() == 0:
+        if not files and rank() == 0:
             record.unlink(missing_ok=True)  # its scores have been deleted
-        if used and not record.exists():
+        barrier()
+        self._owner = seal(as_json(owner))
+        if not record.exists() and not all(map(self._begins, files)):
             raise WorkdirMismatchError(
-                f"{path} is of unknown origin, as there is no {record.name} beside it; "
-                "delete it to recompute the ranking"
+                f"{path} is of unknown origin, as there is no {record.name} beside it; use another file"
             )
-        claim(record, owner, images=images, where=path)
+        barrier()
+        claim(record, owner, images=images, delete=" and ".join(map(str, files)), to="rank again")
 
     def read(self, ids: Sequence[str]) -> dict[int, float]:
         """Return the scores in all files, by position in ``ids``.
 
         Raises:
-            DataError: if a file is damaged; an incomplete last line is dropped.
+            DamagedFileError: if a line is damaged, or was written by another ranking; an incomplete last line is
+                dropped.
         """
         index_of = {id: index for index, id in enumerate(ids)}
         scores: dict[int, float] = {}
         for path in self._files():
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except IsADirectoryError:
+                raise damaged(path, "is a folder; expected a file", to=_AGAIN) from None
             whole = content[: content.rfind(b"\n") + 1]
             if path == self.mine and whole != content:  # the process was killed while writing a line
                 os.truncate(path, len(whole))
             try:
-                known = [(str(id), float(score)) for id, score in map(json.loads, whole.splitlines())]
-            except (ValueError, TypeError) as error:
-                raise DataError(
-                    f"{path} holds a line that is no score ({error}); delete it to recompute the ranking"
-                ) from None
-            for id, score in known:
-                if not 0 <= score <= 1:
-                    raise DataError(
-                        f"{path} gives {id!r} the score {score}, not in [0, 1]; delete it to recompute the ranking"
-                    )
-            scores.update((index_of[id], score) for id, score in known if id in index_of)
+                known = [(id, score, digest) for id, score, digest in map(json.loads, whole.split(b"\n")[:-1])]
+                wrong = [number for number, (*line, digest) in enumerate(known, 1) if digest != self._seal(*line)]
+            except (ValueError, TypeError, RecursionError) as error:
+                raise damaged(path, f"holds a line that is no score ({error})", to=_AGAIN) from None
+            if wrong:
+                raise damaged(path, f"is damaged, or is that of another ranking: line {wrong[0]} differs", to=_AGAIN)
+            scores.update((index_of[id], score) for id, score, _ in known if id in index_of)
         return scores
 
     def add(self, id: str, score: float) -> None:
         """Append a score to the file of this process."""
         self.mine.parent.mkdir(parents=True, exist_ok=True)
         with open(self.mine, "ab") as file:
-            file.write(json.dumps([id, score]).encode() + b"\n")
+            file.write(json.dumps([id, score, self._seal(id, score)]).encode() + b"\n")
+
+    def _begins(self, path: Path) -> bool:
+        """Return whether a file begins with a line of this ranking."""
+        try:
+            with open(path, "rb") as file:
+                *line, digest = json.loads(file.readline())
+            return bool(digest == self._seal(*line))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return False
+
+    def _seal(self, id: object, score: object) -> str:
+        return seal(self._owner, id, score)[:16]
 
     def _files(self) -> list[Path]:
         beside = self.path.parent.glob(glob.escape(self.path.name) + ".*")

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from stseg.inference.labeler import PseudoLabeled
-from stseg.inference.mask_store import palette
+from stseg.inference.mask_files import palette
 from stseg.stages.result import SelfTrainingResult
 from stseg.storage.files import write_atomically
 from stseg.storage.records import read_record

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from stseg.data.items import Items
+from stseg.description import describe
 from stseg.distributed import all_gather, barrier, rank, setup_device
 from stseg.engine.batches import Streams
 from stseg.engine.checkpoint import Row, copy_to_cpu
@@ -23,6 +24,7 @@ from stseg.engine.method import Method, view_of
 from stseg.engine.trial import preserved_random_state
 from stseg.errors import DataError
 from stseg.functional.thresholds import check_threshold
+from stseg.inference.fingerprints import join_checksums
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
 from stseg.inference.rankers import StabilityRanker
 from stseg.inference.ranking import Ranking
@@ -31,6 +33,7 @@ from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, fingerprint
 from stseg.seeds import derive_seed, fixed_seed
 from stseg.stages.labeling import Labeling
+from stseg.stages.ranking_file import read_ranking, write_ranking
 from stseg.stages.report import write_report
 from stseg.stages.result import SelfTrainingResult
 from stseg.stages.workdir import Workdir
@@ -119,7 +122,10 @@ class Stages:
             method,
             streams,
             config,
-            facts={"items": streams.description()},
+            facts={
+                "items": streams.description(),
+                "pseudo-labels": {s: d.store.origin for s, d in self.labeled.items()},
+            },
             val=self.val,
             snapshots=snapshots,
             keep=self.keep,
@@ -158,13 +164,15 @@ class Stages:
         """Rank images by their stability over the snapshots of a training, or with a custom ranker."""
         began = time.monotonic()
         path = self.workdir.path(step, "ranking.csv")
-        if path is not None and path.exists():
-            ranking = Ranking.from_csv(path)
-            facts = self.workdir.facts(step) or {}
-            if len(ranking) != facts.get("images", len(ranking)):
-                raise DataError(
-                    f"{path} ranks {len(ranking)} images, not {facts['images']}; delete it to recompute the ranking"
-                )
+        owner = {
+            "teacher": fingerprint(teacher.model),
+            "snapshots": [fingerprint(snapshot) for snapshot in teacher.snapshots],
+            "ranker": describe(ranker),
+            "items": join_checksums(images.ids, []),
+        }
+        found = None if path is None else read_ranking(path, owner)
+        if found is not None:
+            ranking = found
         elif ranker is not None:
             ranking = all_gather(ranker.rank(images))[0]
         else:
@@ -178,9 +186,9 @@ class Stages:
             )
             ranking = stability.rank(images, store=self.workdir.path(step, "scores"))
         self.ranking = _check_ranking(ranking, images.ids, str(path or "the ranker"))
-        if path is not None and rank() == 0 and not path.exists():
-            self.ranking.to_csv(path)
-        self._done(step, time.monotonic() - began, images=len(self.ranking))
+        if path is not None and found is None and rank() == 0:
+            write_ranking(path, owner, self.ranking)
+        self._done(step, time.monotonic() - began)
         return self.ranking
 
     def result(self, last: FitResult) -> SelfTrainingResult:
@@ -251,7 +259,8 @@ class Stages:
         path = self.workdir.path(step, "thresholds.json")
         if path is None:
             return labeler.class_thresholds(images, keep)
-        record = claim(path, {"model": fingerprint(labeler.model), "keep_per_class": keep})
+        owner = {"model": fingerprint(labeler.model), "keep_per_class": keep}
+        record = claim(path, owner, delete=path, to="compute the thresholds again")
         if "result" not in record:
             record["result"] = labeler.class_thresholds(images, keep)
             if rank() == 0:
@@ -261,10 +270,10 @@ class Stages:
         except (TypeError, ValueError):
             raise DataError(f"{path} is damaged; delete it to compute the thresholds again") from None
 
-    def _done(self, step: str, seconds: float, **more: int) -> None:
+    def _done(self, step: str, seconds: float) -> None:
         facts = self.workdir.facts(step) or {}
         self.seconds[step] = facts.get("seconds", seconds)
-        self.workdir.done(step, seconds=round(self.seconds[step], 3), **more)
+        self.workdir.done(step, seconds=round(self.seconds[step], 3))
 
 
 def _check_ranking(ranking: Ranking, ids: Sequence[str], source: str) -> Ranking:

@@ -14,6 +14,8 @@ from stseg.errors import WorkdirInUseError, WorkdirMismatchError
 from stseg.storage.files import absolute_folder, lock
 from stseg.storage.records import read_record, refuse_other, write_record
 
+_START_OVER = "start over"
+
 
 class Workdir:
     """Work directory of a run: ``run.json`` and a folder for each step.
@@ -34,12 +36,7 @@ class Workdir:
             raise WorkdirMismatchError(f"{self.folder} holds a training of stseg.fit; use another folder")
         self._run: dict[str, Any] = {"settings": settings, "versions": _versions(), "data": {}, "steps": {}}
         if self.folder is not None and (found := read_record(self.folder / "run.json")) is not None:
-            parts = [found.get(part) for part in self._run]
-            if not all(isinstance(p, dict) for p in (*parts, *(found.get("steps") or {}).values())):
-                raise WorkdirMismatchError(
-                    f"{self.folder / 'run.json'} is not the record of a run; delete {self.folder} to start over"
-                )
-            refuse_other(found["settings"], settings, self.folder)
+            refuse_other(found["settings"], settings, self.folder, to=_START_OVER)
             self._run = found
 
     def claim(self, data: dict[str, Any]) -> None:
@@ -50,7 +47,7 @@ class Workdir:
             WorkdirInUseError: if another process is using it.
         """
         if self.folder is not None and self._run["data"]:
-            refuse_other(self._run["data"], data, self.folder)
+            refuse_other(self._run["data"], data, self.folder, to=_START_OVER)
         self._keep_others_out()
         self._run["data"] = data
         self._write()

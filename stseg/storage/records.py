@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stseg.distributed import barrier, rank
 from stseg.errors import WorkdirMismatchError
 from stseg.storage.files import write_atomically
+from stseg.storage.seals import damaged, seal
 
+_SEAL = "seal"  # key of a record's own digest
 _BESIDE = ("images", "result")  # keys of a record that are not part of the owner
 
 
 def claim(
-    path: Path, owner: dict[str, Any], *, images: dict[str, int] | None = None, where: Path | None = None
+    path: Path, owner: dict[str, Any], *, images: dict[str, int] | None = None, delete: object = None, to: str
 ) -> dict[str, Any]:
     """Record the owner of results, or compare it with an existing record.
 
@@ -22,16 +26,18 @@ def claim(
         path: the record, a JSON file.
         owner: settings and data, JSON-serializable.
         images: checksums of some of the images, by id; merged over several claims.
-        where: path that messages say to delete; by default the folder of the record.
+        delete: what messages say to delete if the owner differs; by default the folder of the record.
+        to: what the same call does after that, such as "start over".
 
     Returns:
         The record: the owner, ``"images"``, and ``"result"`` if :func:`write_record` added one.
 
     Raises:
         WorkdirMismatchError: if the owner differs, or images with the same id differ; names the difference.
+        DamagedFileError: if the record is damaged.
     """
     found = read_record(path)
-    record = merge_claim(found, owner, images, where=where or path.parent)
+    record = merge_claim(found, owner, images, delete=delete or path.parent, to=to)
     barrier()
     if record != found and rank() == 0:
         write_record(path, record)
@@ -39,16 +45,19 @@ def claim(
 
 
 def merge_claim(
-    found: dict[str, Any] | None, owner: dict[str, Any], images: dict[str, int] | None, *, where: object
+    found: dict[str, Any] | None, owner: dict[str, Any], images: dict[str, int] | None, *, delete: object, to: str
 ) -> dict[str, Any]:
     """Merge the record of an owner with an existing one after comparing them; see :func:`claim`."""
-    record: dict[str, Any] = json.loads(json.dumps(owner))
+    record = as_json(owner)
     known = {} if found is None else found.get("images", {})
     if found is not None:
-        refuse_other({key: value for key, value in found.items() if key not in _BESIDE}, record, where)
+        refuse_other(owner_of(found), record, delete, to=to)
     for id, checksum in (images or {}).items():
         if known.get(id, checksum) != checksum:
-            raise WorkdirMismatchError(f"{where} holds results of other images: the one called {id!r} differs")
+            raise WorkdirMismatchError(
+                f"{delete} holds results of other images: the one called {id!r} differs. Use another folder, or "
+                f"delete {delete} to {to}"
+            )
     if known or images:
         record["images"] = {**known, **(images or {})}
     if found is not None and "result" in found:
@@ -56,36 +65,50 @@ def merge_claim(
     return record
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
+def owner_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the owner in a record."""
+    return {key: value for key, value in record.items() if key not in _BESIDE}
+
+
+def read_record(path: Path, *, delete: Sequence[Path] = (), to: str = "write it anew") -> dict[str, Any] | None:
     """Return the record in a file; None if there is no file.
 
     Raises:
-        WorkdirMismatchError: if the file is not a record.
+        DamagedFileError: if the file is not a record that :func:`write_record` wrote; the message says what to
+            ``delete`` (by default the file) and what the same call then does (``to``).
     """
+    again = partial(damaged, path, delete=delete, to=to)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise WorkdirMismatchError(f"{path} is not JSON ({error}); delete {path.parent} to start over") from None
-    if not isinstance(record, dict):
-        raise WorkdirMismatchError(f"{path} holds no record; delete {path.parent} to start over")
+    except (IsADirectoryError, NotADirectoryError):
+        raise again("is no file") from None
+    except (ValueError, RecursionError) as error:
+        raise again(f"is damaged: it is not JSON ({error})") from None
+    if not isinstance(record, dict) or record.pop(_SEAL, None) != _digest(record):
+        raise again("is damaged, or was changed by hand: its digest differs")
     return record
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Replace the record in a file."""
-    content = json.dumps(record, indent=1, allow_nan=False).encode()
+    """Replace the record in a file, with a digest of it."""
+    content = json.dumps({**record, _SEAL: _digest(as_json(record))}, indent=1, allow_nan=False).encode()
     write_atomically(path, lambda file: file.write(content))
 
 
-def refuse_other(found: dict[str, Any], now: dict[str, Any], where: object) -> None:
+def as_json(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record as it is read from a file."""
+    read: dict[str, Any] = json.loads(json.dumps(record, allow_nan=False))
+    return read
+
+
+def refuse_other(found: dict[str, Any], now: dict[str, Any], delete: object, *, to: str) -> None:
     """Raise a ``WorkdirMismatchError`` that names the differences if there are any."""
-    now = json.loads(json.dumps(now))
-    if differences := diff(found, now):
+    if differences := diff(found, as_json(now)):
         raise WorkdirMismatchError(
-            f"{where} was made with other settings or data: {'; '.join(differences)}. "
-            "Use another folder, or delete it to start over"
+            f"{delete} was made with other settings or data: {'; '.join(differences)}. "
+            f"Use another folder, or delete {delete} to {to}"
         )
 
 
@@ -103,3 +126,10 @@ def diff(found: Any, now: Any, name: str = "") -> list[str]:
             for text in diff(found.get(key), now.get(key), f"{name}.{key}" if name else str(key))
         ]
     return [] if found == now else [f"{name} is {found!r} there and {now!r} now"]
+
+
+def _digest(record: dict[str, Any]) -> str:
+    try:
+        return seal(record)
+    except (ValueError, RecursionError):  # NaN or lone surrogates that a damaged file may hold
+        return ""

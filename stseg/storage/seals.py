@@ -1,16 +1,19 @@
 """Seals: digests by which a file of a run is recognized when it is read again.
 
-A seal covers what a file holds and whose it is: the record of its step, and its name in it. A damaged file, one of another
-run, or two that were exchanged do not match theirs.
+A seal covers what a file holds and whose it is: the record of its step, and its name in that step. Damaged files, files
+of another run and files that were exchanged do not match theirs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from stseg.errors import DamagedFileError
 
@@ -28,6 +31,22 @@ def seal(*parts: Any) -> str:
             part = json.dumps(part, sort_keys=True, separators=(",", ":")).encode()
         total.update(f"{len(part)} ".encode())
         total.update(part)
+    return total.hexdigest()[:32]
+
+
+def seal_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Compute a digest of named tensors: names, dtypes, shapes and values.
+
+    Example:
+        >>> one = {"weight": torch.zeros(2, 3)}
+        >>> seal_tensors(one) == seal_tensors({"weight": torch.zeros(3, 2)})
+        False
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        total.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()[:32]
 
 

@@ -21,7 +21,7 @@ from test_examples import load, run_main
 import stseg
 from stseg.data import ListedFiles
 from stseg.errors import DataError
-from stseg.inference.mask_store import palette
+from stseg.inference.mask_files import palette
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "benchmarks" / "paper"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stseg import Batch, DataError, Losses, Method, Segmenter
+from stseg import Batch, DamagedFileError, DataError, Losses, Method, Segmenter
 from stseg.engine.checkpoint import StageCheckpoint, StageState, copy_to_cpu, load_weights, save_weights
 
 
@@ -41,7 +41,7 @@ class TestWeights:
         save_weights(network(), tmp_path / "a.safetensors")
         content = (tmp_path / "a.safetensors").read_bytes()
         (tmp_path / "a.safetensors").write_bytes(content[:-7])
-        with pytest.raises(DataError, match=r"a\.safetensors cannot be loaded"):
+        with pytest.raises(DataError, match=r"a\.safetensors cannot be read as weights"):
             load_weights(network(), tmp_path / "a.safetensors")
 
 
@@ -109,11 +109,11 @@ class TestStageFolder:
             optimizer.step()
         method.after_step(batch)
         state = StageState(step=7, seconds=1.5, best=None, logged={"loss": [0.5]}, history=[{"step": 5.0}])
-        StageCheckpoint(tmp_path, {"a": 1}).save(method, optimizers, state)
+        StageCheckpoint(tmp_path, {"a": 1}, method).save(method, optimizers, state)
         assert set(torch.load(tmp_path / "state" / "latest.pt", weights_only=True)) == {
             *("method", "optimizers", "progress")
         }
-        assert StageCheckpoint(tmp_path, {"a": 1}).resume(again, others) == state
+        assert StageCheckpoint(tmp_path, {"a": 1}, Critical()).resume(again, others) == state
         assert states_equal(again, method)
         assert again.average == 1
         for optimizer, other in zip(optimizers, others, strict=True):
@@ -124,7 +124,7 @@ class TestStageFolder:
     @pytest.mark.parametrize("change", ["fewer optimizers", "a key is missing", "another architecture"])
     def test_of_another_content_is_refused(self, tmp_path, change):
         method = Critical()
-        StageCheckpoint(tmp_path, {}).save(method, method.optimizers(None), StageState(step=3))
+        StageCheckpoint(tmp_path, {}, method).save(method, method.optimizers(None), StageState(step=3))
         path = tmp_path / "state" / "latest.pt"
         saved = torch.load(path, weights_only=True)
         if change == "fewer optimizers":
@@ -134,23 +134,22 @@ class TestStageFolder:
         else:
             saved["method"]["critic.weight"] = torch.zeros(1, 5, 1, 1)
         torch.save(saved, path)
-        with pytest.raises(
-            DataError, match=r"latest\.pt is damaged .*; delete it to start the stage from its beginning"
-        ):
-            StageCheckpoint(tmp_path, {}).resume(method, method.optimizers(None))
+        message = r"latest\.pt is damaged.*; delete .*latest\.pt to start this stage from its beginning"
+        with pytest.raises(DamagedFileError, match=message):
+            StageCheckpoint(tmp_path, {}, method).resume(method, method.optimizers(None))
 
     def test_begins_at_the_beginning_where_there_is_nothing(self, tmp_path):
         model = network()
         for folder in (None, tmp_path):
-            stage = StageCheckpoint(folder, {})
+            stage = StageCheckpoint(folder, {}, Critical())
             assert stage.finished(model) is None
             assert stage.resume(Critical(), []) == StageState()
 
     @pytest.mark.parametrize("on_disk", [False, True])
     def test_gives_the_best_weights_back(self, tmp_path, on_disk):
-        stage, model = StageCheckpoint(tmp_path if on_disk else None, {}), network()
-        best = copy_to_cpu(model)
-        stage.keep_best(model)
+        stage, model = StageCheckpoint(tmp_path if on_disk else None, {}, Critical()), network()
+        best, state = copy_to_cpu(model), StageState(step=3)
+        stage.keep_best(model, state)
         model[0].weight.data.zero_()
-        stage.load_best(model)
+        stage.load_best(model, state)
         assert states_equal(model, best)

@@ -21,7 +21,7 @@ from torch import nn
 import stseg
 from stseg import TrainConfig, TrainingDivergedError, WeakAugment, WorkdirMismatchError, fit
 from stseg.data import MixedDataset
-from stseg.errors import DataError
+from stseg.errors import DataError, NetworkWarning
 from stseg.functional import ohem_cross_entropy
 from stseg.methods import Supervised
 
@@ -302,10 +302,31 @@ class TestWorkdir:
 
     def test_of_a_stage_that_is_done_gives_the_result_without_training(self, tmp_path):
         first = run(workdir=tmp_path, snapshots=[2, 6])
-        second = run(workdir=tmp_path, snapshots=[2, 6], model=network(seed=9), strong=None)
+        second = run(workdir=tmp_path, snapshots=[2, 6])
         assert same(first.model, second.model)
         assert all(same(a, b) for a, b in zip(first.snapshots, second.snapshots, strict=True))
         assert (first.history, first.seconds) == (second.history, second.seconds)
+
+    def test_of_a_stage_that_is_done_is_not_that_of_other_initial_weights(self, tmp_path):
+        first = run(workdir=tmp_path)
+        message = (
+            rf"{tmp_path} holds a finished training that started from other initial weights\. Use another folder, or "
+            rf"delete {tmp_path} .*load_weights\(network, '{tmp_path}/model.safetensors'\)"
+        )
+        with pytest.raises(WorkdirMismatchError, match=message):
+            run(workdir=tmp_path, model=network(seed=9))
+        trained = network(seed=9)  # as in a notebook whose cell is run again
+        stseg.load_weights(trained, tmp_path / "model.safetensors")
+        assert same(run(workdir=tmp_path, model=trained).model, first.model)
+
+    def test_of_a_stage_under_way_goes_on_whatever_the_weights_and_says_so(self, tmp_path):
+        expected = run(model=Stopped(network()))
+        with pytest.raises(KeyboardInterrupt):
+            run(model=Stopped(network(), after=3), config=config(save_every=0), workdir=tmp_path)
+        message = f"other weights than those from which the training in {tmp_path} started; it goes on"
+        with pytest.warns(NetworkWarning, match=message):
+            found = run(model=Stopped(network(seed=9)), config=config(save_every=0), workdir=tmp_path)
+        assert same(found.model, expected.model)
 
     def test_weights_load_into_the_bare_network(self, tmp_path):
         from safetensors.torch import load_file

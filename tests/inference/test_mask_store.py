@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import ntpath
 import os
@@ -16,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stseg.errors import DataError, UnreadableImageError, WorkdirMismatchError
-from stseg.inference.mask_store import MaskStore, check_store_id, palette
+from stseg.errors import DamagedFileError, DataError, WorkdirMismatchError
+from stseg.inference.mask_files import palette
+from stseg.inference.mask_store import MaskStore, check_store_id
+from stseg.storage.records import read_record
 
 MASK = torch.arange(24, dtype=torch.uint8).reshape(4, 6)
 
@@ -264,7 +265,7 @@ class TestFiles:
     def test_that_are_broken_say_so_when_read(self, on_disk, content):
         on_disk["a"] = MASK
         (on_disk.folder / "a.png").write_bytes(content)
-        with pytest.raises(UnreadableImageError, match=r"a\.png cannot be read as a PNG"):
+        with pytest.raises(DamagedFileError, match=r"a\.png cannot be read as a PNG .*; delete .*a\.png to label"):
             on_disk["a"]
 
     def test_that_are_broken_can_be_replaced(self, on_disk):
@@ -347,7 +348,7 @@ class TestClaim:
         on_disk.folder.mkdir()
         (on_disk.folder / "notes.txt").write_text("mine")
         on_disk.claim({"model": "m"})
-        assert json.loads((on_disk.folder / "labels.json").read_text()) == {"model": "m"}
+        assert read_record(on_disk.folder / "labels.json") == {"model": "m"}
 
     def test_on_disk_holds_for_other_processes(self, on_disk):
         on_disk.claim({"model": "m"})
@@ -364,7 +365,9 @@ class TestClaim:
     def test_with_a_broken_record_is_refused(self, on_disk, content):
         on_disk.folder.mkdir()
         (on_disk.folder / "labels.json").write_bytes(content.encode("latin-1"))
-        with pytest.raises(WorkdirMismatchError, match=r"labels\.json"):
+        with pytest.raises(
+            DamagedFileError, match=r"labels\.json is damaged.*; delete .*labels\.json to write it anew"
+        ):
             on_disk.claim({"model": "m"})
 
     def test_takes_what_json_makes_of_the_owner(self, store):

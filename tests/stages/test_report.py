@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 import stseg
-from stseg.inference.mask_store import palette
+from stseg.inference.mask_files import palette
 
 
 class Named(list):

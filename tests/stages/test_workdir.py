@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import stseg
-from stseg.errors import WorkdirInUseError, WorkdirMismatchError
+from stseg.errors import DamagedFileError, WorkdirInUseError, WorkdirMismatchError
 from stseg.stages.workdir import Workdir
 
 
@@ -63,7 +63,7 @@ def test_of_other_settings_or_data_is_refused(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"settings": 3}', '{"settings": {}}'])
 def test_with_a_damaged_record_is_refused(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(WorkdirMismatchError, match=r"run\.json"):
+    with pytest.raises(DamagedFileError, match=r"run\.json is damaged.*; delete .*run\.json to write it anew"):
         Workdir(tmp_path, {})
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import stseg
 from stseg.description import describe
-from stseg.errors import WorkdirMismatchError
+from stseg.errors import DamagedFileError, WorkdirMismatchError
 from stseg.storage.records import claim, diff, read_record, refuse_other, write_record
 
 PLAIN = st.recursive(
@@ -45,29 +45,32 @@ class TestDiffering:
 
 
 def test_refusal_names_the_folder_and_takes_tuples_for_lists(tmp_path):
-    refuse_other({"scale": [0.5, 2.0]}, {"scale": (0.5, 2.0)}, tmp_path)
+    refuse_other({"scale": [0.5, 2.0]}, {"scale": (0.5, 2.0)}, tmp_path, to="start over")
     with pytest.raises(WorkdirMismatchError, match=f"{tmp_path} was made with other settings or data: scale is"):
-        refuse_other({"scale": [0.5, 2.0]}, {"scale": (0.5, 1.0)}, tmp_path)
+        refuse_other({"scale": [0.5, 2.0]}, {"scale": (0.5, 1.0)}, tmp_path, to="start over")
 
 
 class TestFiles:
     def test_are_written_once_and_compared_afterwards(self, tmp_path):
         path = tmp_path / "deep" / "stage.json"
-        claim(path, {"a": 1})
-        claim(path, {"a": 1})
+        claim(path, {"a": 1}, to="start over")
+        claim(path, {"a": 1}, to="start over")
         assert read_record(path) == {"a": 1}
         with pytest.raises(WorkdirMismatchError, match="a is 1 there and 2 now"):
-            claim(path, {"a": 2})
+            claim(path, {"a": 2}, to="start over")
         assert read_record(path) == {"a": 1}
 
     def test_that_are_not_there_are_none(self, tmp_path):
         assert read_record(tmp_path / "run.json") is None
 
-    @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"{", b"[1]", b"3", b"\xff\xfe", b"[" * 100_000, b'{"a": 1}', b'{"a": NaN}', b'{"a": "\\ud800"}'],
+    )
     def test_that_are_damaged_say_what_to_do(self, tmp_path, content):
         path = tmp_path / "run.json"
         path.write_bytes(content)
-        with pytest.raises(WorkdirMismatchError, match=r"run\.json .*; delete .* to start over"):
+        with pytest.raises(DamagedFileError, match=r"run\.json is damaged.*; delete .*run\.json to write it anew"):
             read_record(path)
 
     def test_are_replaced_whole(self, tmp_path):
@@ -226,24 +229,24 @@ class TestDescribedObjects:
 class TestClaim:
     def test_records_the_owner_and_collects_checksums(self, tmp_path):
         path = tmp_path / "labels.json"
-        claim(path, {"model": "a"}, images={"x": 1})
-        claim(path, {"model": "a"}, images={"y": 2})
+        claim(path, {"model": "a"}, images={"x": 1}, to="start over")
+        claim(path, {"model": "a"}, images={"y": 2}, to="start over")
         assert read_record(path) == {"model": "a", "images": {"x": 1, "y": 2}}
 
     def test_keeps_a_result_that_was_added(self, tmp_path):
         path = tmp_path / "thresholds.json"
-        write_record(path, {**claim(path, {"model": "a"}), "result": [0.5]})
-        assert claim(path, {"model": "a"})["result"] == [0.5]
+        write_record(path, {**claim(path, {"model": "a"}, to="start over"), "result": [0.5]})
+        assert claim(path, {"model": "a"}, to="start over")["result"] == [0.5]
 
     def test_refuses_another_owner_with_the_difference(self, tmp_path):
-        claim(tmp_path / "a.json", {"config": {"lr": 0.1}})
-        with pytest.raises(WorkdirMismatchError, match=r"lr is 0\.1 there and 0\.2 now.*delete it to start over"):
-            claim(tmp_path / "a.json", {"config": {"lr": 0.2}})
+        claim(tmp_path / "a.json", {"config": {"lr": 0.1}}, to="start over")
+        with pytest.raises(WorkdirMismatchError, match=r"lr is 0\.1 there and 0\.2 now.*delete /.* to start over"):
+            claim(tmp_path / "a.json", {"config": {"lr": 0.2}}, to="start over")
 
     def test_refuses_other_images_of_the_same_ids(self, tmp_path):
-        claim(tmp_path / "a.json", {"model": "a"}, images={"x": 1})
+        claim(tmp_path / "a.json", {"model": "a"}, images={"x": 1}, to="start over")
         with pytest.raises(WorkdirMismatchError, match="other images: the one called 'x' differs"):
-            claim(tmp_path / "a.json", {"model": "a"}, images={"x": 2})
+            claim(tmp_path / "a.json", {"model": "a"}, images={"x": 2}, to="start over")
 
 
 class TestFunctions:

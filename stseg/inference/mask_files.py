@@ -1,0 +1,113 @@
+"""PNG files of masks: written atomically and sealed, so that a file that is read is the one that was written."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+from stseg.storage.files import write_atomically
+from stseg.storage.seals import damaged, seal
+
+Pixels: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+LABEL_AGAIN = "label its image again"
+_TEXT = "stseg"  # name of the text in the file: the digest of the pixels, and the seal
+
+
+def write_png(pixels: Pixels, path: Path, *, origin: str, name: str) -> None:
+    """Write an image of 8-bit indices, in the colors of :func:`palette`, or of 16-bit gray.
+
+    Args:
+        pixels: ``(H, W)`` uint8 or uint16.
+        path: the file.
+        origin: digest of whose file it is.
+        name: name of the file for its owner.
+    """
+    image = Image.fromarray(pixels)
+    if pixels.dtype == np.uint8:
+        image.putpalette(palette())
+    digest, info = _digest(pixels), PngInfo()
+    info.add_text(_TEXT, f"{digest} {seal(origin, name, digest)}")
+    write_atomically(path, lambda file: image.save(file, format="PNG", compress_level=3, pnginfo=info))
+
+
+def read_png(path: Path, *, origin: str, name: str) -> Pixels:
+    """Read a file that :func:`write_png` wrote, or any other PNG if the ``origin`` is unknown (``""``).
+
+    Raises:
+        FileNotFoundError: if there is none.
+        DamagedFileError: if it is damaged, or was written for another origin or name, or changed since.
+    """
+    try:
+        # Not Image.open: its limit on the number of pixels is meant for untrusted files.
+        with PngImageFile(path) as image:
+            pixels, text = np.array(image), _text_of(image)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # PIL raises many types for a broken file
+        raise damaged(path, f"cannot be read as a PNG ({error})", to=LABEL_AGAIN) from None
+    if text and text[0] != _digest(pixels):
+        raise damaged(path, "was changed after it was written", to=LABEL_AGAIN)
+    _refuse_other(path, text, origin, name)
+    return pixels
+
+
+def holds_png(path: Path, *, origin: str, name: str) -> bool:
+    """Return whether a file is there and whole, without decoding its pixels.
+
+    Raises:
+        DamagedFileError: if it is whole, but was written for another origin or name: it is not to be overwritten.
+    """
+    try:
+        with PngImageFile(path) as image:
+            text = _text_of(image)
+            image.verify()  # verifies the checksums of all chunks without decoding them
+        with open(path, "rb") as file:
+            file.seek(-12, os.SEEK_END)
+            whole = file.read(8)[4:] == b"IEND"
+    except Exception:  # PIL raises many types for a broken file
+        if path.is_dir():
+            raise damaged(path, "is a folder; expected a file", to=LABEL_AGAIN) from None
+        return False
+    if whole:
+        _refuse_other(path, text, origin, name)
+    return whole
+
+
+@cache
+def palette() -> tuple[int, ...]:
+    """Return the 256 colors of Pascal VOC as a flat tuple: the bits of the index spread over red, green and blue.
+
+    Example:
+        >>> palette()[3:9]
+        (128, 0, 0, 0, 128, 0)
+    """
+    colors = np.zeros((256, 3), dtype=np.uint8)
+    index = np.arange(256)
+    for bit in range(8):
+        for channel in range(3):
+            colors[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return tuple(int(v) for v in colors.reshape(-1))
+
+
+def _text_of(image: PngImageFile) -> list[str]:
+    """Return digest and seal of an image that was opened; [] if it has none."""
+    parts = str(image.info.get(_TEXT, "")).split(" ")
+    return parts if len(parts) == 2 else []
+
+
+def _refuse_other(path: Path, text: list[str], origin: str, name: str) -> None:
+    if not origin or (text and text[1] == seal(origin, name, text[0])):
+        return
+    what = "was written by another labeling, or under another name" if text else "was not written by this labeling"
+    raise damaged(path, what, to=LABEL_AGAIN)
+
+
+def _digest(pixels: Pixels) -> str:
+    return seal(list(pixels.shape), pixels.dtype.str, np.ascontiguousarray(pixels).data.cast("B"))
