@@ -1,0 +1,292 @@
+"""Damage work directories at random, start the runs again, and follow the advice of their messages.
+
+    python benchmarks/damage.py --cases 1000 --seed 0
+
+Each case takes a finished or an interrupted run, damages one file or folder of it, and starts the run again. It may end
+as the undamaged run does, to the bit; or it stops with an error of stseg that says what to delete. Then that is deleted
+and the run is started again, until it ends as the undamaged run. Everything else counts as a failure and is printed with
+the number of its case: ``--only NUMBER`` repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import stseg
+from stseg.methods import ST, FixMatch, Labeling, STPlusPlus
+
+DAMAGE = ("truncate", "empty", "flip", "extend", "exchange", "take another run's", "make a folder", "delete")
+Result = dict[str, Any]
+
+
+class Images(list[Any]):
+    """Data set of drawn images, or pairs, which is interrupted when it is read for the ``after``-th time."""
+
+    reads = 0
+    after = -1
+
+    def __init__(self, count: int, *, masks: bool, prefix: str, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.rand(count, 3, 12, 16, generator=generator)
+        pairs = [(image, (image[0] > 0.5).byte() + (image[1] > 0.7).byte()) for image in images]
+        super().__init__(pairs if masks else images)
+        self.ids = [f"{prefix}/{index}" for index in range(count)]
+
+    def __getitem__(self, index: Any) -> Any:
+        Images.reads += 1
+        if Images.reads == Images.after:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+def make_network() -> nn.Module:
+    """Make a network of four layers."""
+    last = nn.Conv2d(4, 3, 1)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), last)
+
+
+def config(seed: int) -> stseg.TrainConfig:
+    """Return settings of trainings of six steps that save their state after each."""
+    weak = stseg.WeakAugment(12)
+    return stseg.TrainConfig(
+        steps=6, batch_size=2, weak=weak, optimizer="adamw", lr=0.01, seed=seed, eval_every=2, save_every=0
+    )
+
+
+def self_training(recipe: Any, **options: Any) -> Callable[[Path, int], Result]:
+    """Return a function that runs a recipe in a folder, with a seed."""
+
+    def run(folder: Path, seed: int) -> Result:
+        trainer = stseg.SelfTrainer(
+            make_network, num_classes=3, config=config(seed), method=recipe, workdir=folder, progress=False, **options
+        )
+        return contents(trainer.fit(*datasets(seed)))
+
+    return run
+
+
+def datasets(seed: int) -> tuple[Images, Images, Images]:
+    """Return labeled, unlabeled and validation images."""
+    return (
+        Images(4, masks=True, prefix="labeled", seed=seed),
+        Images(6, masks=False, prefix="plain", seed=seed + 1),
+        Images(2, masks=True, prefix="val", seed=seed + 2),
+    )
+
+
+def one_training(folder: Path, seed: int) -> Result:
+    """Run :func:`stseg.fit` in a folder, with a seed."""
+    labeled, unlabeled, val = datasets(seed)
+    torch.manual_seed(seed)
+    method = FixMatch(make_network())
+    found = stseg.fit(
+        method, labeled, config(seed), unlabeled=unlabeled, val=val, snapshots=[2, 4], workdir=folder, progress=False
+    )
+    return training(found)
+
+
+RUNS: dict[str, Callable[[Path, int], Result]] = {
+    "ST++": self_training(STPlusPlus(labeling=Labeling(tta=None, keep_per_class=0.6))),
+    "ST, best weights": self_training(ST(labeling=Labeling(tta=None), student_init="teacher"), keep="best"),
+    "fit": one_training,
+}
+
+
+def training(result: stseg.FitResult) -> Result:
+    """Return what a training ended with."""
+    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in result.history]
+    networks = [result.model, *result.snapshots]
+    return {"history": rows, "weights": [{k: v.clone() for k, v in n.state_dict().items()} for n in networks]}
+
+
+def contents(result: stseg.SelfTrainingResult) -> Result:
+    """Return what a run ended with, masks and all."""
+    return {
+        **{step: training(found) for step, found in result.stages.items()},
+        **{
+            step: {id: mask for id, (_, mask) in zip(data.ids, data, strict=True)}
+            for step, data in result.labels.items()
+        },
+        "ranking": result.ranking,
+        "model": result.model.state_dict(),
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two results are equal to the bit."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Folder of a run, finished or interrupted, and how it ends."""
+
+    name: str
+    folder: Path
+    finish: Callable[[Path], Result]
+    expected: Result
+    other: Path
+    """A finished run of another seed."""
+
+
+def prepare(root: Path, *, interruptions: int, draw: random.Random) -> list[Source]:
+    """Run everything to its end, and to some moments before."""
+    sources = []
+    for number, (name, run) in enumerate(RUNS.items()):
+        whole, other = root / f"{number}-whole", root / f"{number}-other"
+        Images.reads, Images.after = 0, -1
+        expected, reads = run(whole, 0), Images.reads
+        run(other, 50)
+        sources.append(Source(f"{name}, finished", whole, lambda folder, run=run: run(folder, 0), expected, other))  # type: ignore[misc]
+        for interruption in range(interruptions):
+            folder = root / f"{number}-{interruption}"
+            Images.reads, Images.after = 0, draw.randrange(reads // 4, reads)
+            with suppress(KeyboardInterrupt):
+                run(folder, 0)
+            Images.after = -1
+            if folder.exists():
+                label = f"{name}, interrupted at {interruption + 1} of {interruptions}"
+                sources.append(Source(label, folder, sources[-1].finish, expected, other))
+    return sources
+
+
+def damage(folder: Path, other: Path, draw: random.Random) -> str:
+    """Damage something in a folder, and return what was done."""
+    paths = sorted(path for path in folder.rglob("*") if path.name != ".lock")
+    files = [path for path in paths if path.is_file()]
+    path = draw.choice(paths if draw.random() < 0.2 else files)
+    kind = draw.choice(DAMAGE)
+    inside = path.relative_to(folder)
+    if path.is_dir():
+        shutil.rmtree(path)
+        if kind in ("truncate", "empty", "flip", "extend"):
+            path.write_bytes(b"a file")
+            return f"{inside}: a file in place of the folder"
+        return f"{inside}: folder deleted"
+    content = path.read_bytes()
+    if kind == "exchange":
+        alike = [file for file in files if file.suffix == path.suffix and file != path]
+        with_ = draw.choice(alike or files)
+        path.write_bytes(with_.read_bytes())
+        with_.write_bytes(content)
+        return f"{inside}: exchanged with {with_.relative_to(folder)}"
+    if kind == "take another run's":
+        if (other / inside).is_file():
+            shutil.copy(other / inside, path)
+        return f"{inside}: that of another run"
+    path.unlink()
+    if kind == "make a folder":
+        path.mkdir()
+        (path / "inside").write_text("something")
+    elif kind == "flip" and content:
+        place = draw.randrange(len(content))
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :])
+    elif kind != "delete":
+        cut = draw.randrange(len(content) + 1)
+        path.write_bytes({"truncate": content[:cut], "extend": content + b"\0more\n"}.get(kind, b""))
+    return f"{inside}: {kind}"
+
+
+def advised(message: str) -> list[Path]:
+    """Return what a message says to delete."""
+    found = re.search(r"delete (.+?) to [a-z]", message)
+    return [] if found is None else [Path(path) for path in re.split(r", | and ", found[1])]
+
+
+def obey(folder: Path, finish: Callable[[Path], Result]) -> tuple[Result, list[str]]:
+    """Start a run until it ends, deleting what its errors say; return its result and the messages.
+
+    Raises:
+        AssertionError: if a message says nothing, or nothing new, to delete, or what lies outside of the folder.
+    """
+    messages: list[str] = []
+    while True:
+        try:
+            return finish(folder), messages
+        except (stseg.DamagedFileError, stseg.WorkdirMismatchError) as error:
+            message = str(error)
+            paths = advised(message)
+            assert paths, f"no advice: {message}"
+            assert message not in messages, f"the advice does not help: {message}"
+            for path in paths:
+                assert path.is_relative_to(folder), f"{path} is outside: {message}"
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            messages.append(message)
+
+
+def try_case(source: Source, folder: Path, draw: random.Random) -> tuple[str, str]:
+    """Damage a copy of a run and start it; return what was done and the outcome."""
+    shutil.copytree(source.folder, folder)
+    done = damage(folder, source.other, draw)
+    done = f"{source.name}: {done}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result, messages = obey(folder, source.finish)
+    except Exception as error:
+        return done, f"FAILED: {type(error).__name__}: {error}"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not same(result, source.expected):
+        return done, "FAILED: another result" + "".join(f"\n    {message}" for message in messages)
+    return done, f"identical, after {len(messages)} messages" if messages else "identical"
+
+
+def cases(count: int, *, seed: int, interruptions: int, only: int | None = None) -> Iterator[tuple[int, str, str]]:
+    """Yield number, damage and outcome of each case."""
+    with tempfile.TemporaryDirectory() as root:
+        sources = prepare(Path(root), interruptions=interruptions, draw=random.Random(seed))
+        for number in range(count) if only is None else [only]:
+            draw = random.Random(seed * 1_000_003 + number)
+            yield number, *try_case(draw.choice(sources), Path(root) / "case", draw)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--interruptions", type=int, default=12, help="interrupted runs of each kind")
+    parser.add_argument("--only", type=int, help="number of the one case to try")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    outcomes: collections.Counter[str] = collections.Counter()
+    bar = tqdm(total=options.cases if options.only is None else 1)
+    for number, done, outcome in cases(
+        options.cases, seed=options.seed, interruptions=options.interruptions, only=options.only
+    ):
+        bar.update()
+        outcomes[outcome.split(":")[0]] += 1
+        if outcome.startswith("FAILED") or options.only is not None:
+            bar.write(f"case {number}: {done}\n  {outcome}")
+    bar.close()
+    for outcome, count in sorted(outcomes.items()):
+        print(f"{count:6} {outcome}")
+    raise SystemExit(1 if outcomes["FAILED"] else 0)
+
+
+if __name__ == "__main__":
+    main()
