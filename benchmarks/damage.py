@@ -2,10 +2,10 @@
 
     python benchmarks/damage.py --cases 1000 --seed 0
 
-Each case takes a finished or an interrupted run, damages one file or folder of it, and starts the run again. It may end
-as the undamaged run does, to the bit; or it stops with an error of stseg that says what to delete. Then that is deleted
-and the run is started again, until it ends as the undamaged run. Everything else counts as a failure and is printed with
-the number of its case: ``--only NUMBER`` repeats it.
+Each case takes a finished or an interrupted run, damages one file or folder of it, and starts the run again. It may
+end as the undamaged run does, to the bit; or it stops with an error of stseg that says what to delete. Then that is
+deleted and the run is started again, until it ends as the undamaged run. Everything else counts as a failure and is
+printed with the number of its case: ``--only NUMBER`` repeats it.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 import stseg
 from stseg.methods import ST, FixMatch, Labeling, STPlusPlus
 
 DAMAGE = ("truncate", "empty", "flip", "extend", "exchange", "take another run's", "make a folder", "delete")
+ADVISING = (stseg.DamagedFileError, stseg.WorkdirMismatchError)
 Result = dict[str, Any]
 
 
-class Images(list[Any]):
+class Images(Dataset[Any]):
     """Data set of drawn images, or pairs, which is interrupted when it is read for the ``after``-th time."""
 
     reads = 0
@@ -44,14 +46,17 @@ class Images(list[Any]):
         generator = torch.Generator().manual_seed(seed)
         images = torch.rand(count, 3, 12, 16, generator=generator)
         pairs = [(image, (image[0] > 0.5).byte() + (image[1] > 0.7).byte()) for image in images]
-        super().__init__(pairs if masks else images)
+        self.items: list[Any] = pairs if masks else list(images)
         self.ids = [f"{prefix}/{index}" for index in range(count)]
 
-    def __getitem__(self, index: Any) -> Any:
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
         Images.reads += 1
         if Images.reads == Images.after:
             raise KeyboardInterrupt
-        return super().__getitem__(index)
+        return self.items[index]
 
 
 def make_network() -> nn.Module:
@@ -118,10 +123,7 @@ def contents(result: stseg.SelfTrainingResult) -> Result:
     """Return what a run ended with, masks and all."""
     return {
         **{step: training(found) for step, found in result.stages.items()},
-        **{
-            step: {id: mask for id, (_, mask) in zip(data.ids, data, strict=True)}
-            for step, data in result.labels.items()
-        },
+        **{step: {data.ids[k]: data[k][1] for k in range(len(data))} for step, data in result.labels.items()},
         "ranking": result.ranking,
         "model": result.model.state_dict(),
     }
@@ -222,20 +224,26 @@ def obey(folder: Path, finish: Callable[[Path], Result]) -> tuple[Result, list[s
     """
     messages: list[str] = []
     while True:
-        try:
+        with suppress(*ADVISING), _remembered(messages):
             return finish(folder), messages
-        except (stseg.DamagedFileError, stseg.WorkdirMismatchError) as error:
-            message = str(error)
-            paths = advised(message)
-            assert paths, f"no advice: {message}"
-            assert message not in messages, f"the advice does not help: {message}"
-            for path in paths:
-                assert path.is_relative_to(folder), f"{path} is outside: {message}"
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-            messages.append(message)
+        paths = advised(messages[-1])
+        assert paths, f"no advice: {messages[-1]}"
+        assert messages[-1] not in messages[:-1], f"the advice does not help: {messages[-1]}"
+        for path in paths:
+            assert path.is_relative_to(folder), f"{path} is outside: {messages[-1]}"
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _remembered(messages: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ADVISING as error:
+        messages.append(str(error))
+        raise
 
 
 def try_case(source: Source, folder: Path, draw: random.Random) -> tuple[str, str]:

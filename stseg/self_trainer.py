@@ -146,22 +146,23 @@ class SelfTrainer:
         refuse_common_ids({"labeled": items, "unlabeled": images, "validation": held_out})
         if images is not None:
             recipe.check_images(len(images))
-        stages = Stages(
-            self.make_model,
-            self.num_classes,
-            self.config,
-            Workdir(self.workdir, self._settings()),
-            keep=self.keep,
-            val=held_out,
-            teacher=teacher,
-            log=self.log,
-            progress=self.progress,
-        )
-        methods = recipe.later_methods(self.config)
-        readable = validate_run(stages, items, images, methods, recipe.labeling, skip_unreadable=self.skip_unreadable)
-        if readable is not None:
-            recipe.check_images(len(readable))  # without those that were left out
-        return stages.result(recipe.run(stages, items, readable if readable is not None else items.subset([])))
+        with Workdir(self.workdir, self._settings()) as workdir:
+            stages = Stages(
+                self.make_model,
+                self.num_classes,
+                self.config,
+                workdir,
+                keep=self.keep,
+                val=held_out,
+                teacher=teacher,
+                log=self.log,
+                progress=self.progress,
+            )
+            methods, skip = recipe.later_methods(self.config), self.skip_unreadable
+            readable = validate_run(stages, items, images, methods, recipe.labeling, skip_unreadable=skip)
+            if readable is not None:
+                recipe.check_images(len(readable))  # without those that were left out
+            return stages.result(recipe.run(stages, items, readable if readable is not None else items.subset([])))
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -14,7 +14,7 @@ from stseg.checks import check_choice, check_log
 from stseg.data import MixedDataset
 from stseg.data.items import Items
 from stseg.description import describe
-from stseg.distributed import setup_device
+from stseg.distributed import rank, setup_device
 from stseg.engine.batches import Draw, Streams
 from stseg.engine.checkpoint import Row
 from stseg.engine.config import TrainConfig
@@ -25,7 +25,8 @@ from stseg.errors import DataError
 from stseg.inference.fingerprints import dataset_fingerprint
 from stseg.inference.preflight import check_labeled, check_network, find_unreadable, refuse_common_ids
 from stseg.methods.supervised import Supervised
-from stseg.storage.files import absolute_folder
+from stseg.storage.files import absolute_folder, remove_leftovers
+from stseg.storage.folder_lock import hold_folder
 
 
 def fit(
@@ -74,7 +75,11 @@ def fit(
         ValueError: if arguments do not match each other.
         TrainingDivergedError: if loss or gradients are NaN or infinite. Method and saved state are those before
             that step.
-        WorkdirMismatchError: if ``workdir`` belongs to a stage of other settings or data.
+        WorkdirMismatchError: if ``workdir`` belongs to a stage of other settings or data or, if it is finished, of
+            other initial weights.
+        WorkdirInUseError: if another run is using ``workdir``.
+        WorkdirMissingError: if it is removed or moved meanwhile.
+        DamagedFileError: if a file in it is damaged, or is not the one that was written; says what to delete.
 
     Example:
         >>> import torch, stseg
@@ -122,18 +127,21 @@ def fit(
     known = workdir is not None and (workdir / "stage.json").exists()
     facts = {"items": streams.description()}
     facts |= _validate_data(items, extra, held_out, streams.num_classes, config, progress=progress, known=known)
-    return run_stage(
-        method,
-        streams,
-        config,
-        facts=facts,
-        val=held_out,
-        snapshots=snapshots,
-        keep=keep,
-        workdir=workdir,
-        log=log,
-        progress=progress,
-    )
+    with hold_folder(workdir):
+        if workdir is not None and rank() == 0:
+            remove_leftovers(workdir)
+        return run_stage(
+            method,
+            streams,
+            config,
+            facts=facts,
+            val=held_out,
+            snapshots=snapshots,
+            keep=keep,
+            workdir=workdir,
+            log=log,
+            progress=progress,
+        )
 
 
 def _validate_data(

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from stseg.distributed import barrier, rank
 from stseg.engine.method import Method
-from stseg.errors import DamagedFileError, DataError, NetworkWarning, WorkdirMismatchError
+from stseg.errors import DamagedFileError, DataError, NetworkWarning, WorkdirMismatchError, WorkdirMissingError
 from stseg.models.segmenter import Segmenter
 from stseg.models.state import bare_network, cpu_state
 from stseg.storage.files import absolute_folder, write_atomically
@@ -205,6 +205,7 @@ class StageCheckpoint:
         """Replace the saved state."""
         if self.folder is None or rank() != 0:
             return
+        self._check_folder()
         content = {
             "method": method.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -224,6 +225,7 @@ class StageCheckpoint:
     def write_history(self, state: StageState) -> None:
         """Replace the saved history."""
         if self.folder is not None and rank() == 0:
+            self._check_folder()
             lines = "".join(json.dumps(_without_nan(row), allow_nan=False) + "\n" for row in state.history)
             write_atomically(self.folder / "history.jsonl", lambda file: file.write(lines.encode()))
 
@@ -300,7 +302,16 @@ class StageCheckpoint:
         assert self.folder is not None
         return self.folder / "state" / f"best-{step}.safetensors"
 
+    def _check_folder(self) -> None:
+        """Raise a ``WorkdirMissingError`` if the folder is gone: what is written there would lack the rest."""
+        assert self.folder is not None
+        if not (self.folder / "stage.json").exists():
+            raise WorkdirMissingError(
+                f"{self.folder} was removed or moved during the training; start the training again"
+            )
+
     def _save(self, model: nn.Module, path: Path) -> None:
+        self._check_folder()
         _write_weights(cpu_state(_bare(model)), path, owner=[self._owner, path.name])
 
     def _read(self, path: Path) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from stseg.data.convert import image_of
 from stseg.data.items import Items
-from stseg.distributed import all_gather, all_reduce_sum, barrier
+from stseg.distributed import all_gather, all_reduce_sum, barrier, rank
 from stseg.errors import DataError
 from stseg.functional import PseudoLabels, pseudo_label
 from stseg.functional.classes import check_classes
@@ -25,6 +25,8 @@ from stseg.inference.reading import Skipped
 from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_images, predictor
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, evaluating, fingerprint, place
+from stseg.storage.files import remove_leftovers
+from stseg.storage.folder_lock import check_folders
 from stseg.types import Precision
 
 
@@ -64,6 +66,8 @@ class PseudoLabeled(Dataset[tuple[Tensor, Tensor]]):
         try:
             mask = self.store.get(id)
         except KeyError:
+            if self.store.folder is not None:
+                check_folders(self.store.folder)
             raise DataError(f"the pseudo-mask of {id!r} is missing in {self.store}; start again to make it") from None
         if image.shape[-2:] != mask.shape:
             raise DataError(
@@ -193,6 +197,8 @@ class PseudoLabeler:
         store.expect(items.ids)
         check_repeatable(items, name="unlabeled")
         store.claim(self.provenance(), images=image_checksums(items))
+        if store.folder is not None and rank() == 0:
+            remove_leftovers(store.folder)
         barrier()
         missing = set(store.missing([items.ids[index] for index in sweep.share], confidence=confidence))
         todo = [index for index in sweep.share if items.ids[index] in missing]

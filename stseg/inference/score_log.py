@@ -11,6 +11,8 @@ from typing import Any
 
 from stseg.distributed import barrier, rank
 from stseg.errors import WorkdirMismatchError
+from stseg.storage.files import misplaced
+from stseg.storage.folder_lock import check_folders
 from stseg.storage.records import as_json, claim
 from stseg.storage.seals import damaged, seal
 
@@ -78,9 +80,13 @@ class ScoreLog:
 
     def add(self, id: str, score: float) -> None:
         """Append a score to the file of this process."""
+        check_folders(self.mine)
         self.mine.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.mine, "ab") as file:
-            file.write(json.dumps([id, score, self._seal(id, score)]).encode() + b"\n")
+        try:
+            with open(self.mine, "ab") as file:
+                file.write(json.dumps([id, score, self._seal(id, score)]).encode() + b"\n")
+        except OSError as error:
+            raise misplaced(self.mine) or OSError(error.errno, error.strerror, str(self.mine)) from None
 
     def _begins(self, path: Path) -> bool:
         """Return whether a file begins with a line of this ranking."""

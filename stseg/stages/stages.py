@@ -22,7 +22,7 @@ from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult, run_stage
 from stseg.engine.method import Method, view_of
 from stseg.engine.trial import preserved_random_state
-from stseg.errors import DataError
+from stseg.errors import DataError, WorkdirMissingError
 from stseg.functional.thresholds import check_threshold
 from stseg.inference.fingerprints import join_checksums
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
@@ -201,8 +201,9 @@ class Stages:
             skipped=self.skipped,
             seconds=self.seconds,
         )
-        if self.workdir.folder is not None and rank() == 0:
+        if self.workdir.folder is not None and rank() == 0 and not self.workdir.is_finished:
             write_report(result, self.workdir.folder)
+        self._check_files()
         barrier()
         return result
 
@@ -253,6 +254,16 @@ class Stages:
         streams = Streams(labeled, self.unlabeled if method.uses_unlabeled else None, config, view=view_of(method))
         streams.num_classes = self.num_classes
         return streams
+
+    def _check_files(self) -> None:
+        """Raise a ``WorkdirMissingError`` if results are not on disk any more."""
+        files = [(step, "model.safetensors") for step in self.seconds if step in self.trained]
+        files += [(step, "masks") for step in self.labeled]
+        for path in (self.workdir.path(*names) for names in files):
+            if path is not None and not path.exists():
+                raise WorkdirMissingError(
+                    f"{path} was removed or moved while the run was going on; start the run again to make it anew"
+                )
 
     def _thresholds(self, step: str, labeler: PseudoLabeler, images: Items, keep: float) -> float | tuple[float, ...]:
         """Return the thresholds of the classes, computed once and kept beside the masks."""

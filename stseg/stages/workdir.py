@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import os
+import copy
 import platform
-import weakref
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stseg.distributed import all_gather, barrier, rank
-from stseg.errors import WorkdirInUseError, WorkdirMismatchError
-from stseg.storage.files import absolute_folder, lock
-from stseg.storage.records import read_record, refuse_other, write_record
+from stseg.distributed import barrier, rank
+from stseg.errors import WorkdirMismatchError
+from stseg.storage.files import absolute_folder, remove_leftovers
+from stseg.storage.folder_lock import hold_folder
+from stseg.storage.records import as_json, read_record, refuse_other, write_record
 
 _START_OVER = "start over"
 
 
 class Workdir:
-    """Work directory of a run: ``run.json`` and a folder for each step.
+    """Work directory of a run: ``run.json`` and a folder for each step. It is locked until the context is left.
+
+    Nothing is written into a folder in which all is done already.
 
     Args:
-        folder: created on the first write; None keeps nothing on disk.
+        folder: created by :meth:`claim`; None keeps nothing on disk.
         settings: settings of the run, JSON-serializable.
 
     Raises:
         WorkdirMismatchError: if the folder was made with other settings.
+        DamagedFileError: if its record is damaged.
     """
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
@@ -35,22 +39,36 @@ class Workdir:
         if self.folder is not None and (self.folder / "stage.json").exists():
             raise WorkdirMismatchError(f"{self.folder} holds a training of stseg.fit; use another folder")
         self._run: dict[str, Any] = {"settings": settings, "versions": _versions(), "data": {}, "steps": {}}
-        if self.folder is not None and (found := read_record(self.folder / "run.json")) is not None:
-            refuse_other(found["settings"], settings, self.folder, to=_START_OVER)
-            self._run = found
+        self._held = ExitStack()
+        self._read()
+
+    def __enter__(self) -> Workdir:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
 
     def claim(self, data: dict[str, Any]) -> None:
-        """Record the validated data of the run, and lock the folder against other processes.
+        """Record the validated data of the run, and lock the folder against other runs.
 
         Raises:
-            WorkdirMismatchError: if the folder was made with other data.
-            WorkdirInUseError: if another process is using it.
+            WorkdirMismatchError: if the folder was made with other settings or data.
+            WorkdirInUseError: if another run is using it.
         """
-        if self.folder is not None and self._run["data"]:
-            refuse_other(self._run["data"], data, self.folder, to=_START_OVER)
-        self._keep_others_out()
-        self._run["data"] = data
+        self._refuse_other_data(data)
+        self._held.enter_context(hold_folder(self.folder))
+        self._read()  # another run may have written it meanwhile
+        self._refuse_other_data(data)
+        if self.folder is not None and rank() == 0:
+            remove_leftovers(self.folder)
+        barrier()
+        self._run["data"] = as_json(data)
         self._write()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all was done before, report included, and nothing has been written."""
+        return self.folder is not None and not self._changed and (self.folder / "report.html").exists()
 
     def path(self, *parts: str) -> Path | None:
         """Return a path in the folder; None without a folder."""
@@ -67,19 +85,22 @@ class Workdir:
             self._run["steps"][step] = facts
             self._write()
 
-    def _keep_others_out(self) -> None:
-        """Lock the folder until this object is garbage-collected."""
-        descriptor = None
-        if self.folder is not None and rank() == 0:
-            descriptor = lock(self.folder / ".lock")
-            if descriptor is not None:
-                weakref.finalize(self, os.close, descriptor)
-        if self.folder is not None and all_gather(descriptor is not None)[0] is False:
-            raise WorkdirInUseError(f"{self.folder} is in use by another process; expected one run in it at a time")
+    def _read(self) -> None:
+        found = None if self.folder is None else read_record(self.folder / "run.json")
+        if found is not None:
+            refuse_other(found["settings"], self._run["settings"], self.folder, to=_START_OVER)
+            self._run = found
+        self._written, self._changed = copy.deepcopy(found), False
+
+    def _refuse_other_data(self, data: dict[str, Any]) -> None:
+        if self.folder is not None and self._run["data"]:
+            refuse_other(self._run["data"], data, self.folder, to=_START_OVER)
 
     def _write(self) -> None:
-        if self.folder is not None and rank() == 0:
-            write_record(self.folder / "run.json", self._run)
+        if self._run != self._written:
+            self._written, self._changed = copy.deepcopy(self._run), True
+            if self.folder is not None and rank() == 0:
+                write_record(self.folder / "run.json", self._run)
         barrier()
 
 

@@ -1,4 +1,4 @@
-"""Atomic writes and file locks."""
+"""Atomic writes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if not _is_of(error, path):
             raise
         check_folders(path)
-        raise _misplaced(path) or OSError(error.errno, error.strerror, str(path)) from error
+        raise misplaced(path) or OSError(error.errno, error.strerror, str(path)) from error
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -98,28 +98,17 @@ def remove_leftovers(folder: Path) -> None:
             _remove_if_left(Path(parent, name))
 
 
-def lock(path: Path) -> int | None:
-    """Lock a file for this process, creating it if needed; the system releases the lock when the process ends.
-
-    Returns:
-        A file descriptor to close when the lock is no longer needed; None if another process holds it.
-
-    Example:
-        >>> import tempfile
-        >>> descriptor = lock(Path(tempfile.mkdtemp()) / "run" / ".lock")
-        >>> os.close(descriptor)
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if fcntl is not None:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        os.close(descriptor)
-        return None
-    except OSError:  # file system without locks
-        pass
-    return descriptor
+def misplaced(path: Path) -> DamagedFileError | None:
+    """Return the error of a folder in place of a file, or a file in place of one of its folders, if there is one."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        return damaged(path, "is a folder; expected a file", to="write it again")
+    for parent in path.parents:
+        if os.path.lexists(parent):
+            if os.path.isdir(parent):
+                return None
+            kind = "a file" if os.path.exists(parent) else "a broken link"
+            return damaged(parent, f"is {kind}; expected a folder", to=f"write {path}")
+    return None
 
 
 class _Recorded(OwnFile):
@@ -235,16 +224,3 @@ def _is_of(error: OSError, path: Path) -> bool:
         return True
     found = Path(os.fsdecode(name))
     return found in (path, *path.parents) or _TEMPORARY.fullmatch(found.name) is not None
-
-
-def _misplaced(path: Path) -> DamagedFileError | None:
-    """Return the error of a folder in place of a file, or a file in place of one of its folders, if there is one."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        return damaged(path, "is a folder; expected a file", to="write it again")
-    for parent in path.parents:
-        if os.path.lexists(parent):
-            if os.path.isdir(parent):
-                return None
-            kind = "a file" if os.path.exists(parent) else "a broken link"
-            return damaged(parent, f"is {kind}; expected a folder", to=f"write {path}")
-    return None

@@ -12,11 +12,12 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from stseg.errors import DamagedFileError, DataWarning, WorkdirMissingError
+from stseg.distributed import all_gather, rank
+from stseg.errors import DamagedFileError, DataWarning, WorkdirInUseError, WorkdirMissingError
 from stseg.storage.seals import damaged
 
 try:
@@ -321,6 +322,38 @@ class _Watch:
                 with contextlib.suppress(OSError):
                     self.file.truncate(0)
             self.file.unlock()
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path | None) -> Iterator[None]:
+    """Keep other runs out of a folder; all processes of a run call it together.
+
+    Args:
+        folder: the folder; None does nothing.
+
+    Raises:
+        WorkdirInUseError: if another run holds the folder.
+        DamagedFileError, OSError: as :meth:`FolderLock.acquire`.
+
+    Example:
+        >>> import tempfile
+        >>> with hold_folder(Path(tempfile.mkdtemp())) as none:
+        ...     pass
+    """
+    if folder is None:
+        yield
+        return
+    lock = FolderLock(folder, exclusive=rank() == 0)
+    with lock:
+        held = rank() != 0 or lock.acquire()
+        if not all_gather(held)[0]:
+            raise WorkdirInUseError(
+                f"{folder} is in use by {lock.holder}; expected one run in it at a time: wait for that run, end it, or "
+                "use another folder"
+            )
+        if rank() != 0:
+            lock.acquire()
+        yield
 
 
 def check_folders(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from stseg.distributed import barrier, rank
 from stseg.errors import WorkdirMismatchError
-from stseg.storage.files import write_atomically
+from stseg.storage.files import misplaced, write_atomically
 from stseg.storage.seals import damaged, seal
 
 _SEAL = "seal"  # key of a record's own digest
@@ -82,18 +82,18 @@ def read_record(path: Path, *, delete: Sequence[Path] = (), to: str = "write it 
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (IsADirectoryError, NotADirectoryError):
-        raise again("is no file") from None
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise misplaced(path) or error from None
     except (ValueError, RecursionError) as error:
         raise again(f"is damaged: it is not JSON ({error})") from None
-    if not isinstance(record, dict) or record.pop(_SEAL, None) != _digest(record):
-        raise again("is damaged, or was changed by hand: its digest differs")
+    if not isinstance(record, dict) or record.pop(_SEAL, None) != _digest(path, record):
+        raise again("is damaged, or was exchanged or changed by hand: its digest differs")
     return record
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Replace the record in a file, with a digest of it."""
-    content = json.dumps({**record, _SEAL: _digest(as_json(record))}, indent=1, allow_nan=False).encode()
+    content = json.dumps({**record, _SEAL: _digest(path, as_json(record))}, indent=1, allow_nan=False).encode()
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -128,8 +128,8 @@ def diff(found: Any, now: Any, name: str = "") -> list[str]:
     return [] if found == now else [f"{name} is {found!r} there and {now!r} now"]
 
 
-def _digest(record: dict[str, Any]) -> str:
+def _digest(path: Path, record: dict[str, Any]) -> str:
     try:
-        return seal(record)
+        return seal(path.name, record)
     except (ValueError, RecursionError):  # NaN or lone surrogates that a damaged file may hold
         return ""
