@@ -220,6 +220,23 @@ def forked():
     return pid
 
 
+def hold_many_and_fork(folder, answer):
+    def take(part):
+        locks = [FolderLock(folder / f"{part}-{number}") for number in range(40)]
+        assert all(lock.acquire() for lock in locks)
+        return locks
+
+    with ThreadPoolExecutor(3) as pool:
+        taken = [pool.submit(take, part) for part in range(3)]
+        children = [forked()]
+        while not all(each.done() for each in taken):
+            children.append(forked())
+        locks = [each.result() for each in taken]
+    answer.send(children)
+    time.sleep(60)
+    del locks
+
+
 class TestChildren:
     @pytest.mark.parametrize("how", ["fork", "thread", "exec", "DataLoader"])
     def test_do_not_keep_the_lock_of_a_killed_process(self, tmp_path, how):
@@ -251,40 +268,17 @@ class TestChildren:
 
     def test_do_not_keep_locks_that_threads_take_meanwhile(self, tmp_path):
         """Without care, a fork between the opening of a file and its entry in the list leaves it open in the child."""
-        stop = threading.Event()
-
-        def take(name):
-            while not stop.is_set():
-                lock = FolderLock(tmp_path / name)
-                assert lock.acquire()
-                lock.release()
-
-        children = []
-        with ThreadPoolExecutor(3) as pool:
-            taking = [pool.submit(take, name) for name in "abc"]
-            try:
-                children = [forked() for _ in range(30)]
-            finally:
-                stop.set()
-            for each in taking:
-                each.result()
+        process, answer = start(hold_many_and_fork, tmp_path)
+        children = answer.recv()
         try:
-            kept = (
-                [
-                    link
-                    for child in children
-                    for number in os.listdir(f"/proc/{child}/fd")
-                    if ".lock" in (link := os.readlink(f"/proc/{child}/fd/{number}"))
-                ]
-                if sys.platform == "linux"
-                else []
-            )
-            assert kept == []
-            assert all(FolderLock(tmp_path / name).acquire() for name in "abc")
+            kill(process)
+            folders = list(tmp_path.iterdir())
+            assert len(folders) == 120
+            locks = [FolderLock(folder) for folder in folders]
+            assert all(lock.acquire() for lock in locks)
         finally:
             for child in children:
                 os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
 
 
 def as_nobody(function, *arguments):
