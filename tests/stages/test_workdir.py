@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import stseg
 from stseg.errors import DamagedFileError, WorkdirInUseError, WorkdirMismatchError
 from stseg.stages.workdir import Workdir
+from stseg.storage.records import read_record
 
 
 def test_in_memory_keeps_notes_for_the_run_alone(tmp_path, monkeypatch):
@@ -22,11 +24,11 @@ def test_in_memory_keeps_notes_for_the_run_alone(tmp_path, monkeypatch):
 
 
 def test_on_disk_finds_its_notes_again(tmp_path):
-    first = Workdir(tmp_path / "run", {"a": (1, 2)})
-    first.claim({"labeled": "3 items"})
-    first.done("teacher", seconds=1.0)
-    second = Workdir(tmp_path / "run", {"a": (1, 2)})
-    second.claim({"labeled": "3 items"})
+    with Workdir(tmp_path / "run", {"a": (1, 2)}) as first:
+        first.claim({"labeled": "3 items"})
+        first.done("teacher", seconds=1.0)
+    with Workdir(tmp_path / "run", {"a": (1, 2)}) as second:
+        second.claim({"labeled": "3 items"})
     assert second.facts("teacher") == {"seconds": 1.0}
     assert second.facts("ranking") is None
     assert second.path("ranking", "ranking.csv") == tmp_path / "run" / "ranking" / "ranking.csv"
@@ -79,7 +81,7 @@ def test_a_folder_in_which_another_process_works_is_refused(tmp_path):
     assert other.stdout.readline() == "claimed\n"
     before = (tmp_path / "run" / "run.json").read_bytes()
     workdir = Workdir(tmp_path / "run", {})
-    with pytest.raises(WorkdirInUseError, match="run is in use by another process"):
+    with pytest.raises(WorkdirInUseError, match=f"run is in use by process {other.pid} on "):
         workdir.claim({"labeled": "3 items"})
     assert (tmp_path / "run" / "run.json").read_bytes() == before
     other.kill()  # what it held is free at once
@@ -88,10 +90,63 @@ def test_a_folder_in_which_another_process_works_is_refused(tmp_path):
     workdir.done("teacher", seconds=1.0)
 
 
-def test_one_process_may_take_its_folder_up_again_at_any_time(tmp_path):
-    first = Workdir(tmp_path / "run", {})
-    first.claim({})
-    second = Workdir(tmp_path / "run", {})  # as after an error, when the first one still hangs in a traceback
-    second.claim({})
-    second.done("teacher", seconds=1.0)
-    assert first.folder == second.folder
+def test_one_process_may_take_its_folder_up_again_after_an_error(tmp_path):
+    def interrupted():
+        with Workdir(tmp_path / "run", {}) as first:
+            first.claim({})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        interrupted()
+    assert caught.value.__traceback__  # in which the first one still hangs, as in a notebook
+    with Workdir(tmp_path / "run", {}) as second:
+        second.claim({})
+        second.done("teacher", seconds=1.0)
+
+
+def test_two_runs_in_one_process_are_kept_apart(tmp_path):
+    with Workdir(tmp_path / "run", {}) as first, Workdir(tmp_path / "run", {}) as second:
+        first.claim({})
+        with pytest.raises(WorkdirInUseError, match="run is in use by process"):
+            second.claim({})
+        del second
+        gc.collect()
+        with Workdir(tmp_path / "run", {}) as third, pytest.raises(WorkdirInUseError):
+            third.claim({})
+        first.done("teacher", seconds=1.0)
+
+
+def test_what_another_run_wrote_before_it_died_is_read_again_under_the_lock(tmp_path):
+    with Workdir(tmp_path / "run", {"a": 1}) as second:  # before there is anything
+        with Workdir(tmp_path / "run", {"a": 2}) as first:
+            first.claim({})
+            first.done("teacher", seconds=1.0)
+        with pytest.raises(WorkdirMismatchError, match="a is 2 there and 1 now"):
+            second.claim({})
+    assert read_record(tmp_path / "run" / "run.json")["settings"] == {"a": 2}
+    with Workdir(tmp_path / "run", {"a": 2}) as again, Workdir(tmp_path / "run", {"a": 2}) as other:
+        other.claim({})
+        other.done("ranking", seconds=2.0)
+        other.__exit__()
+        again.claim({})
+        assert again.facts("ranking") == {"seconds": 2.0}
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
+    (tmp_path / "run" / "teacher").mkdir(parents=True)
+    (tmp_path / "run" / "teacher" / ".0123456789abcdef.part").write_bytes(b"half")
+    with Workdir(tmp_path / "run", {}) as workdir:
+        workdir.claim({})
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_nothing_is_written_into_a_folder_in_which_all_is_done(tmp_path):
+    for _ in range(2):
+        with Workdir(tmp_path, {"a": (1,)}) as workdir:
+            workdir.claim({"labeled": "3 items"})
+            workdir.done("teacher", seconds=1.0)
+            (tmp_path / "report.html").touch()
+            if (tmp_path / "before").exists():
+                assert workdir.is_finished
+                assert (tmp_path / "run.json").stat().st_mtime_ns == int((tmp_path / "before").read_text())
+            (tmp_path / "before").write_text(str((tmp_path / "run.json").stat().st_mtime_ns))
