@@ -65,20 +65,21 @@ def make_network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), last)
 
 
-def config(seed: int) -> stseg.TrainConfig:
-    """Return settings of trainings of six steps that save their state after each."""
+def config(seed: int, steps: int) -> stseg.TrainConfig:
+    """Return settings of trainings that save their state after each step."""
     weak = stseg.WeakAugment(12)
     return stseg.TrainConfig(
-        steps=6, batch_size=2, weak=weak, optimizer="adamw", lr=0.01, seed=seed, eval_every=2, save_every=0
+        steps=steps, batch_size=2, weak=weak, optimizer="adamw", lr=0.01, seed=seed, eval_every=2, save_every=0
     )
 
 
-def self_training(recipe: Any, **options: Any) -> Callable[[Path, int], Result]:
-    """Return a function that runs a recipe in a folder, with a seed."""
+def self_training(recipe: Any, **options: Any) -> Callable[..., Result]:
+    """Return a function that runs a recipe in a folder, with a seed and a number of steps."""
 
-    def run(folder: Path, seed: int) -> Result:
+    def run(folder: Path, seed: int, steps: int = 6) -> Result:
+        settings = config(seed, steps)
         trainer = stseg.SelfTrainer(
-            make_network, num_classes=3, config=config(seed), method=recipe, workdir=folder, progress=False, **options
+            make_network, num_classes=3, config=settings, method=recipe, workdir=folder, progress=False, **options
         )
         return contents(trainer.fit(*datasets(seed)))
 
@@ -94,18 +95,25 @@ def datasets(seed: int) -> tuple[Images, Images, Images]:
     )
 
 
-def one_training(folder: Path, seed: int) -> Result:
+def one_training(folder: Path, seed: int, steps: int = 6) -> Result:
     """Run :func:`stseg.fit` in a folder, with a seed."""
     labeled, unlabeled, val = datasets(seed)
     torch.manual_seed(seed)
     method = FixMatch(make_network())
     found = stseg.fit(
-        method, labeled, config(seed), unlabeled=unlabeled, val=val, snapshots=[2, 4], workdir=folder, progress=False
+        method,
+        labeled,
+        config(seed, steps),
+        unlabeled=unlabeled,
+        val=val,
+        snapshots=[2, 4],
+        workdir=folder,
+        progress=False,
     )
     return training(found)
 
 
-RUNS: dict[str, Callable[[Path, int], Result]] = {
+RUNS: dict[str, Callable[..., Result]] = {
     "ST++": self_training(STPlusPlus(labeling=Labeling(tta=None, keep_per_class=0.6))),
     "ST, best weights": self_training(ST(labeling=Labeling(tta=None), student_init="teacher"), keep="best"),
     "fit": one_training,
