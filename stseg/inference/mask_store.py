@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ntpath
 import os
 import re
 from collections import Counter
@@ -21,17 +20,16 @@ from stseg.checks import check_choice
 from stseg.data.convert import as_mask
 from stseg.errors import DamagedFileError, DataError, WorkdirMismatchError
 from stseg.inference.mask_files import LABEL_AGAIN, Pixels, holds_png, read_png, write_png
+from stseg.inference.store_ids import CONFIDENCE, check_store_id, check_store_ids, is_store_id
 from stseg.storage.files import absolute_folder
 from stseg.storage.records import claim, merge_claim, owner_of, read_record
 from stseg.storage.seals import damaged, seal
 
-_CONFIDENCE = ".confidence"
 _MOST_IN_FOLDER = 10_000  # masks, before they are spread over folders
 _MOST_VERIFIED = 10_000  # masks of a sample
 _MOST_NAMED = 20  # files in a message
 _SHARD = re.compile("shard-[0-9a-f]{2}/")
 _LABEL_ALL = "label all images again"
-_LONGEST_PART = 255 - len(_CONFIDENCE + ".png")  # limit of file systems
 
 
 class MaskStore:
@@ -93,12 +91,12 @@ class MaskStore:
             return
         # The mask is written last: if it exists, so does its confidence.
         pixels = _pixels_of(mask, id)
-        beside = self._path(id, _CONFIDENCE)
+        beside = self._path(id, CONFIDENCE)
         if confidence is None:
             beside.unlink(missing_ok=True)
         else:
             gray = (confidence.clamp(0, 1).double().numpy() * 65535).round().astype(np.uint16)
-            write_png(gray, beside, origin=self.origin, name=id + _CONFIDENCE)
+            write_png(gray, beside, origin=self.origin, name=id + CONFIDENCE)
         write_png(pixels, self._path(id), origin=self.origin, name=id)
 
     def get(self, id: str) -> Tensor:
@@ -121,7 +119,7 @@ class MaskStore:
         """
         if self.folder is None:
             return self._confidence[id].clone()
-        return torch.from_numpy((self._read(id, _CONFIDENCE) / 65535.0).astype(np.float32))
+        return torch.from_numpy((self._read(id, CONFIDENCE) / 65535.0).astype(np.float32))
 
     def holds(self, id: str, *, confidence: bool = False) -> bool:
         """Return whether the mask, and with ``confidence`` its confidence, exists and is not broken.
@@ -133,7 +131,7 @@ class MaskStore:
         check_store_id(id)
         if self.folder is None:
             return id in self._masks and (not confidence or id in self._confidence)
-        names = [(id, ""), (id, _CONFIDENCE)] if confidence else [(id, "")]
+        names = [(id, ""), (id, CONFIDENCE)] if confidence else [(id, "")]
         return all(holds_png(self._path(*name), origin=self.origin, name="".join(name)) for name in names)
 
     def missing(self, ids: Sequence[str], *, confidence: bool = False) -> list[str]:
@@ -146,7 +144,7 @@ class MaskStore:
         step = steps[self.verify]
         found = {id: id in self if place % step else self._state(id, confidence) for place, id in enumerate(ids)}
         if wrong := [id for id, there in found.items() if there is None]:
-            endings = ("", _CONFIDENCE) if confidence else ("",)
+            endings = ("", CONFIDENCE) if confidence else ("",)
             raise self._wrong([path for id in wrong for end in endings if (path := self._path(id, end)).exists()])
         return [id for id, there in found.items() if not there]
 
@@ -189,10 +187,9 @@ class MaskStore:
         """Prepare the store for masks of these ids: many in one folder are spread over several.
 
         Raises:
-            DataError: if an id cannot name a file in the store.
+            DataError: if an id cannot name a file in the store, or two cannot be told apart on some system.
         """
-        for id in ids:
-            check_store_id(id)
+        check_store_ids(ids, self.folder)
         folders = Counter(id.rpartition("/")[0] for id in ids)
         self._sharded = self._sharded or max(folders.values(), default=0) > _MOST_IN_FOLDER
 
@@ -203,7 +200,7 @@ class MaskStore:
         self.put(id, mask)
 
     def __contains__(self, id: object) -> bool:
-        if not isinstance(id, str) or not _is_store_id(id):
+        if not isinstance(id, str) or not is_store_id(id):
             return False
         return id in self._masks if self.folder is None else self._path(id).exists()
 
@@ -214,7 +211,7 @@ class MaskStore:
             return
         for root, _, files in os.walk(self.folder):
             for name in files:
-                if name.endswith(".png") and not name.endswith(f"{_CONFIDENCE}.png"):
+                if name.endswith(".png") and not name.endswith(f"{CONFIDENCE}.png"):
                     id = (Path(root) / name[: -len(".png")]).relative_to(self.folder).as_posix()
                     yield _SHARD.sub("", id, count=1) if _SHARD.match(id) else id
 
@@ -266,36 +263,6 @@ class MaskStore:
         delete, again = (paths, LABEL_AGAIN) if len(paths) <= _MOST_NAMED else ([self.folder], _LABEL_ALL)
         what = f"and {len(paths) - 1} more are not" if len(paths) > 1 else "is not"
         return damaged(paths[0], f"{what} what this labeling wrote", delete=delete, to=again)
-
-
-def check_store_id(id: str) -> None:
-    """Raise a ``DataError`` unless the id is a valid file name inside a folder on every system.
-
-    Example:
-        >>> check_store_id("../secret")
-        Traceback (most recent call last):
-        stseg.errors.DataError: the id '../secret' cannot name a file in a store; ...
-    """
-    if not _is_store_id(id):
-        raise DataError(
-            f"the id {id!r} cannot name a file in a store; expected a relative path with '/' between folders "
-            "and without '.' or '..', drives, backslashes, control characters, parts of more than "
-            f"{_LONGEST_PART} bytes or the ending {_CONFIDENCE!r}"
-        )
-
-
-def _is_store_id(id: str) -> bool:
-    try:
-        parts = id.encode().split(b"/")
-    except UnicodeEncodeError:  # a file name that was not valid UTF-8
-        return False
-    return not (
-        any(part in (b"", b".", b"..") or len(part) > _LONGEST_PART for part in parts)
-        or "\\" in id
-        or ntpath.splitdrive(id)[0]
-        or any(ord(c) < 32 for c in id)
-        or id.endswith(_CONFIDENCE)
-    )
 
 
 def _check_confidence(confidence: Tensor, mask: Tensor, id: str) -> None:

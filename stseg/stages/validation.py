@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 from stseg.data.items import Items
 from stseg.engine.trial import try_step
 from stseg.inference.fingerprints import dataset_fingerprint
-from stseg.inference.mask_store import check_store_id
 from stseg.inference.preflight import check_labeled, check_network, find_unreadable
 from stseg.inference.reading import Skipped
+from stseg.inference.store_ids import check_store_ids
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import fingerprint
 from stseg.stages.labeling import Labeling
@@ -44,8 +44,8 @@ def validate_run(
     Returns:
         The unlabeled images that can be read.
     """
-    for id in () if unlabeled is None else unlabeled.ids:
-        check_store_id(id)
+    if unlabeled is not None:
+        check_store_ids(unlabeled.ids, stages.workdir.path("unreliable", "masks"))
     check = partial(
         check_labeled,
         num_classes=stages.num_classes,

@@ -153,11 +153,12 @@ class TestIds:
         "", ".", "..", "../a", "a/../../b", "a/..", "/a", "//a", "a/", "a//b", "./a", "a/./b",
         "\\a", "..\\a", "a\\b", "C:/a", "c:a", "1:30", "C:\\a",
         "a\0b", "a\nb", "\x1b[0m", "x" * 300, "é" * 130, "a.confidence", "\udcff",
+        "...", "CON", "ab:c", "12:30:00", "*", "shard-0f/a", "a.CONFIDENCE",
     )  # fmt: skip
     harmless = (
-        "a", "a/b/c", "a.b", "a.png", "..a", "a..b", "...", ".hidden", "a b",
-        "é", "e\u0301", "日本/語", "CON", "ab:c", "12:30:00",
-        "x" * 200, "a.confidence/b", "~", "$HOME", "*", "labels",
+        "a", "a/b/c", "a.b", "a.png", "..a", "a..b", ".hidden", "a b",
+        "é", "e\u0301", "日本/語", "conscious",
+        "x" * 200, "a.confidence/b", "~", "$HOME", "labels",
     )  # fmt: skip
 
     @pytest.mark.parametrize("id", hostile)
