@@ -432,6 +432,24 @@ def test_a_ranker_that_names_images_that_are_not_there_is_refused(indices):
         trainer(method=STPlusPlus(ranker=Wrong())).fit(labeled(), unlabeled())
 
 
+@pytest.mark.parametrize(
+    ("scores", "ids", "message"),
+    [
+        ((0.5, 0.4), ("unlabeled/1", "unlabeled/0"), "the ranker calls image 0 'unlabeled/1', but it is 'unlabeled/0'"),
+        ((0.4, 0.5), ("0", "1"), "the ranker has the score 0.4 before 0.5; expected finite scores, the highest first"),
+        ((0.4, math.nan), ("0", "1"), "the ranker has the score 0.4 before nan"),
+        ((math.inf, 0.5), ("unlabeled/0", "unlabeled/1"), "the ranker has the score inf before 0.5"),
+    ],
+)
+def test_a_ranker_that_contradicts_itself_is_refused(scores, ids, message):
+    class Wrong:
+        def rank(self, dataset):
+            return Ranking((0, 1), scores, ids)
+
+    with pytest.raises(stseg.DataError, match=message):
+        trainer(method=STPlusPlus(ranker=Wrong())).fit(labeled(), unlabeled())
+
+
 def test_a_teacher_of_other_classes_is_refused():
     other = fit(nn.Conv2d(3, 4, 1), labeled(), CONFIG, snapshots=[1, 4], progress=False)
     with pytest.raises(stseg.NetworkError, match="gives 4 classes; num_classes is 3"):

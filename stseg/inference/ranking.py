@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -76,15 +78,20 @@ class Ranking:
             skipped: items that were left out.
 
         Raises:
-            ValueError: if a score is NaN, or the lengths differ.
+            ValueError: if a score is not finite, an id or index repeats, or the lengths differ.
         """
         values = [float(s) for s in scores]
         places = list(range(len(values))) if indices is None else list(indices)
         if not len(values) == len(ids) == len(places):
             raise ValueError(f"{len(values)} scores, {len(ids)} ids and {len(places)} indices; expected equal lengths")
         for value, id in zip(values, ids, strict=True):
-            if math.isnan(value):
-                raise ValueError(f"the score of {id!r} is NaN")
+            if not math.isfinite(value):
+                shown = "NaN" if math.isnan(value) else value
+                raise ValueError(f"the score of {id!r} is {shown}; expected a finite number")
+        for name, given in (("id", list(ids)), ("index", places)):
+            if len(set(given)) < len(given):
+                twice = next(each for place, each in enumerate(given) if each in given[:place])
+                raise ValueError(f"the {name} {twice!r} is given more than once")
         order = sorted(range(len(values)), key=lambda i: -values[i])  # stable
         return cls(
             indices=tuple(places[i] for i in order),
@@ -130,25 +137,62 @@ class Ranking:
         return text.getvalue().encode(errors="surrogatepass")
 
     @classmethod
-    def from_csv(cls, path: str | Path) -> Ranking:
+    def from_csv(cls, path: str | Path, *, limits: tuple[float, float] | None = (0.0, 1.0)) -> Ranking:
         """Read a file written by ``to_csv``.
 
+        Args:
+            path: the file.
+            limits: lowest and highest score; None accepts any finite score, such as those of a ranker of your own.
+
         Raises:
-            DataError: if the file is malformed; names it.
+            DataError: if the file is malformed, a score is not finite or not within the limits, an index or an id
+                repeats, or a score is higher than the one before; names the file and the line.
         """
-        with open(path, newline="", encoding="utf-8", errors="surrogatepass") as file:
-            try:
-                rows = list(csv.reader(file, strict=True))
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise DataError(f"{path} cannot be read as CSV: {error}") from None
-        if not rows or rows[0] != ["index", "id", "score"]:
-            raise DataError(f"{path} does not begin with the line index,id,score")
-        try:
-            columns = [(int(index), id, float(score)) for index, id, score in rows[1:]]
-        except ValueError as error:
-            raise DataError(f"{path} holds a line that is not index,id,score: {error}") from None
-        if (unranked := next((id for _, id, score in columns if math.isnan(score)), None)) is not None:
-            raise DataError(f"{path} gives {unranked!r} the score NaN")
-        return cls(
-            indices=tuple(c[0] for c in columns), scores=tuple(c[2] for c in columns), ids=tuple(c[1] for c in columns)
-        )
+        indices: dict[int, int] = {}  # and the ids: with the lines that they are on
+        ids: dict[str, int] = {}
+        scores: list[float] = []
+        for number, row in _read_rows(path):
+            fault = partial(_line_error, path, number)
+            if len(row) != 3 or not re.fullmatch("[0-9]{1,18}", row[0]):
+                raise fault(f"is {','.join(row)!r}; expected index,id,score with an index of 0 or more")
+            index, id, score = int(row[0]), row[1], _number(row[2])
+            if score is None or not math.isfinite(score):
+                raise fault(f"gives {id!r} the score {row[2]!r}; expected a finite number")
+            if limits is not None and not limits[0] <= score <= limits[1]:
+                raise fault(
+                    f"gives {id!r} the score {score}; expected {limits[0]:g} to {limits[1]:g} "
+                    "(Ranking.from_csv(path, limits=None) accepts any finite score)"
+                )
+            if index in indices or id in ids:
+                what, first = (f"index {index}", indices[index]) if index in indices else (f"id {id!r}", ids[id])
+                raise fault(f"repeats the {what} of line {first}")
+            if scores and score > scores[-1]:
+                raise fault(f"has the score {score} after {scores[-1]}; expected the highest first")
+            indices[index], ids[id] = number, number
+            scores.append(score)
+        return cls(indices=tuple(indices), scores=tuple(scores), ids=tuple(ids))
+
+
+def _read_rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield number and fields of each line below the head of a CSV file."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogatepass") as file:
+            reader = csv.reader(file, strict=True)
+            if next(reader, None) != ["index", "id", "score"]:
+                raise DataError(f"{path} does not begin with the line index,id,score")
+            for row in reader:
+                yield reader.line_num, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as CSV: {error}") from None
+
+
+def _line_error(path: str | Path, number: int, fault: str) -> DataError:
+    return DataError(f"line {number} of {path} {fault}")
+
+
+def _number(text: str) -> float | None:
+    """Return the number that a text is, as ``repr`` writes it; None if it is none."""
+    try:
+        return float(text) if re.fullmatch(r"[-+.0-9eE]+|-?inf|nan", text) else None
+    except ValueError:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -288,10 +289,11 @@ class Stages:
 
 
 def _check_ranking(ranking: Ranking, ids: Sequence[str], source: str) -> Ranking:
-    """Return a custom ranking with the ids of the images.
+    """Return a ranking with the ids of the images.
 
     Raises:
-        DataError: if it is empty, an index is out of range, or an index occurs twice.
+        DataError: if it is empty, an index is out of range or occurs twice, its ids are those of other images, or its
+            scores are not finite and highest first.
     """
     if not len(ranking):
         raise DataError(f"{source} ranks no image")
@@ -300,4 +302,15 @@ def _check_ranking(ranking: Ranking, ids: Sequence[str], source: str) -> Ranking
             f"{source} gives {len(ranking)} indices from {min(ranking.indices)} to {max(ranking.indices)}; "
             f"expected each of 0..{len(ids) - 1} at most once"
         )
-    return replace(ranking, ids=tuple(ids[index] for index in ranking.indices))
+    found = tuple(ids[index] for index in ranking.indices)
+    if ranking.ids != tuple(map(str, ranking.indices)):  # numbers are no names
+        for index, id, expected in zip(ranking.indices, ranking.ids, found, strict=True):
+            if id != expected:
+                raise DataError(
+                    f"{source} calls image {index} {id!r}, but it is {expected!r} in the data set; expected the ids of "
+                    "the data set that was ranked, or the numbers of the images as ids"
+                )
+    for score, lower in zip(ranking.scores, (*ranking.scores[1:], ranking.scores[-1]), strict=True):
+        if not math.isfinite(score) or not score >= lower:
+            raise DataError(f"{source} has the score {score} before {lower}; expected finite scores, the highest first")
+    return replace(ranking, ids=found)

@@ -55,6 +55,18 @@ class TestRanking:
         with pytest.raises(ValueError, match="score of 'b' is NaN"):
             Ranking.from_scores([0.5, math.nan], ["a", "b"])
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"scores": [0.5, math.inf]}, "score of 'b' is inf; expected a finite number"),
+            ({"ids": ["a", "a"]}, "the id 'a' is given more than once"),
+            ({"indices": [3, 3]}, "the index 3 is given more than once"),
+        ],
+    )
+    def test_refuses_infinite_scores_and_repetitions(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            Ranking.from_scores(**{"scores": [0.5, 0.2], "ids": ["a", "b"], **options})
+
 
 class TestCsv:
     weird = (
@@ -63,13 +75,19 @@ class TestCsv:
     )  # fmt: skip
 
     @settings(max_examples=40, deadline=None)
-    @given(st.lists(st.tuples(st.integers(0, 10**9), st.text(max_size=8), st.floats(0, 1)), max_size=8))
-    @example([(i, id, 0.1 + i / 3) for i, id in enumerate(weird)])
+    @given(
+        st.lists(
+            st.tuples(st.integers(0, 10**9), st.text(max_size=8), st.floats(0, 1)),
+            max_size=8,
+            unique_by=(lambda row: row[0], lambda row: row[1].replace("\0", "")),
+        )
+    )
+    @example([(i, id, i / 20) for i, id in enumerate(weird)])
     @example([(0, "a", 0.1 + 0.2), (1, "b", 5e-324), (2, "c", 1 - 2**-53)])
     def test_comes_back_exactly(self, tmp_path_factory, rows):
         rows = [row for row in rows if "\0" not in row[1]]  # Python 3.10 reads none
         path = tmp_path_factory.mktemp("csv") / "ranking.csv"
-        ranking = Ranking([r[0] for r in rows], [r[2] for r in rows], [r[1] for r in rows])
+        ranking = Ranking.from_scores([r[2] for r in rows], [r[1] for r in rows], indices=[r[0] for r in rows])
         ranking.to_csv(path)
         found = Ranking.from_csv(str(path))
         assert found == ranking
@@ -104,6 +122,48 @@ class TestCsv:
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"ranking\.csv"):
             Ranking.from_csv(path)
+
+    @pytest.mark.parametrize(
+        ("lines", "message"),
+        [
+            ("0,a,inf", "line 2 of .* gives 'a' the score 'inf'; expected a finite number"),
+            ("0,a,0.5\n1,b,-inf", "line 3 of .* gives 'b' the score '-inf'; expected a finite"),
+            ("0,a,1e400", "gives 'a' the score '1e400'; expected a finite"),
+            ("0,a,7", r"gives 'a' the score 7.0; expected 0 to 1 \(Ranking.from_csv\(path, limits=None\) accepts"),
+            ("0,a,-1", r"gives 'a' the score -1.0; expected 0 to 1"),
+            ("-1,a,0.5", "line 2 of .* is '-1,a,0.5'; expected index,id,score with an index of 0 or more"),
+            ("1,a,0.5\n1,b,0.4", "line 3 of .* repeats the index 1 of line 2"),
+            ("1,a,0.5\n2,a,0.4", "line 3 of .* repeats the id 'a' of line 2"),
+            ("1,a,0.4\n2,b,0.5", "line 3 of .* has the score 0.5 after 0.4; expected the highest first"),
+            ("1_0,a,0.4", "is '1_0,a,0.4'; expected"),
+            (" 1,a,0.4", "is ' 1,a,0.4'; expected"),
+            ("+1,a,0.4", "expected index,id,score"),
+            ("１,a,0.4", "expected index,id,score"),
+            ("0x1,a,0.4", "expected index,id,score"),
+            ("9" * 5000 + ",a,0.4", "expected index,id,score"),
+            ("1,a,0_1.0", "gives 'a' the score '0_1.0'; expected a finite number"),
+            ("1,a, 0.5", "gives 'a' the score ' 0.5'; expected a finite number"),
+            ("1,a,0x1p-1", "expected a finite number"),
+            ("1,a,1-1", "expected a finite number"),
+            ("1,a,0.5\n\n2,b,0.4", "line 3 of .* is ''; expected index,id,score"),
+        ],
+    )
+    def test_of_values_that_make_no_ranking_is_refused_with_the_line(self, tmp_path, lines, message):
+        path = tmp_path / "ranking.csv"
+        path.write_text(f"index,id,score\n{lines}\n", encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            Ranking.from_csv(path)
+
+    def test_of_any_finite_scores_is_read_without_limits(self, tmp_path):
+        ranking = Ranking.from_scores([7.0, -1.0, 1e300], ["a", "b", "c"])
+        ranking.to_csv(tmp_path / "ranking.csv")
+        assert Ranking.from_csv(tmp_path / "ranking.csv", limits=None) == ranking
+        assert Ranking.from_csv(tmp_path / "ranking.csv", limits=(-1, 1e300)) == ranking
+
+    def test_of_a_spreadsheet_is_read(self, tmp_path):
+        path = tmp_path / "ranking.csv"
+        path.write_bytes(b"\xef\xbb\xbfindex,id,score\r\n1,b,0.5\r\n0,a,0.5\r\n")
+        assert Ranking.from_csv(path) == Ranking([1, 0], [0.5, 0.5], ["b", "a"])
 
     def test_that_is_missing_is_no_empty_ranking(self, tmp_path):
         with pytest.raises(FileNotFoundError):
