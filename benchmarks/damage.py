@@ -1,11 +1,12 @@
-"""Damage work directories at random, start the runs again, and follow the advice of their messages.
+"""Damage and remove work directories at random, start the runs again, and follow the advice of their messages.
 
     python benchmarks/damage.py --cases 1000 --seed 0
 
 Each case takes a finished or an interrupted run, damages one file or folder of it, and starts the run again. It may
 end as the undamaged run does, to the bit; or it stops with an error of stseg that says what to delete. Then that is
 deleted and the run is started again, until it ends as the undamaged run. Everything else counts as a failure and is
-printed with the number of its case: ``--only NUMBER`` repeats it.
+printed with the number of its case: ``--only NUMBER`` repeats it. In a fifth of the cases the folder, or one in it, is
+removed or moved while the run uses it: then the run ends with an error that names the path, and a new start as before.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,11 @@ Result = dict[str, Any]
 
 
 class Images(Dataset[Any]):
-    """Data set of drawn images, or pairs, which is interrupted when it is read for the ``after``-th time."""
+    """Data set of drawn images, or pairs; ``event`` happens when any of them is read for the ``after``-th time."""
 
     reads = 0
     after = -1
+    event: Callable[[], object]
 
     def __init__(self, count: int, *, masks: bool, prefix: str, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -55,8 +58,13 @@ class Images(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         Images.reads += 1
         if Images.reads == Images.after:
-            raise KeyboardInterrupt
+            Images.event()
         return self.items[index]
+
+
+def interrupt() -> None:
+    """Act as Ctrl+C."""
+    raise KeyboardInterrupt
 
 
 def make_network() -> nn.Module:
@@ -156,8 +164,12 @@ class Source:
     folder: Path
     finish: Callable[[Path], Result]
     expected: Result
+    whole: Path
+    """The finished run."""
     other: Path
     """A finished run of another seed."""
+    reads: int
+    """How often items are read in an undisturbed run."""
 
 
 def prepare(root: Path, *, interruptions: int, draw: random.Random) -> list[Source]:
@@ -168,17 +180,22 @@ def prepare(root: Path, *, interruptions: int, draw: random.Random) -> list[Sour
         Images.reads, Images.after = 0, -1
         expected, reads = run(whole, 0), Images.reads
         run(other, 50)
-        sources.append(Source(f"{name}, finished", whole, lambda folder, run=run: run(folder, 0), expected, other))  # type: ignore[misc]
+        finish = partial(_finish, run)
+        sources.append(Source(f"{name}, finished", whole, finish, expected, whole, other, reads))
         for interruption in range(interruptions):
             folder = root / f"{number}-{interruption}"
-            Images.reads, Images.after = 0, draw.randrange(reads // 4, reads)
+            Images.reads, Images.after, Images.event = 0, draw.randrange(reads // 4, reads), staticmethod(interrupt)
             with suppress(KeyboardInterrupt):
                 run(folder, 0)
             Images.after = -1
             if folder.exists():
                 label = f"{name}, interrupted at {interruption + 1} of {interruptions}"
-                sources.append(Source(label, folder, sources[-1].finish, expected, other))
+                sources.append(Source(label, folder, finish, expected, whole, other, reads))
     return sources
+
+
+def _finish(run: Callable[..., Result], folder: Path) -> Result:
+    return run(folder, 0)
 
 
 def damage(folder: Path, other: Path, draw: random.Random) -> str:
@@ -272,13 +289,61 @@ def try_case(source: Source, folder: Path, draw: random.Random) -> tuple[str, st
     return done, f"identical, after {len(messages)} messages" if messages else "identical"
 
 
+def try_vanishing(source: Source, folder: Path, draw: random.Random) -> tuple[str, str]:
+    """Remove or move a run's folder, or one in it, while it runs; then start it again. As :func:`try_case`."""
+    aside, happened = folder.with_name("aside"), []
+    kind = draw.choice(("removed", "moved"))
+    moment = draw.randrange(source.reads // 4, source.reads)
+
+    def vanish() -> None:
+        inside = [path for path in sorted(folder.rglob("*")) if path.is_dir()]
+        path = draw.choice([folder, draw.choice(inside or [folder])])
+        happened.append(path)
+        if path.exists():
+            shutil.rmtree(path) if kind == "removed" else path.rename(aside)
+
+    Images.reads, Images.after, Images.event = 0, moment, staticmethod(vanish)
+    outcome = "noticed"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                result = source.finish(folder)
+                if not same(result, source.expected) or _results(folder) != _results(source.whole):
+                    return f"{source.name}", "FAILED: ended as if well"
+                outcome = "identical"
+            except stseg.StsegError as error:
+                if str(folder) not in str(error):
+                    return source.name, f"FAILED: no path: {error}"
+            if kind == "moved" and aside.exists() and not happened[0].exists():
+                aside.rename(happened[0])
+            Images.after = -1
+            result, _ = obey(folder, source.finish)
+    except Exception as error:
+        outcome = f"FAILED: {type(error).__name__}: {error}"
+    else:
+        outcome = outcome if same(result, source.expected) else "FAILED: another result"
+    finally:
+        Images.after = -1
+        for path in (folder, aside):
+            shutil.rmtree(path, ignore_errors=True)
+    return f"{source.name}: {', '.join(str(p.relative_to(folder)) for p in happened)} {kind} at {moment}", outcome
+
+
+def _results(folder: Path) -> set[str]:
+    """Return the names of the files that a finished run is to hold."""
+    kinds = {".safetensors", ".png", ".csv", ".json", ".html", ".jsonl"}
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in kinds}
+
+
 def cases(count: int, *, seed: int, interruptions: int, only: int | None = None) -> Iterator[tuple[int, str, str]]:
     """Yield number, damage and outcome of each case."""
     with tempfile.TemporaryDirectory() as root:
         sources = prepare(Path(root), interruptions=interruptions, draw=random.Random(seed))
         for number in range(count) if only is None else [only]:
             draw = random.Random(seed * 1_000_003 + number)
-            yield number, *try_case(draw.choice(sources), Path(root) / "case", draw)
+            try_one = try_case if draw.random() < 0.8 else try_vanishing
+            yield number, *try_one(draw.choice(sources), Path(root) / "case", draw)
 
 
 def main() -> None:

@@ -257,10 +257,15 @@ class StageCheckpoint:
         elif self._best is not None:
             model.load_state_dict(self._best)
 
-    def finish(self, model: nn.Module, state: StageState) -> None:
-        """Write the result and remove intermediate files."""
+    def finish(self, model: nn.Module, state: StageState, snapshots: Sequence[int] = ()) -> None:
+        """Write the result and remove intermediate files.
+
+        Raises:
+            WorkdirMissingError: if the folder or one of the snapshots is gone.
+        """
         barrier()  # all processes have read the best weights
         if self.folder is not None and rank() == 0:
+            self._check_folder(*map(self._snapshot, snapshots))
             history = [_without_nan(row) for row in state.history]
             progress = {**asdict(state), "history": history, _OWNER: self._owner}
             write_record(self.folder / "progress.json", progress)
@@ -302,13 +307,12 @@ class StageCheckpoint:
         assert self.folder is not None
         return self.folder / "state" / f"best-{step}.safetensors"
 
-    def _check_folder(self) -> None:
-        """Raise a ``WorkdirMissingError`` if the folder is gone: what is written there would lack the rest."""
+    def _check_folder(self, *files: Path) -> None:
+        """Raise a ``WorkdirMissingError`` if the folder or a file is gone: what is written would lack the rest."""
         assert self.folder is not None
-        if not (self.folder / "stage.json").exists():
-            raise WorkdirMissingError(
-                f"{self.folder} was removed or moved during the training; start the training again"
-            )
+        for path in (self.folder / "stage.json", *files):
+            if not path.exists():
+                raise WorkdirMissingError(f"{path} was removed or moved during the training; start the training again")
 
     def _save(self, model: nn.Module, path: Path) -> None:
         self._check_folder()

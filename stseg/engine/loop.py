@@ -153,7 +153,7 @@ def run_stage(
         if state.best is None:
             raise DataError("keep='best': no mIoU of the validation set is a number")
         checkpoint.load_best(method.model, state)
-    checkpoint.finish(method.model, state)
+    checkpoint.finish(method.model, state, plan.snapshots)
     return FitResult(method.model.eval(), tuple(copies), tuple(state.history), state.seconds)
 
 

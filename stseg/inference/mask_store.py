@@ -93,7 +93,8 @@ class MaskStore:
         pixels = _pixels_of(mask, id)
         beside = self._path(id, CONFIDENCE)
         if confidence is None:
-            beside.unlink(missing_ok=True)
+            if beside.exists():
+                beside.unlink()
         else:
             gray = (confidence.clamp(0, 1).double().numpy() * 65535).round().astype(np.uint16)
             write_png(gray, beside, origin=self.origin, name=id + CONFIDENCE)

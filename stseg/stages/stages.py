@@ -38,6 +38,7 @@ from stseg.stages.ranking_file import read_ranking, write_ranking
 from stseg.stages.report import write_report
 from stseg.stages.result import SelfTrainingResult
 from stseg.stages.workdir import Workdir
+from stseg.storage.files import misplaced
 from stseg.storage.records import claim, write_record
 
 MakeModel: TypeAlias = Callable[[], nn.Module]
@@ -156,7 +157,10 @@ class Stages:
         threshold = labeling.threshold
         if labeling.keep_per_class is not None:
             threshold = self._thresholds(step, labeler(), images, labeling.keep_per_class)
-        self.labeled[step] = labeler(threshold=threshold).label(images, self.workdir.path(step, "masks"))
+        folder = self.workdir.path(step, "masks")
+        if folder is not None and (error := misplaced(folder / "labels.json")) is not None:
+            raise error
+        self.labeled[step] = labeler(threshold=threshold).label(images, folder)
         model.to(before)
         self._done(step, time.monotonic() - began)
         return self.labeled[step]
@@ -258,7 +262,9 @@ class Stages:
 
     def _check_files(self) -> None:
         """Raise a ``WorkdirMissingError`` if results are not on disk any more."""
-        files = [(step, "model.safetensors") for step in self.seconds if step in self.trained]
+        trained = {step: found for step, found in self.trained.items() if step in self.seconds}
+        files = [(step, name) for step in trained for name in ("model.safetensors", "progress.json")]
+        files += [(step, "snapshots") for step, found in trained.items() if found.snapshots]
         files += [(step, "masks") for step in self.labeled]
         for path in (self.workdir.path(*names) for names in files):
             if path is not None and not path.exists():

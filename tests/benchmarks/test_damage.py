@@ -37,6 +37,14 @@ def test_what_is_damaged_is_made_again_or_named(sources, tmp_path, number):
     assert outcome.startswith("identical"), f"{done}: {outcome}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(16))
+def test_what_vanishes_during_a_run_is_noticed(sources, tmp_path, number):
+    draw = random.Random(number)
+    done, outcome = damage.try_vanishing(draw.choice(sources), tmp_path / "case", draw)
+    assert outcome in ("identical", "noticed"), f"{done}: {outcome}"
+
+
 @pytest.mark.parametrize(
     ("finish", "message"),
     [
@@ -59,7 +67,7 @@ def test_failures_are_noticed(tmp_path, finish, message):
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "a").write_text("content")
-    source = damage.Source("run", tmp_path / "run", run, {"model": 1}, tmp_path / "run")
+    source = damage.Source("run", tmp_path / "run", run, {"model": 1}, tmp_path / "run", tmp_path / "run", 0)
     _, outcome = damage.try_case(source, tmp_path / "case", random.Random(0))
     assert outcome.startswith(message)
 
