@@ -53,6 +53,8 @@ class SelfTrainer:
         skip_unreadable: whether to leave out unlabeled images that cannot be read; they are listed in the result.
         log: called with each row of each training's history, in the first process; the names are
             ``"<step>/<name>"``.
+        verify: which pseudo-masks on disk are opened when a run goes on: 10,000 of each labeling, ``"all"`` or
+            ``"none"``; all of them are verified when they are read. See :class:`stseg.MaskStore`.
         progress: whether to show bars.
 
     Raises:
@@ -84,6 +86,7 @@ class SelfTrainer:
         workdir: str | Path | None = None,
         skip_unreadable: bool = False,
         log: Callable[[Row], object] | None = None,
+        verify: Literal["sample", "all", "none"] = "sample",
         progress: bool = True,
     ) -> None:
         if isinstance(make_model, nn.Module):
@@ -96,10 +99,11 @@ class SelfTrainer:
         check_log(log)
         check_classes(num_classes, config.ignore_index)
         check_choice("keep", keep, "final", "best")
+        check_choice("verify", verify, "sample", "all", "none")
         self.make_model, self.num_classes, self.config = make_model, num_classes, config
         self.recipe = _as_recipe(method)
         self.keep, self.workdir, self.skip_unreadable = keep, absolute_folder(workdir), skip_unreadable
-        self.log, self.progress = log, progress
+        self.log, self.verify, self.progress = log, verify, progress
         self.recipe.check_settings(config, num_classes=num_classes, on_disk=workdir is not None)
 
     def fit(
@@ -128,6 +132,9 @@ class SelfTrainer:
             MethodError: if a training step fails.
             ValueError: if arguments and data do not match.
             WorkdirMismatchError: if the work directory was made with other settings or data.
+            WorkdirInUseError: if another run is using it.
+            WorkdirMissingError: if it is removed or moved meanwhile.
+            DamagedFileError: if a file in it is damaged, or is not the one that was written; says what to delete.
             TrainingDivergedError: if a loss becomes NaN or infinite.
         """
         recipe = self.recipe
@@ -156,6 +163,7 @@ class SelfTrainer:
                 val=held_out,
                 teacher=teacher,
                 log=self.log,
+                verify=self.verify,
                 progress=self.progress,
             )
             methods, skip = recipe.later_methods(self.config), self.skip_unreadable

@@ -141,9 +141,9 @@ class MaskStore:
         Raises:
             DamagedFileError: if masks are whole, but are not those that the labeler wrote; says what to delete.
         """
-        steps = {"all": 1, "none": len(ids) + 1, "sample": -(-len(ids) // _MOST_VERIFIED) or 1}
-        step = steps[self.verify]
-        found = {id: id in self if place % step else self._state(id, confidence) for place, id in enumerate(ids)}
+        step = 1 if self.verify == "all" else max(1, -(-len(ids) // _MOST_VERIFIED))
+        opened = set() if self.verify == "none" else set(ids[::step])
+        found = {id: self._state(id, confidence) if id in opened else id in self for id in ids}
         if wrong := [id for id, there in found.items() if there is None]:
             endings = ("", CONFIDENCE) if confidence else ("",)
             raise self._wrong([path for id in wrong for end in endings if (path := self._path(id, end)).exists()])

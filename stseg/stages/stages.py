@@ -27,6 +27,7 @@ from stseg.errors import DataError, WorkdirMissingError
 from stseg.functional.thresholds import check_threshold
 from stseg.inference.fingerprints import join_checksums
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
+from stseg.inference.mask_store import MaskStore
 from stseg.inference.rankers import StabilityRanker
 from stseg.inference.ranking import Ranking
 from stseg.inference.reading import Skipped
@@ -68,6 +69,7 @@ class Stages:
         val: labeled items, evaluated during training.
         teacher: result of an earlier training, used in place of the step ``"teacher"``.
         log: called with each row of each history; the names are ``"<step>/<name>"``.
+        verify: which pseudo-masks a labeling that goes on opens; see :class:`stseg.MaskStore`.
         progress: whether to show bars.
     """
 
@@ -82,8 +84,10 @@ class Stages:
         val: Items | None = None,
         teacher: FitResult | None = None,
         log: Callable[[Row], object] | None = None,
+        verify: Literal["sample", "all", "none"] = "sample",
         progress: bool = True,
     ) -> None:
+        self.verify = verify
         self.make_model, self.num_classes, self.config, self.workdir = make_model, num_classes, config, workdir
         self.keep, self.val, self.log, self.progress = keep, val, log, progress
         self.device = setup_device()
@@ -160,7 +164,7 @@ class Stages:
         folder = self.workdir.path(step, "masks")
         if folder is not None and (error := misplaced(folder / "labels.json")) is not None:
             raise error
-        self.labeled[step] = labeler(threshold=threshold).label(images, folder)
+        self.labeled[step] = labeler(threshold=threshold).label(images, MaskStore(folder, verify=self.verify))
         model.to(before)
         self._done(step, time.monotonic() - began)
         return self.labeled[step]

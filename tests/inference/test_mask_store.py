@@ -5,6 +5,7 @@ import multiprocessing
 import ntpath
 import os
 import pickle
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,8 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+import stseg
 from stseg.errors import DamagedFileError, DataError, WorkdirMismatchError
+from stseg.inference import mask_store
 from stseg.inference.mask_files import palette
 from stseg.inference.mask_store import MaskStore, check_store_id
 from stseg.storage.records import read_record
@@ -286,6 +290,172 @@ class TestFiles:
         on_disk["a"] = MASK
         (on_disk.folder / ".0123456789abcdef.part").write_bytes(b"half")
         assert list(on_disk) == ["a"]
+
+
+class TestSeals:
+    """Of masks on disk."""
+
+    @pytest.fixture
+    def claimed(self, on_disk):
+        on_disk.claim({"model": "m"})
+        on_disk.put("a", MASK, torch.ones(4, 6))
+        on_disk.put("b", 1 - MASK.clamp(max=1), torch.zeros(4, 6))
+        return on_disk
+
+    def refused(self, store, id, what):
+        path = store.folder / f"{id}.png"
+        before = path.read_bytes()
+        for use in (store.get, store.holds):
+            with pytest.raises(DamagedFileError, match=f"{path} {what}.*; delete {path} to label its image again"):
+                use(id)
+        with pytest.raises(DamagedFileError, match=f"{path} is not what this labeling wrote; delete {path} to label"):
+            store.missing([id])
+        assert path.read_bytes() == before
+
+    def test_tell_exchanged_masks(self, claimed):
+        one, other = claimed.folder / "a.png", claimed.folder / "b.png"
+        content = one.read_bytes()
+        one.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+        self.refused(claimed, "a", "was written by another labeling, or under another name")
+        with pytest.raises(DamagedFileError, match=rf"a\.png and 1 more are not what .*; delete {one} and {other} to"):
+            claimed.missing(["a", "b"])
+
+    def test_tell_masks_of_another_labeler(self, claimed, tmp_path):
+        other = MaskStore(tmp_path / "other")
+        other.claim({"model": "n"})
+        other["a"] = MASK
+        (claimed.folder / "a.png").write_bytes((other.folder / "a.png").read_bytes())
+        self.refused(claimed, "a", "was written by another labeling, or under another name")
+
+    def test_tell_masks_that_were_edited(self, claimed):
+        with Image.open(claimed.folder / "a.png") as image:
+            image.load()
+        image.putpixel((0, 0), 9)
+        image.save(claimed.folder / "a.png")
+        self.refused(claimed, "a", "was not written by this labeling")
+
+    def test_tell_masks_that_were_edited_by_a_program_that_keeps_the_text(self, claimed):
+        path = claimed.folder / "a.png"
+        with Image.open(path) as image:
+            info = PngInfo()
+            info.add_text("stseg", image.info["stseg"])
+            image.load()
+        image.putpixel((0, 0), 9)
+        image.save(path, pnginfo=info)
+        with pytest.raises(DamagedFileError, match=rf"{path} was changed after it was written; delete {path} to label"):
+            claimed["a"]
+
+    def test_tell_a_confidence_that_is_no_more_the_same(self, claimed):
+        one, other = claimed.folder / "a.confidence.png", claimed.folder / "b.confidence.png"
+        one.write_bytes(other.read_bytes())
+        assert claimed.holds("a")
+        with pytest.raises(DamagedFileError, match=rf"delete {one} to label"):
+            claimed.confidence("a")
+        with pytest.raises(DamagedFileError, match=rf"delete {claimed.folder / 'a.png'} and {one} to label"):
+            claimed.missing(["a"], confidence=True)
+
+    def test_are_checked_by_whoever_opens_the_folder(self, claimed):
+        (claimed.folder / "a.png").write_bytes((claimed.folder / "b.png").read_bytes())
+        with pytest.raises(DamagedFileError, match=r"a\.png was written by another labeling"):
+            MaskStore(claimed.folder)["a"]
+
+    def test_of_many_wrong_masks_name_the_folder(self, claimed, tmp_path):
+        other = MaskStore(tmp_path / "other")
+        other.claim({"model": "n"})
+        ids = [f"{number}" for number in range(21)]
+        for id in ids:
+            other[id] = MASK
+            (claimed.folder / f"{id}.png").write_bytes((other.folder / f"{id}.png").read_bytes())
+        with pytest.raises(DamagedFileError, match=f"and 20 more are not .*; delete {claimed.folder} to label all"):
+            claimed.missing(ids)
+
+    def test_make_the_record_dispensable(self, claimed):
+        (claimed.folder / "labels.json").unlink()
+        again = MaskStore(claimed.folder)
+        again.claim({"model": "m"})
+        assert again.missing(["a", "b"], confidence=True) == []
+        (claimed.folder / "labels.json").unlink()
+        with pytest.raises(WorkdirMismatchError, match="masks of unknown origin"):
+            MaskStore(claimed.folder).claim({"model": "n"})
+
+    def test_are_not_asked_of_masks_from_elsewhere(self, tmp_path):
+        Image.fromarray(MASK.numpy()).save(tmp_path / "a.png")
+        assert torch.equal(MaskStore(tmp_path)["a"], MASK)
+
+    def test_in_place_of_a_mask_a_folder_is_named(self, claimed):
+        path = claimed.folder / "a.png"
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(DamagedFileError, match=f"{path} is not what this labeling wrote; delete {path} to"):
+            claimed.missing(["a"])
+
+
+class TestVerify:
+    def counted(self, monkeypatch, folder, verify, count, most):
+        opened = []
+        store = MaskStore(folder, verify=verify)
+        monkeypatch.setattr(mask_store, "_MOST_VERIFIED", most)
+        monkeypatch.setattr(mask_store, "holds_png", lambda path, **_: opened.append(path) or True)
+        assert store.missing([str(number) for number in range(count)]) == []
+        return len(opened)
+
+    def test_says_how_many_masks_are_opened(self, on_disk, monkeypatch):
+        for number in range(10):
+            on_disk[str(number)] = MASK
+        for verify, most, expected in [
+            *(("all", 4, 10), ("none", 4, 0), ("sample", 10, 10), ("sample", 9, 5), ("sample", 5, 5), ("sample", 3, 3)),
+        ]:
+            with monkeypatch.context() as patched:
+                assert self.counted(patched, on_disk.folder, verify, 10, most) == expected
+
+    @pytest.mark.parametrize("verify", ["sample", "all", "none"])
+    def test_finds_what_is_not_there_in_any_case(self, on_disk, verify):
+        on_disk["a"] = MASK
+        assert MaskStore(on_disk.folder, verify=verify).missing(["a", "b"]) == ["b"]
+        assert MaskStore(verify=verify).missing([]) == []
+
+    def test_is_one_of_three(self):
+        with pytest.raises(ValueError, match="verify is True; expected 'sample', 'all' or 'none'"):
+            MaskStore(verify=True)
+
+
+class TestShards:
+    def test_spread_many_masks_of_one_folder(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(mask_store, "_MOST_IN_FOLDER", 20)
+        few, many = [f"few/{number}" for number in range(20)], [f"many/{number}" for number in range(21)]
+        store = MaskStore(tmp_path)
+        store.expect(few)
+        store.put(few[0], MASK, torch.ones(4, 6))
+        assert (tmp_path / "few" / "0.png").exists()
+        store.expect(few + many)
+        for id in many:
+            store.put(id, MASK, torch.ones(4, 6))
+        folders = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.png")}
+        assert {"few"} < folders
+        assert all(re.fullmatch("shard-[0-9a-f]{2}", folder) for folder in folders - {"few"})
+        assert len(folders) > 10
+        assert sorted(store) == sorted([few[0], *many])
+        # Found again, whatever is expected next.
+        for again in (store, MaskStore(tmp_path)):
+            assert again.missing([few[0], *many], confidence=True) == []
+            assert torch.equal(again[many[3]], MASK)
+            assert torch.equal(again[few[0]], MASK)
+        before = sorted(tmp_path.rglob("*.png"))
+        MaskStore(tmp_path).put(many[3], 1 - MASK.clamp(max=1), torch.ones(4, 6))
+        assert sorted(tmp_path.rglob("*.png")) == before
+
+    def test_are_used_by_a_labeler(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(mask_store, "_MOST_IN_FOLDER", 3)
+        images = [torch.rand(3, 6, 6) for _ in range(8)]
+        network = torch.nn.Conv2d(3, 4, 1)
+        labeler = stseg.PseudoLabeler(network, num_classes=4, progress=False)
+        found = labeler.label(images, tmp_path)
+        assert not list(tmp_path.glob("*.png"))
+        assert all(torch.equal(one[1], other[1]) for one, other in zip(found, labeler.label(images), strict=True))
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+        labeler.label(images, tmp_path)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == before
 
 
 def put_for_ever(folder):
