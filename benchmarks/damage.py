@@ -309,8 +309,9 @@ def try_vanishing(source: Source, folder: Path, draw: random.Random) -> tuple[st
             warnings.simplefilter("ignore")
             try:
                 result = source.finish(folder)
-                if not same(result, source.expected) or _results(folder) != _results(source.whole):
-                    return f"{source.name}", "FAILED: ended as if well"
+                lost = sorted(_results(source.whole) - _results(folder))
+                if not same(result, source.expected) or lost:
+                    return f"{source.name}: {happened[0]}", f"FAILED: ended as if well, without {', '.join(lost)}"
                 outcome = "identical"
             except stseg.StsegError as error:
                 if str(folder) not in str(error):

@@ -97,6 +97,7 @@ class Stages:
         self.ranking: Ranking | None = None
         self.skipped: tuple[Skipped, ...] = ()
         self.seconds: dict[str, float] = {}
+        self._kept: list[tuple[str, str]] = []  # files beside those of trainings and labelings
 
     def train(
         self,
@@ -194,6 +195,7 @@ class Stages:
                 progress=self.progress,
             )
             ranking = stability.rank(images, store=self.workdir.path(step, "scores"))
+        self._kept += [(step, "ranking.csv"), (step, "ranking.json")]
         self.ranking = _check_ranking(ranking, images.ids, str(path or "the ranker"))
         if path is not None and found is None and rank() == 0:
             write_ranking(path, owner, self.ranking)
@@ -266,10 +268,12 @@ class Stages:
 
     def _check_files(self) -> None:
         """Raise a ``WorkdirMissingError`` if results are not on disk any more."""
-        trained = {step: found for step, found in self.trained.items() if step in self.seconds}
-        files = [(step, name) for step in trained for name in ("model.safetensors", "progress.json")]
-        files += [(step, "snapshots") for step, found in trained.items() if found.snapshots]
-        files += [(step, "masks") for step in self.labeled]
+        files: list[tuple[str, ...]] = [(step, "masks", "labels.json") for step in self.labeled]
+        for step, found in self.trained.items():
+            if step in self.seconds:
+                files += [(step, "model.safetensors"), (step, "progress.json"), (step, "stage.json")]
+                files += [(step, "snapshots")] if found.snapshots else []
+        files += self._kept
         for path in (self.workdir.path(*names) for names in files):
             if path is not None and not path.exists():
                 raise WorkdirMissingError(
@@ -281,6 +285,7 @@ class Stages:
         path = self.workdir.path(step, "thresholds.json")
         if path is None:
             return labeler.class_thresholds(images, keep)
+        self._kept.append((step, "thresholds.json"))
         owner = {"model": fingerprint(labeler.model), "keep_per_class": keep}
         record = claim(path, owner, delete=path, to="compute the thresholds again")
         if "result" not in record:

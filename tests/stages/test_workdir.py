@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -150,3 +154,102 @@ def test_nothing_is_written_into_a_folder_in_which_all_is_done(tmp_path):
                 assert workdir.is_finished
                 assert (tmp_path / "run.json").stat().st_mtime_ns == int((tmp_path / "before").read_text())
             (tmp_path / "before").write_text(str((tmp_path / "run.json").stat().st_mtime_ns))
+
+
+READ_ONLY = """
+import encodings.utf_8_sig, os, sys, torch, stseg
+from pathlib import Path
+from torch import nn
+
+folder = Path(sys.argv[1])
+generator = torch.Generator().manual_seed(0)
+images = torch.rand(8, 3, 12, 12, generator=generator)
+pairs = [(image, (image[0] > 0.5).byte()) for image in images[:3]]
+config = stseg.TrainConfig(steps=3, batch_size=2, weak=stseg.WeakAugment(12))
+
+def run():
+    options = {"num_classes": 2, "config": config, "progress": False}
+    trainer = stseg.SelfTrainer(lambda: nn.Conv2d(3, 2, 1), workdir=folder / "run", **options)
+    result = trainer.fit(pairs, list(images[3:]))
+    torch.manual_seed(0)
+    single = stseg.fit(nn.Conv2d(3, 2, 1), pairs, config, snapshots=[1], workdir=folder / "fit", progress=False)
+    labels = stseg.PseudoLabeler(single.model, num_classes=2, progress=False).label(list(images[3:]), folder / "masks")
+    masks = [mask for found in (*result.labels.values(), labels) for _, mask in found]
+    return [*result.model.state_dict().values(), *single.model.state_dict().values(), *masks]
+
+before = run()
+if os.geteuid() == 0:
+    os.setgid(65534), os.setuid(65534)
+else:
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)
+try:
+    (folder / "run" / "file").touch()
+except PermissionError:
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert all(torch.equal(one, other) for one, other in zip(before, run(), strict=True))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == files
+    (folder / "run" / "report.html").exists() and print("same")
+    config = stseg.TrainConfig(steps=4, batch_size=2, weak=stseg.WeakAugment(12))
+    try:
+        stseg.fit(nn.Conv2d(3, 2, 1), pairs, config, workdir=folder / "new", progress=False)
+    except PermissionError as error:
+        print("refused" if str(folder / "new") in str(error) else error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions of files")
+def test_opening_a_finished_run_needs_no_write_access(tmp_path_factory):
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        command = [sys.executable, "-c", READ_ONLY, str(folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(tmp_path_factory.mktemp("mpl"))}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == ["same", "refused"]
+    finally:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+FULL = """
+import resource, sys, torch, stseg
+from pathlib import Path
+from torch import nn
+
+folder, most = Path(sys.argv[1]), int(sys.argv[2])
+generator = torch.Generator().manual_seed(0)
+images = torch.rand(6, 3, 12, 12, generator=generator)
+pairs = [(image, (image[0] > 0.5).byte()) for image in images[:3]]
+config = stseg.TrainConfig(steps=3, batch_size=2, weak=stseg.WeakAugment(12), save_every=0)
+network = lambda: nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 2, 1))
+if most:  # every file ends at so many bytes, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+try:
+    options = {"num_classes": 2, "config": config, "progress": False, "method": "st"}
+    result = stseg.SelfTrainer(network, workdir=folder, **options).fit(pairs, list(images[3:]))
+except OSError as error:
+    assert type(error) is OSError and error.filename and error.filename.startswith(str(folder)), error
+    print("full", Path(error.filename).name)
+else:
+    print("done", sum(float(value.double().sum()) for value in result.model.state_dict().values()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs limits of file sizes")
+def test_a_full_disk_names_the_file_and_the_run_goes_on_when_there_is_room(tmp_path):
+    def run(folder, most):
+        command = [sys.executable, "-c", FULL, str(folder), str(most)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    expected = run(tmp_path / "whole", 0)
+    named = [run(tmp_path / "full", most) for most in (100, 3000, 12_000)]
+    assert [first for first, *_ in named] == ["full"] * 3
+    assert [name for _, name in named] == ["run.json", "1.safetensors", "latest.pt"]
+    assert not list((tmp_path / "full").rglob("*.part"))
+    assert run(tmp_path / "full", 0) == expected
