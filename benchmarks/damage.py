@@ -203,7 +203,11 @@ def damage(folder: Path, other: Path, draw: random.Random) -> str:
     paths = sorted(path for path in folder.rglob("*") if path.name != ".lock")
     files = [path for path in paths if path.is_file()]
     path = draw.choice(paths if draw.random() < 0.2 else files)
-    kind = draw.choice(DAMAGE)
+    return damage_path(path, draw.choice(DAMAGE), folder, other, draw)
+
+
+def damage_path(path: Path, kind: str, folder: Path, other: Path, draw: random.Random) -> str:
+    """Damage a file or folder in a folder in one of several ways, and return what was done."""
     inside = path.relative_to(folder)
     if path.is_dir():
         shutil.rmtree(path)
@@ -213,8 +217,8 @@ def damage(folder: Path, other: Path, draw: random.Random) -> str:
         return f"{inside}: folder deleted"
     content = path.read_bytes()
     if kind == "exchange":
-        alike = [file for file in files if file.suffix == path.suffix and file != path]
-        with_ = draw.choice(alike or files)
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and file not in (path, folder / ".lock"))
+        with_ = draw.choice([file for file in files if file.suffix == path.suffix] or files)
         path.write_bytes(with_.read_bytes())
         with_.write_bytes(content)
         return f"{inside}: exchanged with {with_.relative_to(folder)}"
@@ -271,10 +275,15 @@ def _remembered(messages: list[str]) -> Iterator[None]:
         raise
 
 
-def try_case(source: Source, folder: Path, draw: random.Random) -> tuple[str, str]:
-    """Damage a copy of a run and start it; return what was done and the outcome."""
+def try_case(
+    source: Source, folder: Path, draw: random.Random, *, kind: str | None = None, name: str | None = None
+) -> tuple[str, str]:
+    """Damage a copy of a run and start it; return what was done and the outcome. ``kind`` and ``name`` choose how."""
     shutil.copytree(source.folder, folder)
-    done = damage(folder, source.other, draw)
+    if kind is None or name is None:
+        done = damage(folder, source.other, draw)
+    else:
+        done = damage_path(draw.choice(sorted(folder.glob(name))), kind, folder, source.other, draw)
     done = f"{source.name}: {done}"
     try:
         with warnings.catch_warnings():

@@ -17,7 +17,7 @@ damage = importlib.import_module("damage")
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    return damage.prepare(tmp_path_factory.mktemp("runs"), interruptions=4, draw=random.Random(0))
+    return damage.prepare(tmp_path_factory.mktemp("runs"), interruptions=8, draw=random.Random(0))
 
 
 def test_prepares_finished_and_interrupted_runs(sources):
@@ -29,8 +29,33 @@ def test_prepares_finished_and_interrupted_runs(sources):
     assert len({len(list(source.folder.rglob("*"))) for source in sources}) > 5
 
 
+FILES = (
+    *(
+        "run.json",
+        "*/stage.json",
+        "*/model.safetensors",
+        "teacher/snapshots/*",
+        "*/progress.json",
+        "ranking/ranking.csv",
+    ),
+    *("ranking/ranking.json", "*/thresholds.json", "*/masks/labels.json", "*/masks/**/*.png"),
+    *("*/state/latest.pt", "*/state/best-*.safetensors", "ranking/scores", "ranking/scores.json"),
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(40))
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["flip", "truncate", "take another run's", "make a folder", "delete"])
+def test_every_kind_of_file_is_made_again_or_named(sources, tmp_path, name, kind):
+    fitting = [source for source in sources if any(path.is_file() for path in source.folder.glob(name))]
+    assert fitting, "no run has such a file"
+    draw = random.Random(f"{name} {kind}")
+    done, outcome = damage.try_case(draw.choice(fitting), tmp_path / "case", draw, kind=kind, name=name)
+    assert outcome.startswith("identical"), f"{done}: {outcome}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(20))
 def test_what_is_damaged_is_made_again_or_named(sources, tmp_path, number):
     draw = random.Random(number)
     done, outcome = damage.try_case(draw.choice(sources), tmp_path / "case", draw)
