@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.optim import Optimizer
 
-from stseg.distributed import barrier, rank
+from stseg.distributed import all_gather, barrier, rank
 from stseg.engine.method import Method
 from stseg.errors import DamagedFileError, DataError, NetworkWarning, WorkdirMismatchError, WorkdirMissingError
 from stseg.models.segmenter import Segmenter
@@ -157,12 +157,18 @@ class StageCheckpoint:
             return
         if (self.folder / "run.json").exists():
             raise WorkdirMismatchError(f"{self.folder} holds a run of SelfTrainer; use another folder")
-        weights = seal_tensors(cpu_state(method))
-        found = read_record(self.folder / "stage.json") or {}
+        path = self.folder / "stage.json"
+        weights = all_gather(seal_tensors(cpu_state(method)))[0]  # the others get those of the first process
+        found = read_record(path) or {}
         record = as_json({**record, _INITIAL: found.get(_INITIAL, weights)})
-        claim(self.folder / "stage.json", record, to=_TRAIN_AGAIN)
-        if record[_INITIAL] != weights:
+        claim(path, record, to=_TRAIN_AGAIN)
+        if record[_INITIAL] != weights and self._has_begun:
             self._meet_other_weights(method.model)
+        elif record[_INITIAL] != weights:
+            record[_INITIAL] = weights
+            barrier()
+            if rank() == 0:
+                write_record(path, record)
         self._owner = seal(record)
 
     def finished(self, model: nn.Module) -> StageState | None:
@@ -285,14 +291,21 @@ class StageCheckpoint:
                     stacklevel=4,
                 )
             return
-        with suppress(Exception):
-            if seal_tensors(_read_weights(self._model)[0]) == seal_tensors(cpu_state(_bare(model))):
-                return  # the network that was trained here
+        with suppress(Exception):  # a broken file
+            trained_here = seal_tensors(_read_weights(self._model)[0]) == seal_tensors(cpu_state(_bare(model)))
+            if all_gather(trained_here)[0]:
+                return
         raise WorkdirMismatchError(
             f"{self.folder} holds a finished training that started from other initial weights. Use another folder, or "
             f"delete {self.folder} to train this network; stseg.load_weights(network, {str(self._model)!r}) loads the "
             "result (torch.manual_seed(0) before a network is made makes its random weights the same each time)"
         )
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether there is something that was trained."""
+        assert self.folder is not None
+        return self._model.exists() or (self.folder / "state" / "latest.pt").exists()
 
     @property
     def _model(self) -> Path:

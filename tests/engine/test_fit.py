@@ -328,6 +328,17 @@ class TestWorkdir:
             found = run(model=Stopped(network(seed=9)), config=config(save_every=0), workdir=tmp_path)
         assert same(found.model, expected.model)
 
+    def test_of_a_stage_without_a_saved_state_starts_from_the_weights_that_are_given(self, tmp_path, recwarn):
+        with pytest.raises(KeyboardInterrupt):
+            run(model=Stopped(network(), after=3), config=config(save_every=1000), workdir=tmp_path)
+        assert not (tmp_path / "state" / "latest.pt").exists()
+        found = run(model=Stopped(network(seed=9)), workdir=tmp_path)
+        assert not [warning for warning in recwarn if warning.category is NetworkWarning]
+        assert same(found.model, run(model=Stopped(network(seed=9))).model)
+        assert same(run(model=Stopped(network(seed=9)), workdir=tmp_path).model, found.model)
+        with pytest.raises(WorkdirMismatchError, match="other initial weights"):
+            run(model=Stopped(network()), workdir=tmp_path)
+
     def test_weights_load_into_the_bare_network(self, tmp_path):
         from safetensors.torch import load_file
 
