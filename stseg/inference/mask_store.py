@@ -143,7 +143,7 @@ class MaskStore:
         """
         step = 1 if self.verify == "all" else max(1, -(-len(ids) // _MOST_VERIFIED))
         opened = set() if self.verify == "none" else set(ids[::step])
-        found = {id: self._state(id, confidence) if id in opened else id in self for id in ids}
+        found = {id: self._state(id, confidence) if id in opened else self._exists(id, confidence) for id in ids}
         if wrong := [id for id, there in found.items() if there is None]:
             endings = ("", CONFIDENCE) if confidence else ("",)
             raise self._wrong([path for id in wrong for end in endings if (path := self._path(id, end)).exists()])
@@ -250,6 +250,11 @@ class MaskStore:
                 except DamagedFileError:
                     return True
         return next(iter(self), None) is not None
+
+    def _exists(self, id: str, confidence: bool) -> bool:
+        if self.folder is None:
+            return self.holds(id, confidence=confidence)
+        return id in self and (not confidence or self._path(id, CONFIDENCE).exists())
 
     def _state(self, id: str, confidence: bool) -> bool | None:
         """Return what :meth:`holds` does; None if it raises."""

@@ -413,6 +413,7 @@ class TestVerify:
     def test_finds_what_is_not_there_in_any_case(self, on_disk, verify):
         on_disk["a"] = MASK
         assert MaskStore(on_disk.folder, verify=verify).missing(["a", "b"]) == ["b"]
+        assert MaskStore(on_disk.folder, verify=verify).missing(["a"], confidence=True) == ["a"]
         assert MaskStore(verify=verify).missing([]) == []
 
     def test_is_one_of_three(self):
