@@ -695,7 +695,7 @@ NO_ARGUMENT_THAT_COULD_CHANGE = {
     *("IMAGENET_MEAN", "IMAGENET_STD", "__version__", "Skipped", "Losses", "Method", "FitResult", "SelfTrainingResult"),
     *("DataWarning", "NetworkWarning"),
     *("StsegError", "DataError", "UnreadableImageError", "NetworkError", "MethodError", "TrainingDivergedError"),
-    *("WorkdirMismatchError", "WorkdirInUseError"),
+    *("WorkdirMismatchError", "WorkdirInUseError", "WorkdirMissingError", "DamagedFileError"),
     *("augment", "data", "functional", "methods", "models", "modules"),
     *("OneStage", "Recipe", "Baseline"),
     *("read_ids", "read_pairs"),  # files

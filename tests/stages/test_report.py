@@ -29,7 +29,7 @@ def run(method: str, workdir: Path | None = None, channels: int = 3, **options):
     trainer = stseg.SelfTrainer(
         lambda: nn.Conv2d(channels, 2, 1), num_classes=2, config=config, method=method, workdir=workdir, progress=False
     )
-    ids = ["a", "<b>&amp;", "street/0001 with quite a long name", "d"]
+    ids = ["a", "&amp;'b'", "street/0001 with quite a long name", "d"]
     return trainer.fit(labeled, Named(list(images[2:]), ids), options.get("val"))
 
 
