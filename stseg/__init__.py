@@ -28,6 +28,7 @@ from stseg.inference.mean_iou import MeanIoU
 from stseg.inference.rankers import ConfidenceRanker, StabilityRanker
 from stseg.inference.ranking import Ranking
 from stseg.inference.reading import Skipped
+from stseg.loading import load
 from stseg.models import IMAGENET_MEAN, IMAGENET_STD, MultiScaleFlip, Segmenter
 from stseg.self_trainer import SelfTrainer
 from stseg.stages.report import write_report
@@ -64,6 +65,7 @@ __all__ = [  # noqa: RUF022  grouped
     "TrainConfig",
     "fit",
     "FitResult",
+    "load",
     "load_weights",
     "save_weights",
     "SelfTrainer",

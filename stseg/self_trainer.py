@@ -18,6 +18,7 @@ from stseg.engine.loop import FitResult
 from stseg.functional.classes import check_classes
 from stseg.inference.preflight import refuse_common_ids
 from stseg.methods.st import ST, Baseline, STPlusPlus
+from stseg.models.segmenter import as_segmenter
 from stseg.stages.recipe import OneStage, Recipe
 from stseg.stages.result import SelfTrainingResult
 from stseg.stages.stages import MakeMethod, Stages
@@ -112,7 +113,7 @@ class SelfTrainer:
         unlabeled: Dataset[Any] | None = None,
         val: Dataset[Any] | None = None,
         *,
-        teacher: FitResult | None = None,
+        teacher: FitResult | nn.Module | None = None,
     ) -> SelfTrainingResult:
         """Run all steps.
 
@@ -123,8 +124,10 @@ class SelfTrainer:
             labeled: items ``(image, mask)`` or mappings with ``image`` and ``mask``.
             unlabeled: items are images, or tuples or mappings that contain one; all other parts are ignored.
             val: labeled items, evaluated during training. They do not affect the result unless ``keep="best"``.
-            teacher: supervised training of an earlier run, such as ``result.stages["teacher"]``, used instead of
-                training one. Its network is moved to the CPU when students train.
+            teacher: training of an earlier run by any method, such as ``result.stages["teacher"]``, or its network,
+                such as that of :func:`stseg.load`, used instead of training one. It may be larger than those of
+                ``make_model``. It is moved to the CPU when students train. ST++ ranks by its snapshots, which a network
+                alone does not have.
 
         Raises:
             DataError: if a data set is empty, an id is in two of them, or an item is invalid; names it.
@@ -142,9 +145,12 @@ class SelfTrainer:
             raise ValueError("keep='best' needs a validation set (val) to tell which weights are best")
         if unlabeled is None and recipe.uses_unlabeled:
             raise ValueError(f"{type(recipe).__name__} learns from unlabeled images; expected fit(labeled, unlabeled)")
+        if isinstance(teacher, nn.Module):
+            teacher = FitResult(as_segmenter(teacher).eval(), (), (), 0.0)
         if teacher is not None and not isinstance(teacher, FitResult):
             raise TypeError(
-                f"teacher is {type(teacher).__name__}; expected a FitResult, such as result.stages['teacher']"
+                f"teacher is {type(teacher).__name__}; expected a FitResult, such as result.stages['teacher'], or a "
+                "network"
             )
         if teacher is not None:
             recipe.check_teacher(teacher)

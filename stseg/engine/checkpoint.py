@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 from stseg.distributed import all_gather, barrier, rank
 from stseg.engine.method import Method
 from stseg.errors import DamagedFileError, DataError, NetworkWarning, WorkdirMismatchError, WorkdirMissingError
-from stseg.models.segmenter import Segmenter
-from stseg.models.state import bare_network, cpu_state
+from stseg.models.rebuild import describe_network, make_network
+from stseg.models.segmenter import Segmenter, as_segmenter
+from stseg.models.state import bare_network, cpu_state, fingerprint
 from stseg.storage.files import absolute_folder, write_atomically
 from stseg.storage.records import as_json, claim, read_record, write_record
 from stseg.storage.seals import damaged, seal, seal_tensors
@@ -37,6 +38,7 @@ miou (with validation) and seconds (since the start)."""
 RESERVED = ("epoch", "step", "lr", "loss", "miou", "seconds")
 
 _INITIAL = "initial weights"  # key of the record of a stage
+_NETWORK = "network"  # key of how the network is made, in progress.json
 _OWNER = "stage"  # key of the seal of that record in progress.json
 _METADATA = "stseg"  # key of the digest and the seal of weights: one key, as safetensors shuffles several
 _TRAIN_AGAIN, _START_AGAIN = "train this stage again", "start this stage from its beginning"
@@ -176,11 +178,8 @@ class StageCheckpoint:
         if self.folder is None or not (path := self._model).exists():
             return None
         _load(self._read(path), model, path)
-        progress = self.folder / "progress.json"
-        record = read_record(progress, delete=[path], to=_TRAIN_AGAIN)
-        if record is None or record.pop(_OWNER, None) != self._owner:
-            what = "is missing" if record is None else "is that of another training"
-            raise damaged(progress, what, delete=[path], to=_TRAIN_AGAIN)
+        record = _read_progress(self.folder, self._owner)
+        record.pop(_NETWORK, None)
         if rank() == 0:
             shutil.rmtree(self.folder / "state", ignore_errors=True)  # left over if killed after the weights
         return StageState(**{**record, "history": [_with_nan(row) for row in record["history"]]})
@@ -273,7 +272,7 @@ class StageCheckpoint:
         if self.folder is not None and rank() == 0:
             self._check_folder(*map(self._snapshot, snapshots))
             history = [_without_nan(row) for row in state.history]
-            progress = {**asdict(state), "history": history, _OWNER: self._owner}
+            progress = {**asdict(state), "history": history, _OWNER: self._owner, _NETWORK: describe_network(model)}
             write_record(self.folder / "progress.json", progress)
             self._save(model, self._model)
             shutil.rmtree(self.folder / "state", ignore_errors=True)
@@ -340,18 +339,73 @@ class StageCheckpoint:
         assert self.folder is not None
         done = self._model.exists()
         delete = [self._model if done else self.folder / "state"]
-        again = partial(damaged, path, delete=delete, to=_TRAIN_AGAIN if done else _START_AGAIN)
-        try:
-            tensors, digest, found = _read_weights(path)
-        except FileNotFoundError:
-            raise again("is missing") from None
-        except Exception as error:  # a broken file raises many types
-            raise again(f"is damaged ({error})") from None
-        if digest != seal_tensors(tensors):
-            raise again("is damaged" if digest else "was not written by a training")
-        if found != seal(self._owner, path.name, digest):
-            raise again("was written by another training, or under another name")
-        return tensors
+        return _read_sealed(path, self._owner, delete=delete, to=_TRAIN_AGAIN if done else _START_AGAIN)
+
+
+def read_result(folder: Path, network: nn.Module | None = None) -> nn.Module:
+    """Return the network of a finished training from its folder; see :func:`stseg.load`.
+
+    Args:
+        folder: the folder of the training.
+        network: a network of its architecture; None makes one, if the training recorded how.
+    """
+    record = read_record(folder / "stage.json")
+    if record is None or not (folder / "model.safetensors").exists():
+        raise DataError(f"{folder} holds no finished training")
+    owner, path = seal(record), folder / "model.safetensors"
+    tensors = _read_sealed(path, owner, delete=[path], to=_TRAIN_AGAIN)
+    made = _read_progress(folder, owner).get(_NETWORK)
+    if network is None and made is None:
+        raise DataError(
+            f"the network in {folder} is not one that can be made again from its record; expected "
+            f"stseg.load({str(folder)!r}, network) with a network of its architecture"
+        )
+    model = as_segmenter(network) if network is not None else make_network(made or {})
+    try:
+        _bare(model).load_state_dict(tensors)
+    except RuntimeError as error:
+        difference = " ".join(str(error).split())[:400]
+        raise WorkdirMismatchError(f"{folder} was trained with another network: {difference}") from None
+    if fingerprint(model, weights=False) not in record["network"].values():
+        raise WorkdirMismatchError(
+            f"the weights in {folder} fit the network, but it is not the one that was trained: its layers, or the "
+            f"settings of its stseg.Segmenter, differ; the network is now\n{model}"
+        )
+    return model.eval()
+
+
+def _read_progress(folder: Path, owner: str) -> dict[str, Any]:
+    """Return what ``progress.json`` of a finished training holds.
+
+    Raises:
+        DamagedFileError: if it is missing, damaged or of another training.
+    """
+    path, model = folder / "progress.json", folder / "model.safetensors"
+    record = read_record(path, delete=[model], to=_TRAIN_AGAIN)
+    if record is None or record.pop(_OWNER, None) != owner:
+        what = "is missing" if record is None else "is that of another training"
+        raise damaged(path, what, delete=[model], to=_TRAIN_AGAIN)
+    return record
+
+
+def _read_sealed(path: Path, owner: str, *, delete: Sequence[Path], to: str) -> dict[str, torch.Tensor]:
+    """Read the weights that a stage wrote.
+
+    Raises:
+        DamagedFileError: if the file is missing, damaged or of another stage; says what to delete.
+    """
+    again = partial(damaged, path, delete=delete, to=to)
+    try:
+        tensors, digest, found = _read_weights(path)
+    except FileNotFoundError:
+        raise again("is missing") from None
+    except Exception as error:  # a broken file raises many types
+        raise again(f"is damaged ({error})") from None
+    if digest != seal_tensors(tensors):
+        raise again("is damaged" if digest else "was not written by a training")
+    if found != seal(owner, path.name, digest):
+        raise again("was written by another training, or under another name")
+    return tensors
 
 
 class _Digested:
