@@ -23,6 +23,7 @@ except ImportError:  # not available on Windows
     fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part")
+_KINDS = {"workdir": "work directory", "store": "store"}
 _TRIES = 10  # names of a temporary file, if others remove it before it is locked
 
 
@@ -45,7 +46,8 @@ def absolute_folder(folder: str | os.PathLike[str] | None, name: str = "workdir"
     for place in (path, *path.parents):
         if place.exists():
             if not place.is_dir():
-                raise NotADirectoryError(f"{place} is a file; expected a folder ({name}={os.fspath(folder)!r})")
+                above = "" if place == path else f"is in {place}, which "
+                raise NotADirectoryError(f"the {_KINDS[name]} {path} {above}is a file; expected a folder")
             break
     return path
 
