@@ -27,7 +27,7 @@ from stseg.errors import DamagedFileError, DataError, NetworkWarning, WorkdirMis
 from stseg.models.rebuild import describe_network, make_network
 from stseg.models.segmenter import Segmenter, as_segmenter
 from stseg.models.state import bare_network, cpu_state, fingerprint
-from stseg.storage.files import absolute_folder, write_atomically
+from stseg.storage.files import write_atomically
 from stseg.storage.records import as_json, claim, read_record, write_record
 from stseg.storage.seals import damaged, seal, seal_tensors
 
@@ -86,8 +86,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     try:
         tensors, digest, _ = _read_weights(path)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; expected a file of weights") from None
+    except (FileNotFoundError, IsADirectoryError) as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else "is a folder"
+        raise DataError(f"{path} {what}; expected a file of weights") from None
     except Exception as error:  # a broken file raises many types
         raise DamagedFileError(f"{path} cannot be read as weights: {error}") from error
     if digest and digest != seal_tensors(tensors):
@@ -153,7 +154,7 @@ class StageCheckpoint:
     """
 
     def __init__(self, folder: str | Path | None, record: dict[str, Any], method: Method) -> None:
-        self.folder = absolute_folder(folder)
+        self.folder = None if folder is None else Path(folder)
         self._best: dict[str, torch.Tensor] | None = None
         if self.folder is None:
             return
@@ -445,8 +446,8 @@ def _write_weights(tensors: dict[str, torch.Tensor], path: Path, *, owner: Seque
 
 def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str, str]:
     """Return the tensors in a file, their digest and their seal, ``""`` if it has none."""
-    if not path.exists():
-        raise FileNotFoundError(path)
+    if not path.is_file():
+        raise IsADirectoryError(path) if path.exists() else FileNotFoundError(path)
     with safe_open(path, "pt") as file:
         digest, _, found = (file.metadata() or {}).get(_METADATA, "").partition(" ")
         return {name: file.get_tensor(name) for name in file.keys()}, digest, found  # noqa: SIM118

@@ -59,9 +59,7 @@ class MaskStore:
     ) -> None:
         check_choice("verify", verify, "sample", "all", "none")
         self.verify, self._sharded = verify, False
-        self.folder = absolute_folder(folder, "the store")
-        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"the store {self.folder} is a file; expected a folder")
+        self.folder = absolute_folder(folder, "store")
         self._masks: dict[str, Tensor] = {}
         self._confidence: dict[str, Tensor] = {}
         self._owner: dict[str, Any] | None = None

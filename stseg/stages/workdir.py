@@ -34,8 +34,6 @@ class Workdir:
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
         self.folder = absolute_folder(folder)
-        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"the work directory {self.folder} is a file; expected a folder")
         if self.folder is not None and (self.folder / "stage.json").exists():
             raise WorkdirMismatchError(f"{self.folder} holds a training of stseg.fit; use another folder")
         self._run: dict[str, Any] = {"settings": settings, "versions": _versions(), "data": {}, "steps": {}}

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from stseg.errors import DamagedFileError
-from stseg.storage.folder_lock import OwnFile, check_folders, is_in_use
+from stseg.storage.folder_lock import OwnFile, check_folders, is_below_one_in_use, is_in_use
 from stseg.storage.seals import damaged
 
 try:
@@ -23,6 +23,7 @@ except ImportError:  # not available on Windows
     fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part")
+_KINDS = {"workdir": "work directory", "store": "store"}
 _TRIES = 10  # names of a temporary file, if others remove it before it is locked
 
 
@@ -31,6 +32,7 @@ def absolute_folder(folder: str | os.PathLike[str] | None, name: str = "workdir"
 
     Raises:
         ValueError: if it is an empty string, which would mean the current folder.
+        NotADirectoryError: if it, or one above, is a file.
 
     Example:
         >>> absolute_folder("runs/first").is_absolute(), absolute_folder(None)
@@ -40,7 +42,14 @@ def absolute_folder(folder: str | os.PathLike[str] | None, name: str = "workdir"
         return None
     if os.fspath(folder) == "":
         raise ValueError(f"{name} is an empty string; expected a folder, or None for none ('.' is the current one)")
-    return Path(folder).absolute()
+    path = Path(folder).absolute()
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                above = "" if place == path else f"is in {place}, which "
+                raise NotADirectoryError(f"the {_KINDS[name]} {path} {above}is a file; expected a folder")
+            break
+    return path
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -53,7 +62,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         OSError: if the system cannot write the file, as on a full disk, with the path; also where ``write`` made
             another error of it.
-        DamagedFileError: if there is a folder in place of the file, or a file in place of its folder.
+        DamagedFileError: in a folder in use, if a folder is in place of the file, or a file in place of its folder.
         WorkdirMissingError: if the folder is in one that was removed or moved while this process uses it.
 
     Example:
@@ -99,12 +108,19 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def misplaced(path: Path) -> DamagedFileError | None:
-    """Return the error of a folder in place of a file, or a file in place of one of its folders, if there is one."""
+    """Return the error of a folder in place of a file, or a file in place of one of its folders, if there is one.
+
+    Only in folders that are in use by this process: what lies elsewhere is not to be deleted.
+    """
+    if not is_below_one_in_use(path):
+        return None
     if os.path.isdir(path) and not os.path.islink(path):
         return damaged(path, "is a folder; expected a file", to="write it again")
     for parent in path.parents:
         if os.path.lexists(parent):
             if os.path.isdir(parent):
+                return None
+            if not is_below_one_in_use(parent):
                 return None
             kind = "a file" if os.path.exists(parent) else "a broken link"
             return damaged(parent, f"is {kind}; expected a folder", to=f"write {path}")

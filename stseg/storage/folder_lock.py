@@ -391,6 +391,17 @@ def is_in_use(folder: Path) -> bool:
     return any(watch.is_of(folder) for watch in list(_watches))
 
 
+def is_below_one_in_use(path: Path) -> bool:
+    """Return whether a path is in, or is, a folder that a :class:`FolderLock` of this process is on.
+
+    Example:
+        >>> is_below_one_in_use(Path("nowhere"))
+        False
+    """
+    absolute = os.path.normcase(os.path.abspath(path))
+    return any(watch.names_above(absolute) for watch in list(_watches))
+
+
 def _no_file(path: Path) -> DamagedFileError:
     return damaged(path, "is a folder; expected a file", to=f"use {path.parent}")
 

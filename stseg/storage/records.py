@@ -82,7 +82,9 @@ def read_record(path: Path, *, delete: Sequence[Path] = (), to: str = "write it 
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (IsADirectoryError, NotADirectoryError) as error:
+    except IsADirectoryError:
+        raise again("is a folder; expected a file", delete=[path]) from None
+    except NotADirectoryError as error:
         raise misplaced(path) or error from None
     except (ValueError, RecursionError) as error:
         raise again(f"is damaged: it is not JSON ({error})") from None

@@ -113,7 +113,7 @@ class TestStageFolder:
         assert set(torch.load(tmp_path / "state" / "latest.pt", weights_only=True)) == {
             *("method", "optimizers", "progress")
         }
-        assert StageCheckpoint(tmp_path, {"a": 1}, Critical()).resume(again, others) == state
+        assert StageCheckpoint(tmp_path, {"a": 1}, method).resume(again, others) == state
         assert states_equal(again, method)
         assert again.average == 1
         for optimizer, other in zip(optimizers, others, strict=True):

@@ -23,7 +23,7 @@ import stseg
 from stseg.errors import DamagedFileError
 from stseg.storage import files
 from stseg.storage.files import remove_leftovers, write_atomically
-from stseg.storage.folder_lock import OwnFile
+from stseg.storage.folder_lock import FolderLock, OwnFile
 
 needs_fork = pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
 
@@ -98,23 +98,39 @@ def test_leaves_the_old_file_and_no_other_if_writing_fails(tmp_path, error):
 def test_leaves_no_other_file_if_the_place_is_taken_by_a_folder(tmp_path):
     (tmp_path / "a.txt" / "inside").mkdir(parents=True)
     expected = f"{tmp_path / 'a.txt'} is a folder; expected a file; delete {tmp_path / 'a.txt'} to write it again"
-    with pytest.raises(DamagedFileError) as caught:
+    with pytest.raises(IsADirectoryError) as elsewhere:
+        write_atomically(tmp_path / "a.txt", lambda file: file.write(b"new"))
+    assert elsewhere.value.filename == str(tmp_path / "a.txt")
+    with used(tmp_path), pytest.raises(DamagedFileError) as caught:
         write_atomically(tmp_path / "a.txt", lambda file: file.write(b"new"))
     assert str(caught.value) == expected
+    (tmp_path / ".lock").unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@contextlib.contextmanager
+def used(folder):
+    """A folder in use by this process."""
+    with FolderLock(folder) as lock:
+        assert lock.acquire()
+        yield
 
 
 @pytest.mark.parametrize("below", ["b.txt", "deep/below/b.txt"])
 def test_names_the_file_that_is_in_place_of_a_folder(tmp_path, below):
     place = tmp_path / "a"
     place.write_bytes(b"old")
-    with pytest.raises(DamagedFileError, match=f"{place} is a file; expected a folder; delete {place} to write "):
+    with pytest.raises((NotADirectoryError, FileExistsError), match=str(place / below)):
+        write_atomically(place / below, lambda file: file.write(b"new"))
+    message = f"{place} is a file; expected a folder; delete {place} to write "
+    with used(tmp_path), pytest.raises(DamagedFileError, match=message):
         write_atomically(place / below, lambda file: file.write(b"new"))
     assert place.read_bytes() == b"old"
     place.unlink()
     place.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(
-        DamagedFileError, match=f"{place} is a broken link; expected a folder; delete {place} to write "
+    with (
+        used(tmp_path),
+        pytest.raises(DamagedFileError, match=f"{place} is a broken link; expected a folder; delete {place} to write "),
     ):
         write_atomically(place / below, lambda file: file.write(b"new"))
 
@@ -483,7 +499,7 @@ def test_an_empty_folder_is_refused_and_a_relative_one_stays_where_it_was(tmp_pa
         stseg.SelfTrainer(lambda: nn.Conv2d(3, 2, 1), workdir="", **options)
     with pytest.raises(ValueError, match="workdir is an empty string; expected a folder"):
         stseg.fit(nn.Conv2d(3, 2, 1), data, config, workdir="", progress=False)
-    with pytest.raises(ValueError, match="the store is an empty string"):
+    with pytest.raises(ValueError, match="store is an empty string"):
         stseg.MaskStore("")
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
