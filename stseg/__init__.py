@@ -1,7 +1,7 @@
 """Semi-supervised segmentation in PyTorch: methods for any network, from primitives to complete training."""
 
 from stseg import augment, data, functional, methods, models, modules
-from stseg.augment import CutMix, Cutout, StrongAugment, WeakAugment
+from stseg.augment import ClassMix, CutMix, Cutout, StrongAugment, WeakAugment
 from stseg.engine.checkpoint import load_weights, save_weights
 from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult
@@ -47,6 +47,7 @@ __all__ = [  # noqa: RUF022  grouped
     "StrongAugment",
     "Cutout",
     "CutMix",
+    "ClassMix",
     # labeling, ranking, evaluation
     "PseudoLabeler",
     "PseudoLabeled",

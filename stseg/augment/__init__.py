@@ -7,6 +7,8 @@ from stseg.augment.adapters import (
     from_kornia,
     from_torchvision,
 )
+from stseg.augment.box_mix import BoxMix
+from stseg.augment.class_mix import ClassMix
 from stseg.augment.cutout import Cutout
 from stseg.augment.mixing import CutMix
 from stseg.augment.strong import StrongAugment, StrongParameters
@@ -14,6 +16,8 @@ from stseg.augment.views import strong_view
 from stseg.augment.weak import WeakAugment
 
 __all__ = [
+    "BoxMix",
+    "ClassMix",
     "CutMix",
     "Cutout",
     "StrongAugment",

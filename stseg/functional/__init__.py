@@ -3,7 +3,7 @@
 from stseg.functional.classes import one_hot
 from stseg.functional.confidence import expected_iou, mean_certainty, mean_confidence, mean_margin
 from stseg.functional.confusion import confusion_matrix, iou, mean_iou
-from stseg.functional.consistency import consistency_loss, consistency_target, sure_share
+from stseg.functional.consistency import confident_share, consistency_loss, consistency_target, sure_share
 from stseg.functional.losses import (
     adversarial_loss,
     cross_entropy,
@@ -23,6 +23,7 @@ __all__ = [
     "PseudoLabels",
     "adversarial_loss",
     "box_mask",
+    "confident_share",
     "confusion_matrix",
     "consistency_loss",
     "consistency_target",

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stseg.distributed import all_reduce_sum
 from stseg.functional.classes import check_classes
 from stseg.functional.losses import mean_over_processes
 
@@ -87,6 +88,30 @@ def sure_share(target: Tensor, num_classes: int, *, ignore_index: int = 255) -> 
         tensor(0.5000)
     """
     return mean_over_processes(_sure(target, num_classes).sum().float(), (target != ignore_index).sum())
+
+
+@torch.no_grad()
+def confident_share(probabilities: Tensor, threshold: float, *, where: Tensor | None = None) -> Tensor:
+    """Compute the share of pixels whose highest probability is at least a threshold.
+
+    A weight of CutMix-Seg (French et al., BMVC 2020, section 3.3) and ClassMix (Olsson et al., WACV 2021): one number
+    for the whole batch.
+
+    Args:
+        probabilities: ``(B, K, H, W)`` floats.
+        threshold: the threshold, from 0 to 1.
+        where: ``(B, H, W)`` bool, the pixels that count; None for all.
+
+    Returns:
+        float32 scalar: the share of the pixels of all processes, the same in each; 0 if none counts.
+
+    Example:
+        >>> confident_share(torch.tensor([[0.9, 0.6], [0.1, 0.4]]).reshape(1, 2, 1, 2), 0.8)
+        tensor(0.5000)
+    """
+    sure = probabilities.float().amax(1) >= threshold
+    where = torch.ones_like(sure) if where is None else where
+    return all_reduce_sum((sure & where).sum().float()) / all_reduce_sum(where.sum().float()).clamp(min=1)
 
 
 def _sure(target: Tensor, num_classes: int) -> Tensor:

@@ -5,7 +5,9 @@ A *recipe* is several, with labels made in between: ``stseg.SelfTrainer(..., met
 """
 
 from stseg.methods.adv_ssl import AdvSSL
+from stseg.methods.class_mix import ClassMix
 from stseg.methods.cps import CPS
+from stseg.methods.cutmix_seg import CutMixSeg
 from stseg.methods.fixmatch import FixMatch
 from stseg.methods.mean_teacher import MeanTeacher
 from stseg.methods.st import ST, Baseline, STPlusPlus
@@ -19,6 +21,8 @@ __all__ = [
     "ST",
     "AdvSSL",
     "Baseline",
+    "ClassMix",
+    "CutMixSeg",
     "FixMatch",
     "Labeling",
     "MeanTeacher",

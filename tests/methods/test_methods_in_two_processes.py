@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 import test_adv_ssl
+import test_class_mix
 import test_cps
+import test_cutmix_seg
 import test_fixmatch
 import test_mean_teacher
 import test_supervised
@@ -31,6 +33,8 @@ TESTERS = [
     test_mean_teacher.TestMeanTeacher,
     test_cps.TestCPS,
     test_adv_ssl.TestAdvSSL,
+    test_cutmix_seg.TestCutMixSeg,
+    test_class_mix.TestClassMix,
 ]
 
 
