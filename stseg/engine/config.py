@@ -155,6 +155,28 @@ class TrainConfig:
         return cls._paper(batch_size, changes, epochs=240, lr=0.004, weak=WeakAugment(721, base_size=2048))
 
     @classmethod
+    def unimatch_v2(cls, *, batch_size: int = 16, **changes: Any) -> TrainConfig:
+        """Return the settings of UniMatch V2 for Pascal VOC 2012 (Yang et al., TPAMI 2025), for DINOv2 encoders.
+
+        60 passes over the unlabeled images, AdamW, a learning rate of 5e-6 for the encoder and 40 times as much for the
+        decoder, crops of 518 pixels, a multiple of 14.
+
+        Args:
+            batch_size: labeled and as many unlabeled images; the learning rate stays.
+            changes: other settings, such as ``weak=WeakAugment(798)`` for Cityscapes.
+
+        Example:
+            >>> config = TrainConfig.unimatch_v2()
+            >>> config.lr, config.head_lr_factor, config.weak.crop_size
+            (5e-06, 40.0, (518, 518))
+        """
+        if changes.get("steps") is None:
+            changes = {"epochs": 60, **changes}
+        settings: dict[str, Any] = {"batch_size": batch_size, "weak": WeakAugment(518), "optimizer": "adamw"}
+        settings |= {"lr": 5e-6, "head_lr_factor": 40.0, "weight_decay": 0.01, **changes}
+        return cls(**settings)
+
+    @classmethod
     def _paper(cls, batch_size: int, changes: dict[str, Any], *, lr: float, **settings: Any) -> TrainConfig:
         if changes.get("steps") is not None:
             settings["epochs"] = None

@@ -13,6 +13,7 @@ from stseg.methods.mean_teacher import MeanTeacher
 from stseg.methods.st import ST, Baseline, STPlusPlus
 from stseg.methods.supervised import Supervised
 from stseg.methods.unimatch import UniMatch
+from stseg.methods.unimatch_v2 import UniMatchV2
 from stseg.stages.labeling import Labeling
 from stseg.stages.recipe import OneStage, Recipe
 
@@ -31,4 +32,5 @@ __all__ = [
     "STPlusPlus",
     "Supervised",
     "UniMatch",
+    "UniMatchV2",
 ]

@@ -2,13 +2,25 @@
 
 from stseg.modules.critics import ConvCritic, conv_critic, frozen
 from stseg.modules.ema import EMA
-from stseg.modules.features import captured, channel_dropout, map_features, perturbed_features, rewritten
+from stseg.modules.features import (
+    captured,
+    changed_features,
+    channel_dropout,
+    complementary_dropout,
+    complementary_factor,
+    map_features,
+    perturbed_features,
+    rewritten,
+)
 
 __all__ = [
     "EMA",
     "ConvCritic",
     "captured",
+    "changed_features",
     "channel_dropout",
+    "complementary_dropout",
+    "complementary_factor",
     "conv_critic",
     "frozen",
     "map_features",

@@ -132,6 +132,93 @@ def channel_dropout(features: Tensor, p: float) -> Tensor:
     )
 
 
+def complementary_dropout(features: Tensor, factor: Tensor) -> Tensor:
+    """Scale the channels of two views of a batch by complementary factors, as UniMatch V2 does.
+
+    Args:
+        features: maps ``(2B, C, H, W)``, tokens ``(2B, N, C)`` or vectors ``(2B, C)``: the first view of B images, then
+            the second one.
+        factor: ``(B, C)`` from :func:`complementary_factor`: the first view is multiplied by it, the second by
+            ``2 - factor``.
+
+    Returns:
+        New features of the same shape.
+
+    Raises:
+        ValueError: if the shapes do not match.
+
+    Example:
+        >>> factor = torch.tensor([[0.0, 2.0, 1.0]])
+        >>> complementary_dropout(torch.ones(2, 3), factor)
+        tensor([[0., 2., 1.],
+                [2., 0., 1.]])
+    """
+    factors = torch.cat([factor, 2 - factor]).to(features.dtype)
+    channels_last = features.ndim == 3
+    if features.ndim not in (2, 3, 4) or features.shape[:: 2 if channels_last else 1][:2] != factors.shape:
+        raise ValueError(
+            f"features have shape {tuple(features.shape)} and factor {tuple(factor.shape)}; expected (2B, C, H, W), "
+            "(2B, N, C) or (2B, C), and (B, C)"
+        )
+    if channels_last:
+        return features * factors[:, None]
+    return features * factors.reshape(*factors.shape, *[1] * (features.ndim - 2))
+
+
+def complementary_factor(
+    images: int, channels: int, untouched: Tensor, *, device: torch.device | None = None
+) -> Tensor:
+    """Draw factors for :func:`complementary_dropout`: 0 or 2 for each channel of an image with equal probability.
+
+    Args:
+        images: number of images B.
+        channels: number of channels C.
+        untouched: indices of images whose factors are 1.
+        device: device of the factors.
+
+    Returns:
+        ``(B, C)`` float32.
+
+    Example:
+        >>> factor = complementary_factor(3, 100, torch.tensor([1]))
+        >>> factor[1].unique(), factor[[0, 2]].unique()
+        (tensor([1.]), tensor([0., 2.]))
+    """
+    factor = 2 * torch.randint(2, (images, channels), device=device).float()
+    factor[untouched] = 1.0
+    return factor
+
+
+@contextmanager
+def changed_features(
+    model: nn.Module, change: Callable[[Tensor], Tensor], *, backbone: str | None = None
+) -> Iterator[None]:
+    """Run the decoder of a network on changed features.
+
+    Inside, every feature ``f`` of the backbone becomes ``change(f)``, of the same shape. If a backbone returns the
+    image among its features, it is passed on.
+
+    Args:
+        model: a wrapped network.
+        change: from features to features of the same shape. It is called once for each tensor that the backbone
+            returns.
+        backbone: dotted name of the submodule that returns the features; None finds it by
+            :func:`stseg.models.backbone_of`.
+
+    Raises:
+        TypeError, NetworkError, ValueError: as :func:`perturbed_features`.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1, bias=False))
+        >>> model = Segmenter(network)
+        >>> with changed_features(model, torch.zeros_like, backbone="0"):
+        ...     print(model(torch.rand(1, 3, 8, 8)).abs().max().item())
+        0.0
+    """
+    with _hooked(model, change, backbone):
+        yield
+
+
 @contextmanager
 def perturbed_features(
     model: nn.Module, perturb: Callable[[Tensor], Tensor], *, backbone: str | None = None
@@ -165,6 +252,15 @@ def perturbed_features(
         >>> clean.shape, dropped.shape
         (torch.Size([4, 2, 16, 16]), torch.Size([4, 2, 16, 16]))
     """
+    with _hooked(model, lambda feature: torch.cat([feature, perturb(feature)]), backbone, twice=True):
+        yield
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module, change: Callable[[Tensor], Tensor], backbone: str | None, *, twice: bool = False
+) -> Iterator[None]:
+    """Change the features of a backbone; images among them are passed on, ``twice`` if features get twice the rows."""
     if not isinstance(model, Segmenter):
         raise TypeError(f"the model is {type(model).__name__}; expected stseg.Segmenter(network)")
     network = type(model.network).__name__
@@ -182,9 +278,10 @@ def perturbed_features(
         images = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         shapes: list[tuple[int, ...]] = []
 
-        def doubled(feature: Tensor) -> Tensor:
-            passed_on = any(feature is image for image in images)
-            return torch.cat([feature, feature if passed_on else perturb(feature)])
+        def changed(feature: Tensor) -> Tensor:
+            if any(feature is image for image in images):
+                return torch.cat([feature, feature]) if twice else feature
+            return change(feature)
 
         map_features(lambda feature: shapes.append(tuple(feature.shape)), output)
         rows = len(images[0]) if images else 0
@@ -194,11 +291,11 @@ def perturbed_features(
                 f"the {type(module).__name__} of the network ({network}) returned {found} for {rows} images; expected "
                 f"features with a row for each image; {way_out}"
             )
-        return map_features(doubled, output)
+        return map_features(changed, output)
 
     before = model._rows_per_image
     handle = module.register_forward_hook(hook, with_kwargs=True)
-    model._rows_per_image = 2
+    model._rows_per_image = 2 if twice else before
     try:
         yield
     finally:
