@@ -18,6 +18,7 @@ from stseg.functional.mixing import box_mask, paste
 from stseg.functional.pseudo_label import PseudoLabels, pseudo_label
 from stseg.functional.ramps import linear_rampup, polynomial_decay, sigmoid_rampup
 from stseg.functional.reliability import pixel_agreement, stability, weighted_stability
+from stseg.functional.rotation import turn
 
 __all__ = [
     "PseudoLabels",
@@ -48,6 +49,7 @@ __all__ = [
     "stability",
     "supervised_loss",
     "sure_share",
+    "turn",
     "weighted_stability",
     "without_ignored",
 ]

@@ -10,6 +10,8 @@ from stseg.methods.cps import CPS
 from stseg.methods.cutmix_seg import CutMixSeg
 from stseg.methods.fixmatch import FixMatch
 from stseg.methods.mean_teacher import MeanTeacher
+from stseg.methods.s4gan import S4GAN
+from stseg.methods.s4l import S4L
 from stseg.methods.st import ST, Baseline, STPlusPlus
 from stseg.methods.supervised import Supervised
 from stseg.methods.unimatch import UniMatch
@@ -19,6 +21,8 @@ from stseg.stages.recipe import OneStage, Recipe
 
 __all__ = [
     "CPS",
+    "S4GAN",
+    "S4L",
     "ST",
     "AdvSSL",
     "Baseline",

@@ -1,6 +1,6 @@
 """Modules shared by training methods: averaged weights, access to features, critics."""
 
-from stseg.modules.critics import ConvCritic, conv_critic, frozen
+from stseg.modules.critics import ConvCritic, ImageCritic, conv_critic, frozen
 from stseg.modules.ema import EMA
 from stseg.modules.features import (
     captured,
@@ -16,6 +16,7 @@ from stseg.modules.features import (
 __all__ = [
     "EMA",
     "ConvCritic",
+    "ImageCritic",
     "captured",
     "changed_features",
     "channel_dropout",

@@ -52,6 +52,47 @@ class ConvCritic(nn.Module):
         return scores[..., :height, :width]
 
 
+class ImageCritic(nn.Module):
+    """Critic that scores an image together with its label map: the discriminator of S4GAN (Mittal et al., TPAMI 2019).
+
+    Four 4x4 convolutions of stride 2 with 64, 128, 256 and 512 channels, leaky ReLUs of slope 0.2, dropout of channels
+    after the first three, the mean over pixels, and one linear layer. Maps with a side below 16 are padded to 16 on the
+    right and at the bottom by repeating the border.
+
+    Args:
+        in_channels: channels of the maps: classes and image channels together.
+        dropout: probability that a channel is dropped.
+
+    Shape:
+        ``(B, in_channels, H, W)`` -> features ``(B, 512)`` and scores ``(B,)``, logits of "this is annotated".
+
+    Example:
+        >>> import torch
+        >>> critic = ImageCritic(21 + 3)
+        >>> sum(p.numel() for p in critic.parameters())
+        2778561
+        >>> [tuple(x.shape) for x in critic(torch.zeros(2, 24, 65, 40))]
+        [(2, 512), (2,)]
+    """
+
+    def __init__(self, in_channels: int, *, dropout: float = 0.5) -> None:
+        super().__init__()
+        widths = (in_channels, 64, 128, 256, 512)
+        layers: list[nn.Module] = []
+        for index in range(4):
+            layers += [nn.Conv2d(widths[index], widths[index + 1], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+            layers += [nn.Dropout2d(dropout)] if index < 3 else []
+        self.layers = nn.Sequential(*layers)
+        self.score = nn.Linear(512, 1)
+
+    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute features and scores of maps."""
+        bottom, right = (max(0, 16 - side) for side in maps.shape[-2:])
+        padded = F.pad(maps, (0, right, 0, bottom), mode="replicate") if bottom or right else maps
+        features = self.layers(padded).mean((2, 3))
+        return features, self.score(features)[:, 0]
+
+
 def conv_critic(in_channels: int, out_channels: int = 1) -> ConvCritic:
     """Build a :class:`ConvCritic`.
 

@@ -20,8 +20,11 @@ import test_cps
 import test_cutmix_seg
 import test_fixmatch
 import test_mean_teacher
+import test_s4gan
+import test_s4l
 import test_supervised
 import test_unimatch
+import test_unimatch_v2
 from tester import config, images, pairs
 
 import stseg
@@ -35,6 +38,9 @@ TESTERS = [
     test_adv_ssl.TestAdvSSL,
     test_cutmix_seg.TestCutMixSeg,
     test_class_mix.TestClassMix,
+    test_unimatch_v2.TestUniMatchV2,
+    test_s4l.TestS4L,
+    test_s4gan.TestS4GAN,
 ]
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import naive
-import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import timm
