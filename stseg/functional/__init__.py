@@ -4,6 +4,7 @@ from stseg.functional.classes import one_hot
 from stseg.functional.confidence import expected_iou, mean_certainty, mean_confidence, mean_margin
 from stseg.functional.confusion import confusion_matrix, iou, mean_iou
 from stseg.functional.consistency import confident_share, consistency_loss, consistency_target, sure_share
+from stseg.functional.flaws import clean_flaws, gaussian_blur, true_flaws
 from stseg.functional.losses import (
     adversarial_loss,
     cross_entropy,
@@ -24,6 +25,7 @@ __all__ = [
     "PseudoLabels",
     "adversarial_loss",
     "box_mask",
+    "clean_flaws",
     "confident_share",
     "confusion_matrix",
     "consistency_loss",
@@ -31,6 +33,7 @@ __all__ = [
     "cross_entropy",
     "entropy",
     "expected_iou",
+    "gaussian_blur",
     "iou",
     "linear_rampup",
     "mean_certainty",
@@ -49,6 +52,7 @@ __all__ = [
     "stability",
     "supervised_loss",
     "sure_share",
+    "true_flaws",
     "turn",
     "weighted_stability",
     "without_ignored",

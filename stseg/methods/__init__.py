@@ -8,7 +8,9 @@ from stseg.methods.adv_ssl import AdvSSL
 from stseg.methods.class_mix import ClassMix
 from stseg.methods.cps import CPS
 from stseg.methods.cutmix_seg import CutMixSeg
+from stseg.methods.ecs import ECS
 from stseg.methods.fixmatch import FixMatch
+from stseg.methods.gct import GCT
 from stseg.methods.mean_teacher import MeanTeacher
 from stseg.methods.s4gan import S4GAN
 from stseg.methods.s4l import S4L
@@ -21,6 +23,8 @@ from stseg.stages.recipe import OneStage, Recipe
 
 __all__ = [
     "CPS",
+    "ECS",
+    "GCT",
     "S4GAN",
     "S4L",
     "ST",

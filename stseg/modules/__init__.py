@@ -12,10 +12,12 @@ from stseg.modules.features import (
     perturbed_features,
     rewritten,
 )
+from stseg.modules.flaw_detector import FlawDetector
 
 __all__ = [
     "EMA",
     "ConvCritic",
+    "FlawDetector",
     "ImageCritic",
     "captured",
     "changed_features",

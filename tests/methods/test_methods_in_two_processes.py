@@ -18,7 +18,9 @@ import test_adv_ssl
 import test_class_mix
 import test_cps
 import test_cutmix_seg
+import test_ecs
 import test_fixmatch
+import test_gct
 import test_mean_teacher
 import test_s4gan
 import test_s4l
@@ -41,6 +43,8 @@ TESTERS = [
     test_unimatch_v2.TestUniMatchV2,
     test_s4l.TestS4L,
     test_s4gan.TestS4GAN,
+    test_ecs.TestECS,
+    test_gct.TestGCT,
 ]
 
 
