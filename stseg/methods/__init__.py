@@ -5,6 +5,7 @@ A *recipe* is several, with labels made in between: ``stseg.SelfTrainer(..., met
 """
 
 from stseg.methods.adv_ssl import AdvSSL
+from stseg.methods.cct import CCT
 from stseg.methods.class_mix import ClassMix
 from stseg.methods.cps import CPS
 from stseg.methods.cutmix_seg import CutMixSeg
@@ -22,6 +23,7 @@ from stseg.stages.labeling import Labeling
 from stseg.stages.recipe import OneStage, Recipe
 
 __all__ = [
+    "CCT",
     "CPS",
     "ECS",
     "GCT",

@@ -4,6 +4,7 @@ from stseg.modules.critics import ConvCritic, ImageCritic, conv_critic, frozen
 from stseg.modules.ema import EMA
 from stseg.modules.features import (
     captured,
+    captured_inputs,
     changed_features,
     channel_dropout,
     complementary_dropout,
@@ -20,6 +21,7 @@ __all__ = [
     "FlawDetector",
     "ImageCritic",
     "captured",
+    "captured_inputs",
     "changed_features",
     "channel_dropout",
     "complementary_dropout",

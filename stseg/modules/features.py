@@ -42,6 +42,32 @@ def captured(module: nn.Module) -> Iterator[list[Any]]:
 
 
 @contextmanager
+def captured_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the first tensor that a module is called with.
+
+    Yields:
+        A list to which that tensor of each call is appended.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1))
+        >>> with captured_inputs(network[1]) as inputs:
+        ...     logits = network(torch.zeros(1, 3, 4, 4))
+        >>> inputs[0].shape
+        torch.Size([1, 8, 4, 4])
+    """
+    inputs: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.extend([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][:1])
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def rewritten(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
     """Replace the output of a module by a function of it.
 

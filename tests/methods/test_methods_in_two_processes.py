@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 import test_adv_ssl
+import test_cct
 import test_class_mix
 import test_cps
 import test_cutmix_seg
@@ -45,6 +46,7 @@ TESTERS = [
     test_s4gan.TestS4GAN,
     test_ecs.TestECS,
     test_gct.TestGCT,
+    test_cct.TestCCT,
 ]
 
 
