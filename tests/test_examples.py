@@ -27,6 +27,14 @@ COMPARISONS = {
     "unimatch": ("supervised", "UniMatch"),
     "cps": ("supervised", "CPS"),
     "adv_ssl": ("supervised", "AdvSSL"),
+    "cutmix_seg": ("supervised", "CutMix-Seg"),
+    "class_mix": ("supervised", "ClassMix"),
+    "unimatch_v2": ("supervised", "UniMatch V2"),
+    "s4l": ("supervised", "S4L"),
+    "s4gan": ("supervised", "S4GAN", "and classes"),
+    "ecs": ("supervised", "ECS"),
+    "gct": ("supervised", "GCT"),
+    "cct": ("supervised", "CCT"),
 }
 TELLS_TWO_CLASSES_BY_ONE_LOGIT = stseg.Segmenter(torch.nn.Conv2d(3, 1, 1))(torch.rand(1, 3, 4, 4)).shape[1] == 2
 
@@ -98,7 +106,7 @@ def test_binary_trains_a_network_with_one_logit(
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_a_page(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) < (130 if path.stem == "quickstart" else 80)
+    assert len(text.splitlines()) < (130 if path.stem == "quickstart" else 90)
     assert path.stem == "plots" or f"python examples/{path.stem}.py" in text
 
 
