@@ -454,9 +454,12 @@ def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str, str]:
 
 
 def _load(tensors: dict[str, torch.Tensor], model: nn.Module, path: Path) -> None:
+    """Load weights, all or none."""
+    before = cpu_state(_bare(model))
     try:
         _bare(model).load_state_dict(tensors)
     except RuntimeError as error:
+        _bare(model).load_state_dict(before, strict=False)
         raise DataError(f"{path} cannot be loaded into a {type(_bare(model)).__name__}: {error}") from error
 
 

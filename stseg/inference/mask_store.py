@@ -63,6 +63,7 @@ class MaskStore:
         self._masks: dict[str, Tensor] = {}
         self._confidence: dict[str, Tensor] = {}
         self._owner: dict[str, Any] | None = None
+        self._fills = False  # whether what is put is what the owner made
 
     def put(self, id: str, mask: Tensor, confidence: Tensor | None = None) -> None:
         """Store a mask under an id, replacing any earlier one.
@@ -87,6 +88,7 @@ class MaskStore:
             if confidence is not None:
                 self._confidence[id] = confidence.clone()
             return
+        origin = self.origin if self._fills else ""
         # The mask is written last: if it exists, so does its confidence.
         pixels = _pixels_of(mask, id)
         beside = self._path(id, CONFIDENCE)
@@ -95,8 +97,8 @@ class MaskStore:
                 beside.unlink()
         else:
             gray = (confidence.clamp(0, 1).double().numpy() * 65535).round().astype(np.uint16)
-            write_png(gray, beside, origin=self.origin, name=id + CONFIDENCE)
-        write_png(pixels, self._path(id), origin=self.origin, name=id)
+            write_png(gray, beside, origin=origin, name=id + CONFIDENCE)
+        write_png(pixels, self._path(id), origin=origin, name=id)
 
     def get(self, id: str) -> Tensor:
         """Return a copy of the mask of an id, ``(H, W)`` uint8 or int32.
@@ -124,8 +126,8 @@ class MaskStore:
         """Return whether the mask, and with ``confidence`` its confidence, exists and is not broken.
 
         Raises:
-            DamagedFileError: if a file is whole, but is not the one that the labeler wrote, such as a mask that was
-                edited.
+            DamagedFileError: if a file is whole, but is not the one that the labeler wrote, such as a mask that another
+                program saved. The pixels are compared when the mask is read.
         """
         check_store_id(id)
         if self.folder is None:
@@ -170,6 +172,7 @@ class MaskStore:
             self._owner = merge_claim(found, owner, images, delete="the store", to=_LABEL_ALL)
         else:
             self._owner = claim(record, owner, images=images, to=_LABEL_ALL)
+        self._fills = True
 
     @property
     def origin(self) -> str:
@@ -236,17 +239,14 @@ class MaskStore:
             raise KeyError(id) from None
 
     def _holds_others(self, origin: str) -> bool:
-        """Return whether the masks are of another origin, by the first one that is whole."""
+        """Return whether there are masks, and the first hundred are of another origin or broken."""
         if self.folder is None:
             return bool(self._masks)
         for id in islice(self, 100):
             with suppress(DataError):
                 check_store_id(id)
-                try:
-                    if holds_png(self._path(id), origin=origin, name=id):
-                        return False
-                except DamagedFileError:
-                    return True
+                if holds_png(self._path(id), origin=origin, name=id):
+                    return False
         return next(iter(self), None) is not None
 
     def _exists(self, id: str, confidence: bool) -> bool:

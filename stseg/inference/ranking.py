@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import math
+import operator
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -78,19 +81,21 @@ class Ranking:
             skipped: items that were left out.
 
         Raises:
-            ValueError: if a score is not finite, an id or index repeats, or the lengths differ.
+            ValueError: if a score is not finite, an index is negative, an id or index repeats, or the lengths differ.
         """
         values = [float(s) for s in scores]
-        places = list(range(len(values))) if indices is None else list(indices)
+        places = list(range(len(values))) if indices is None else [operator.index(i) for i in indices]
         if not len(values) == len(ids) == len(places):
             raise ValueError(f"{len(values)} scores, {len(ids)} ids and {len(places)} indices; expected equal lengths")
-        for value, id in zip(values, ids, strict=True):
+        for value, id, place in zip(values, ids, places, strict=True):
             if not math.isfinite(value):
                 shown = "NaN" if math.isnan(value) else value
                 raise ValueError(f"the score of {id!r} is {shown}; expected a finite number")
+            if place < 0:
+                raise ValueError(f"the index of {id!r} is {place}; expected 0 or more")
         for name, given in (("id", list(ids)), ("index", places)):
             if len(set(given)) < len(given):
-                twice = next(each for place, each in enumerate(given) if each in given[:place])
+                twice = next(each for each, count in Counter(given).items() if count > 1)
                 raise ValueError(f"the {name} {twice!r} is given more than once")
         order = sorted(range(len(values)), key=lambda i: -values[i])  # stable
         return cls(
@@ -138,7 +143,7 @@ class Ranking:
 
     @classmethod
     def from_csv(cls, path: str | Path, *, limits: tuple[float, float] | None = (0.0, 1.0)) -> Ranking:
-        """Read a file written by ``to_csv``.
+        """Read a file written by ``to_csv``, or by a spreadsheet with the same columns, and check it.
 
         Args:
             path: the file.
@@ -147,24 +152,29 @@ class Ranking:
         Raises:
             DataError: if the file is malformed, a score is not finite or not within the limits, an index or an id
                 repeats, or a score is higher than the one before; names the file and the line.
+            OSError: if there is no such file, or it is a folder.
         """
         indices: dict[int, int] = {}  # and the ids: with the lines that they are on
         ids: dict[str, int] = {}
         scores: list[float] = []
-        for number, row in _read_rows(path):
+        rows = _read_rows(path)
+        number, head = next(rows, (1, []))
+        if head != ["index", "id", "score"]:
+            raise _line_error(path, number, f"is {_shown(','.join(head))}; expected index,id,score")
+        for number, row in rows:
             fault = partial(_line_error, path, number)
             if len(row) != 3 or not re.fullmatch("[0-9]{1,18}", row[0]):
-                raise fault(f"is {','.join(row)!r}; expected index,id,score with an index of 0 or more")
+                raise fault(f"is {_shown(','.join(row))}; expected index,id,score with an index of 0 or more")
             index, id, score = int(row[0]), row[1], _number(row[2])
             if score is None or not math.isfinite(score):
-                raise fault(f"gives {id!r} the score {row[2]!r}; expected a finite number")
+                raise fault(f"gives {_shown(id)} the score {_shown(row[2])}; expected a finite number")
             if limits is not None and not limits[0] <= score <= limits[1]:
                 raise fault(
-                    f"gives {id!r} the score {score}; expected {limits[0]:g} to {limits[1]:g} "
+                    f"gives {_shown(id)} the score {score}; expected {limits[0]:g} to {limits[1]:g} "
                     "(Ranking.from_csv(path, limits=None) accepts any finite score)"
                 )
             if index in indices or id in ids:
-                what, first = (f"index {index}", indices[index]) if index in indices else (f"id {id!r}", ids[id])
+                what, first = (f"index {index}", indices[index]) if index in indices else (f"id {_shown(id)}", ids[id])
                 raise fault(f"repeats the {what} of line {first}")
             if scores and score > scores[-1]:
                 raise fault(f"has the score {score} after {scores[-1]}; expected the highest first")
@@ -174,16 +184,34 @@ class Ranking:
 
 
 def _read_rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield number and fields of each line below the head of a CSV file."""
+    """Yield number of the first line, and fields, of each row of a CSV file."""
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    while True:
+        number = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise _line_error(path, number, f"cannot be read as CSV: {error}") from None
+        if row is None:
+            return
+        yield number, row
+
+
+def _read_text(path: str | Path) -> str:
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected the file of a ranking")
+    content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)  # which spreadsheets write
     try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogatepass") as file:
-            reader = csv.reader(file, strict=True)
-            if next(reader, None) != ["index", "id", "score"]:
-                raise DataError(f"{path} does not begin with the line index,id,score")
-            for row in reader:
-                yield reader.line_num, row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as CSV: {error}") from None
+        text = content.decode(errors="surrogatepass")
+    except UnicodeDecodeError as error:
+        raise _line_error(path, _line_at(content, error.start), f"is not UTF-8: {error}") from None
+    if (place := content.find(0)) >= 0:  # which the reader of Python 3.10 does not take
+        raise _line_error(path, _line_at(content, place), "contains a NUL character")
+    return text
+
+
+def _line_at(content: bytes, place: int) -> int:
+    return len(re.findall(rb"\r\n|\r|\n", content[:place])) + 1
 
 
 def _line_error(path: str | Path, number: int, fault: str) -> DataError:
@@ -196,3 +224,7 @@ def _number(text: str) -> float | None:
         return float(text) if re.fullmatch(r"[-+.0-9eE]+|-?inf|nan", text) else None
     except ValueError:
         return None
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:80] + "...")

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import normalize
 
+from stseg.data._names import nearest
+from stseg.data.items import duplicate
 from stseg.errors import DataError
 
 CONFIDENCE = ".confidence"
 ENDING = ".png"
+RECORD = "labels.json"
 
-_LONGEST_PART = 255  # bytes of UTF-8 on Linux and macOS; as many UTF-16 units on Windows
+_LONGEST_PART = 255  # bytes of UTF-8 on Linux and macOS; UTF-16 units on Windows, which are no more than the bytes
 _TEMPORARY = len(".0123456789abcdef.part")
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9_,+=~-]*/)*[A-Za-z0-9_-][A-Za-z0-9_,+=~.-]*[A-Za-z0-9_-]|[A-Za-z0-9_-]")
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"\\|?*]')
@@ -56,7 +59,7 @@ def check_store_ids(ids: Sequence[str], folder: Path | None = None) -> None:
     Example:
         >>> check_store_ids(["a/1", "A/1"])
         Traceback (most recent call last):
-        stseg.errors.DataError: the ids 'a/1' and 'A/1' differ only in letter case or Unicode form, which ...
+        stseg.errors.DataError: some systems take the id 'A/1' for that of another image; 'a/1' is there, which ...
     """
     for id in ids:
         check_store_id(id)
@@ -76,75 +79,85 @@ def _fault(id: str) -> str | None:
 
 
 def _slow_fault(id: str) -> str | None:
-    try:
-        id.encode()
-    except UnicodeEncodeError:
-        return "it is not valid Unicode (the name of its file is not UTF-8)"
-    if (found := _FORBIDDEN.search(id)) is not None:
-        return f"it contains {found[0]!r}"
+    if id == "":
+        return "it is empty"
     parts = id.split("/")
-    for part in parts:
-        last = part is parts[-1]
-        if part in ("", ".", ".."):
-            return f"it has a part {part!r}" if part else "it is empty, or has an empty part"
-        if part[-1] in ". ":
-            return f"its part {part!r} ends with {part[-1]!r}"
-        if _DEVICE.match(part):
-            return f"its part {part!r} is the name of a device on Windows"
-        name = part + CONFIDENCE + ENDING if last else part
-        if max(len(name.encode()), len(name.encode("utf-16-le")) // 2) > _LONGEST_PART:
-            extra = f", with {CONFIDENCE + ENDING!r} behind it" if last else ""
-            return f"its part {part[:20] + '...'!r} is longer than {_LONGEST_PART} bytes{extra}"
-    if id.lower().endswith(CONFIDENCE):
-        return f"it ends with {CONFIDENCE!r}"
+    for place, part in enumerate(parts, start=1):
+        if (fault := _fault_of_part(part, CONFIDENCE + ENDING if place == len(parts) else "")) is not None:
+            return fault
+    if _folded(id).endswith(CONFIDENCE):
+        return f"it ends with {CONFIDENCE!r}" + (", in other letters" if not id.lower().endswith(CONFIDENCE) else "")
     if _SHARD.match(parts[0]):
         return f"its part {parts[0]!r} looks like a folder of the store"
+    if len(parts) > 1 and _folded(parts[0]) == RECORD:
+        return f"its folder {parts[0]!r} is a file of the store"
+    return None
+
+
+def _fault_of_part(part: str, ending: str) -> str | None:
+    """Return what is wrong with a name between slashes, if anything is, with an ending behind it."""
+    if part in ("", ".", ".."):
+        return f"it has a part {part!r}" if part else "it has an empty part"
+    if (found := _FORBIDDEN.search(part)) is not None:
+        return f"its part {part!r} contains {found[0]!r}"
+    if part[-1] in ". ":
+        return f"its part {part!r} ends with {part[-1]!r}"
+    if _DEVICE.match(part):
+        return f"its part {part!r} is the name of a device on Windows"
+    try:
+        size = len((part + ending).encode())
+    except UnicodeEncodeError:
+        return f"its part {part!r} is not valid Unicode (the name of its file is not UTF-8)"
+    if size > _LONGEST_PART:
+        return f"its part {part[:20] + '...'!r} is longer than {_LONGEST_PART} bytes" + (
+            f", with {ending!r} behind it" if ending else ""
+        )
     return None
 
 
 def _refuse_alike(ids: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     for id in ids:
-        if (other := seen.setdefault(_folded(id), id)) != id:
-            raise DataError(
-                f"the ids {other!r} and {id!r} differ only in letter case or Unicode form, which some systems do not "
-                "tell apart: rename an image, or give the data set other .ids (id_prefix= of "
-                "stseg.data.SegmentationFolder makes them differ between folders)"
-            )
+        seen.setdefault(_folded(id), id)
+    if len(seen) == len(ids):
+        return
+    if (twice := duplicate(ids)) is not None:
+        raise DataError(f"the id {twice!r} occurs more than once; ids must be unique")
+    id, other = next((id, other) for id in ids if (other := seen[_folded(id)]) != id)
+    raise DataError(
+        f"some systems take the id {id!r} for that of another image{nearest(id, [other])}: rename an image, or give "
+        "the data set other .ids (id_prefix= of stseg.data.SegmentationFolder makes them differ between folders)"
+    )
 
 
 def _refuse_files_as_folders(ids: Sequence[str]) -> None:
     """Raise an error if the file of an id is the folder of another, as for ``x`` and ``x.png/y``."""
-    inside = {folder for id in ids for folder in _folders(id) if folder.lower().endswith(ENDING)}
-    if not inside:
-        return
-    folded = {_folded(folder) for folder in inside}
+    inside: dict[str, str] = {}
     for id in ids:
+        if f"{ENDING}/" in id.lower():
+            inside.update((folder, id) for folder in _folders(_folded(id)))
+    for id in ids if inside else ():
         for name in (id + ENDING, id + CONFIDENCE + ENDING):
-            if _folded(name) in folded:
+            if (other := inside.get(_folded(name))) is not None:
                 raise DataError(
-                    f"the mask of the id {id!r} is the file {name!r}, which is the folder of another id: rename one of "
-                    "them, or give the data set other .ids"
+                    f"the id {id!r} needs a file {name!r} where {other!r} needs a folder: rename one of them, or give "
+                    "the data set other .ids"
                 )
 
 
 def _refuse_long_paths(ids: Sequence[str], folder: Path) -> None:
     """Raise an error if a path is too long for the file system, or has characters that it cannot take."""
-    there = next(path for path in (folder, *folder.parents) if path.exists() or path == path.parent)
-    longest_path, longest_name = _limits(there)
+    longest_path, longest_name = _limits(folder)
+    before = len(_encoded(str(folder), "folder")) + len("/shard-00/")
+    ending = len(CONFIDENCE + ENDING)
     for id in ids:
-        try:
-            name = os.fsencode(id)
-        except UnicodeEncodeError:
-            raise DataError(
-                f"the id {id!r} cannot name a file here: names of files are encoded as {sys.getfilesystemencoding()}, "
-                "which lacks a character of it; expected a UTF-8 locale (LC_ALL=C.UTF-8, or PYTHONUTF8=1)"
-            ) from None
-        ending = len(CONFIDENCE + ENDING)
-        above, _, last = name.rpartition(b"/")
-        parts = [*map(len, above.split(b"/")), len(last) + ending, _TEMPORARY]
-        length = len(os.fsencode(folder)) + len("/shard-00/") + len(above) + 1 + max(parts[-2:])
-        if length > longest_path or max(parts) > longest_name:
+        name = _encoded(id, "id")
+        if len(name) + ending <= longest_name and before + len(name) + _TEMPORARY <= longest_path:
+            continue
+        above, slash, last = name.rpartition(b"/")
+        longest = max(len(last) + ending, _TEMPORARY)
+        length = before + len(above + slash) + longest
+        if length > longest_path or max(longest, *map(len, above.split(b"/"))) > longest_name:
             what = f"the path of its mask has {length} bytes" if length > longest_path else "a part of it is too long"
             raise DataError(
                 f"the id {id!r} cannot name a file in {folder}: {what}; the file system takes paths of {longest_path} "
@@ -153,14 +166,28 @@ def _refuse_long_paths(ids: Sequence[str], folder: Path) -> None:
             )
 
 
-def _limits(folder: Path) -> tuple[int, int]:
-    """Return the longest path and the longest name, in bytes, in a folder."""
-    if not hasattr(os, "pathconf"):
-        return (32_000 if sys.platform == "win32" else 4096), _LONGEST_PART
+def _encoded(name: str, what: str) -> bytes:
     try:
-        return os.pathconf(folder, "PC_PATH_MAX") - 1, os.pathconf(folder, "PC_NAME_MAX")
+        return os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the {what} {name!r} cannot name a file here: names of files are encoded as "
+            f"{sys.getfilesystemencoding()}, which lacks {name[error.start]!r}; expected a UTF-8 locale "
+            "(LC_ALL=C.UTF-8, or PYTHONUTF8=1)"
+        ) from None
+
+
+def _limits(folder: Path) -> tuple[int, int]:
+    """Return the longest path and the longest name, in bytes, where a folder is or will be."""
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path) or path == path.parent)
+    if not hasattr(os, "pathconf"):
+        return (32_000 if sys.platform == "win32" else 4095), _LONGEST_PART
+    try:
+        limits = os.pathconf(there, "PC_PATH_MAX") - 1, os.pathconf(there, "PC_NAME_MAX")
     except (OSError, ValueError):
         return 4095, _LONGEST_PART
+    # -1 stands for no limit, and some file systems in user space say 0.
+    return limits[0] if limits[0] > 0 else sys.maxsize, limits[1] if limits[1] > 0 else sys.maxsize
 
 
 def _folders(id: str) -> list[str]:

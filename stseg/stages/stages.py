@@ -196,7 +196,7 @@ class Stages:
             )
             ranking = stability.rank(images, store=self.workdir.path(step, "scores"))
         self._kept += [(step, "ranking.csv"), (step, "ranking.json")]
-        self.ranking = _check_ranking(ranking, images.ids, str(path or "the ranker"))
+        self.ranking = _check_ranking(ranking, images.ids, "the ranker" if found is None else str(path))
         if path is not None and found is None and rank() == 0:
             write_ranking(path, owner, self.ranking)
         self._done(step, time.monotonic() - began)

@@ -44,7 +44,7 @@ def validate_run(
     Returns:
         The unlabeled images that can be read.
     """
-    if unlabeled is not None:
+    if unlabeled is not None and labeling is not None:
         check_store_ids(unlabeled.ids, stages.workdir.path("unreliable", "masks"))
     check = partial(
         check_labeled,

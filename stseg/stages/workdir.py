@@ -66,7 +66,7 @@ class Workdir:
     @property
     def is_finished(self) -> bool:
         """Whether all was done before, report included, and nothing has been written."""
-        return self.folder is not None and not self._changed and (self.folder / "report.html").exists()
+        return self.folder is not None and not self._changed and (self.folder / "report.html").is_file()
 
     def path(self, *parts: str) -> Path | None:
         """Return a path in the folder; None without a folder."""

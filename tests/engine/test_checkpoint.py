@@ -37,6 +37,14 @@ class TestWeights:
         with pytest.raises(DataError, match=r"a\.safetensors cannot be loaded into a Conv2d"):
             load_weights(nn.Conv2d(3, 4, 1), tmp_path / "a.safetensors")
 
+    def test_of_another_architecture_leave_the_network_as_it_was(self, tmp_path):
+        save_weights(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(5)), tmp_path / "a.safetensors")
+        model = network()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(DataError, match="cannot be loaded"):
+            load_weights(model, tmp_path / "a.safetensors")
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
     def test_in_a_broken_file_are_refused(self, tmp_path):
         save_weights(network(), tmp_path / "a.safetensors")
         content = (tmp_path / "a.safetensors").read_bytes()

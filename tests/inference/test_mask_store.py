@@ -379,6 +379,20 @@ class TestSeals:
         with pytest.raises(WorkdirMismatchError, match="masks of unknown origin"):
             MaskStore(claimed.folder).claim({"model": "n"})
 
+    def test_tell_masks_that_were_put_by_somebody_else(self, claimed):
+        MaskStore(claimed.folder)["a"] = MASK
+        self.refused(claimed, "a", "was written by another labeling")
+
+    def test_of_one_mask_suffice_to_know_whose_the_store_is(self, claimed):
+        for id in ("c", "d", "e"):
+            claimed[id] = MASK
+        (claimed.folder / "labels.json").unlink()
+        Image.fromarray(MASK.numpy()).save(claimed.folder / "a.png")
+        again = MaskStore(claimed.folder)
+        again.claim({"model": "m"})
+        with pytest.raises(DamagedFileError, match=rf"delete {claimed.folder / 'a.png'} to label its image again"):
+            again.missing(["a", "b", "c", "d", "e"])
+
     def test_are_not_asked_of_masks_from_elsewhere(self, tmp_path):
         Image.fromarray(MASK.numpy()).save(tmp_path / "a.png")
         assert torch.equal(MaskStore(tmp_path)["a"], MASK)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -61,11 +62,18 @@ class TestRanking:
             ({"scores": [0.5, math.inf]}, "score of 'b' is inf; expected a finite number"),
             ({"ids": ["a", "a"]}, "the id 'a' is given more than once"),
             ({"indices": [3, 3]}, "the index 3 is given more than once"),
+            ({"indices": np.array([3, 3])}, "the index 3 is given more than once"),
+            ({"indices": [3, -1]}, "the index of 'b' is -1; expected 0 or more"),
         ],
     )
-    def test_refuses_infinite_scores_and_repetitions(self, options, message):
+    def test_refuses_infinite_scores_and_indices_and_ids_that_are_none(self, options, message):
         with pytest.raises(ValueError, match=message):
             Ranking.from_scores(**{"scores": [0.5, 0.2], "ids": ["a", "b"], **options})
+
+    def test_finds_a_repetition_among_many_at_once(self):
+        ids = [*map(str, range(200_000)), "199999"]
+        with pytest.raises(ValueError, match="the id '199999' is given more than once"):
+            Ranking.from_scores([0.5] * len(ids), ids)
 
 
 class TestCsv:
@@ -146,13 +154,62 @@ class TestCsv:
             ("1,a,0x1p-1", "expected a finite number"),
             ("1,a,1-1", "expected a finite number"),
             ("1,a,0.5\n\n2,b,0.4", "line 3 of .* is ''; expected index,id,score"),
+            ('1,"a\nb",0.5\n2,"c\nd",0.9\n', "line 4 of .* has the score 0.9 after 0.5"),
+            ('1,"a\nb",0.5\n2,"a\nb",0.4\n', "line 4 of .* repeats the id 'a.nb' of line 2"),
+            ("1,a,0.5\n2,b\0,0.4", "line 3 of .* contains a NUL character"),
+            ("1,a,0.5\n2,b,0.4\0", "line 3 of .* contains a NUL character"),
+            ('1,a,0.5\n2,"b,0.4\n3,c,0.3', "line 3 of .* cannot be read as CSV: unexpected end of data"),
+            ('1,a,0.5\n2,"b"c,0.4', "line 3 of .* cannot be read as CSV: ',' expected"),
+            ("1,a,0.5\n2," + "b" * 200_000, "line 3 of .* cannot be read as CSV: field larger than"),
+            ("1,a," + "z" * 5000, "line 2 of .* gives 'a' the score 'z+...'; expected"),
+            ("1," + "a" * 5000, "line 2 of .* is '1,a+...'; expected"),
         ],
     )
     def test_of_values_that_make_no_ranking_is_refused_with_the_line(self, tmp_path, lines, message):
         path = tmp_path / "ranking.csv"
         path.write_text(f"index,id,score\n{lines}\n", encoding="utf-8")
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=message) as caught:
             Ranking.from_csv(path)
+        assert len(str(caught.value)) < 400 + len(str(path))
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    def test_that_is_not_utf_8_is_refused_with_the_line(self, tmp_path, end):
+        path = tmp_path / "ranking.csv"
+        text = f"index,id,score{end}0,a,0.5{end}1,é,0.4{end}2,b,0.1{end}"
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(DataError, match=r"line 3 of .*ranking\.csv is not UTF-8: .* 0xe9"):
+            Ranking.from_csv(path)
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert Ranking.from_csv(path).ids == ("a", "é", "b")
+        path.write_bytes(text.encode("utf-16"))
+        with pytest.raises(DataError, match=r"line 1 of .*ranking\.csv is not UTF-8"):
+            Ranking.from_csv(path)
+
+    @pytest.mark.parametrize("head", ["index;id;score", "id,score", "", " index,id,score", "index,id,score,more"])
+    def test_of_another_head_says_which(self, tmp_path, head):
+        path = tmp_path / "ranking.csv"
+        path.write_text(f"{head}\n0,a,0.5\n")
+        with pytest.raises(DataError, match=f"line 1 of .*csv is '{head}'; expected index,id,score"):
+            Ranking.from_csv(path)
+
+    @given(st.binary(max_size=40) | st.text('0123456789,.-+eEnaif"\r\n\0 _１x').map(str.encode))
+    @settings(max_examples=200, deadline=None)
+    def test_of_anything_is_read_exactly_or_refused(self, tmp_path_factory, content):
+        path = tmp_path_factory.mktemp("csv") / "ranking.csv"
+        path.write_bytes(b"index,id,score\n" + content)
+        try:
+            ranking = Ranking.from_csv(path, limits=None)
+        except DataError:
+            with pytest.raises(DataError, match=rf"^line \d+ of {re.escape(str(path))} "):
+                Ranking.from_csv(path, limits=None)
+            return
+        assert Ranking.from_scores(ranking.scores, ranking.ids, indices=ranking.indices) == ranking
+        ranking.to_csv(path)
+        assert Ranking.from_csv(path, limits=None) == ranking
+
+    def test_that_is_a_folder_is_said_to_be_one(self, tmp_path):
+        with pytest.raises(IsADirectoryError, match=f"{tmp_path.name} is a folder; expected the file of a ranking"):
+            Ranking.from_csv(tmp_path)
 
     def test_of_any_finite_scores_is_read_without_limits(self, tmp_path):
         ranking = Ranking.from_scores([7.0, -1.0, 1e300], ["a", "b", "c"])
