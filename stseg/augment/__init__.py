@@ -11,6 +11,7 @@ from stseg.augment.box_mix import BoxMix
 from stseg.augment.class_mix import ClassMix
 from stseg.augment.cutout import Cutout
 from stseg.augment.mixing import CutMix
+from stseg.augment.pairs import CropPair
 from stseg.augment.strong import StrongAugment, StrongParameters
 from stseg.augment.views import strong_view
 from stseg.augment.weak import WeakAugment
@@ -18,6 +19,7 @@ from stseg.augment.weak import WeakAugment
 __all__ = [
     "BoxMix",
     "ClassMix",
+    "CropPair",
     "CutMix",
     "Cutout",
     "StrongAugment",

@@ -3,6 +3,7 @@
 from stseg.distributed.batchnorm import synchronized_batchnorm
 from stseg.distributed.processes import (
     all_gather,
+    all_gather_rows,
     all_reduce_sum,
     barrier,
     broadcast_buffers,
@@ -13,6 +14,7 @@ from stseg.distributed.processes import (
 
 __all__ = [
     "all_gather",
+    "all_gather_rows",
     "all_reduce_sum",
     "barrier",
     "broadcast_buffers",

@@ -59,6 +59,20 @@ def all_gather(value: Any) -> list[Any]:
     return values
 
 
+def all_gather_rows(tensor: Tensor) -> Tensor:
+    """Concatenate the rows of all processes, in the order of their ranks, on the tensor's own device.
+
+    The tensors have the same shape in all processes; no gradient flows through it.
+    """
+    if not _on():
+        return tensor.detach()
+    if tensor.device.type == "cpu":  # not supported by NCCL
+        return torch.cat(all_gather(tensor.detach()))
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over all processes, on the tensor's own device."""
     if not _on():

@@ -4,6 +4,7 @@ from stseg.functional.classes import one_hot
 from stseg.functional.confidence import expected_iou, mean_certainty, mean_confidence, mean_margin
 from stseg.functional.confusion import confusion_matrix, iou, mean_iou
 from stseg.functional.consistency import confident_share, consistency_loss, consistency_target, sure_share
+from stseg.functional.contrast import directional_contrast
 from stseg.functional.flaws import clean_flaws, gaussian_blur, true_flaws
 from stseg.functional.losses import (
     adversarial_loss,
@@ -31,6 +32,7 @@ __all__ = [
     "consistency_loss",
     "consistency_target",
     "cross_entropy",
+    "directional_contrast",
     "entropy",
     "expected_iou",
     "gaussian_blur",

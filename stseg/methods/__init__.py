@@ -9,6 +9,7 @@ from stseg.methods.cct import CCT
 from stseg.methods.class_mix import ClassMix
 from stseg.methods.cps import CPS
 from stseg.methods.cutmix_seg import CutMixSeg
+from stseg.methods.dcc import DCC
 from stseg.methods.ecs import ECS
 from stseg.methods.fixmatch import FixMatch
 from stseg.methods.gct import GCT
@@ -25,6 +26,7 @@ from stseg.stages.recipe import OneStage, Recipe
 __all__ = [
     "CCT",
     "CPS",
+    "DCC",
     "ECS",
     "GCT",
     "S4GAN",

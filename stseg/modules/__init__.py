@@ -9,17 +9,20 @@ from stseg.modules.features import (
     channel_dropout,
     complementary_dropout,
     complementary_factor,
+    decoder_of,
     map_features,
     perturbed_features,
     rewritten,
 )
 from stseg.modules.flaw_detector import FlawDetector
+from stseg.modules.ring import Ring
 
 __all__ = [
     "EMA",
     "ConvCritic",
     "FlawDetector",
     "ImageCritic",
+    "Ring",
     "captured",
     "captured_inputs",
     "changed_features",
@@ -27,6 +30,7 @@ __all__ = [
     "complementary_dropout",
     "complementary_factor",
     "conv_critic",
+    "decoder_of",
     "frozen",
     "map_features",
     "perturbed_features",

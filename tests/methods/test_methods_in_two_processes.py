@@ -19,6 +19,7 @@ import test_cct
 import test_class_mix
 import test_cps
 import test_cutmix_seg
+import test_dcc
 import test_ecs
 import test_fixmatch
 import test_gct
@@ -47,6 +48,7 @@ TESTERS = [
     test_ecs.TestECS,
     test_gct.TestGCT,
     test_cct.TestCCT,
+    test_dcc.TestDCC,
 ]
 
 
