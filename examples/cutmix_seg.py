@@ -43,7 +43,7 @@ def main() -> None:
     )
     torch.manual_seed(0)
     supervised = stseg.fit(make_network(), labeled, config)
-    method = stseg.methods.CutMixSeg(make_network(), threshold=0.8, weight=10.0)
+    method = stseg.methods.CutMixSeg(make_network(), threshold=0.8, weight=10.0, decay=0.98)
     result = stseg.fit(method, labeled, config, unlabeled=unlabeled)
     for name, model in {"supervised": supervised.model, "CutMix-Seg": result.model}.items():
         metric = stseg.evaluate(model, held_out, num_classes=CLASSES, progress=False)

@@ -35,6 +35,7 @@ COMPARISONS = {
     "ecs": ("supervised", "ECS"),
     "gct": ("supervised", "GCT"),
     "cct": ("supervised", "CCT"),
+    "dcc": ("supervised", "DCC"),
 }
 TELLS_TWO_CLASSES_BY_ONE_LOGIT = stseg.Segmenter(torch.nn.Conv2d(3, 1, 1))(torch.rand(1, 3, 4, 4)).shape[1] == 2
 

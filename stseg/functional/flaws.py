@@ -24,6 +24,11 @@ def gaussian_blur(maps: Tensor, size: int) -> Tensor:
         >>> gaussian_blur(torch.ones(1, 5, 5), 3).unique()
         tensor([1.])
     """
+    with torch.autocast(maps.device.type, enabled=False):
+        return _blurred(maps.float(), size)
+
+
+def _blurred(maps: Tensor, size: int) -> Tensor:
     half = (size - 1) // 2
     sigma = 0.3 * (half - 1) + 0.8
     for axis in (-2, -1):
@@ -96,4 +101,4 @@ def odd(number: int) -> int:
 
 def _scaled(maps: Tensor) -> Tensor:
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low) / (high - low + 1e-9)
+    return (maps - low) / (high - low).clamp(min=1e-3)  # rounding is not stretched

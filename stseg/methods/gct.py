@@ -49,7 +49,7 @@ class GCT(Method):
         image_channels: channels of the images.
         correction: weight of flaw correction.
         consistency: final weight of dynamic consistency.
-        rampup: share of the training until that weight is reached; 0 for no ramp-up. The authors ramp over 5 of 40
+        rampup: share of the training until that weight is reached; 0 for no ramp-up. The authors ramp over 5 of 45
             epochs.
         threshold: value of a flaw map, scaled to [0, 1], above which a pixel is bad.
         detector_lr: learning rate of the detector's Adam, whose betas are 0.9 and 0.99.
@@ -78,7 +78,7 @@ class GCT(Method):
         image_channels: int = 3,
         correction: float = 1.0,
         consistency: float = 100.0,
-        rampup: float = 0.125,
+        rampup: float = 1 / 9,
         threshold: float = 0.6,
         detector_lr: float = 1e-4,
         loss: Criterion | None = None,

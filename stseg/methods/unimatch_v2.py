@@ -28,9 +28,10 @@ class UniMatchV2(Method):
 
     As in the authors' code the average covers buffers too, and the teacher predicts in evaluation mode; labeled images
     have a forward pass of their own; features of equal width share the channels. The CutMix box comes from another
-    image of the batch, the batch in reverse order. The paper's networks are DPTs on DINOv2 encoders:
-    ``smp.DPT("tu-vit_small_patch14_dinov2", dynamic_img_size=True)`` and ``TrainConfig.unimatch_v2()``. That the
-    paper's tables show the average is not said in its code; ``deploy="student"`` returns the other one.
+    image of the batch, the batch in reverse order. The paper's networks are DPTs on DINOv2 encoders, trained as by
+    ``TrainConfig.unimatch_v2()``: ``smp.DPT("tu-vit_small_patch14_dinov2", patch_size=16, dynamic_img_size=True)``, as
+    the levels of smp's DPT fit together for patches of 16 only. That the paper's tables show the average is not said in
+    its code; ``deploy="student"`` returns the other one.
 
     Args:
         network: the student, bare or in a :class:`stseg.Segmenter`, with a backbone; the teacher is a copy.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,18 +112,17 @@ def connected_regions(mask: Tensor) -> Tensor:
         regions = spread
 
 
-def adversarial_direction(
-    decode: Callable[[Tensor], Tensor], features: Tensor, *, step: float = 1e-6, length: float = 2.0
-) -> Tensor:
+def adversarial_direction(decode: Callable[[Tensor], Tensor], features: Tensor, *, length: float = 2.0) -> Tensor:
     """Compute the perturbation of a given length that changes a decoder's prediction most (virtual adversarial).
 
-    One power iteration: a random direction of length ``step`` is followed by the gradient of the Kullback-Leibler
-    divergence of the predictions with and without it.
+    One power iteration from a random direction d towards the largest Kullback-Leibler divergence of the probabilities.
+    For a small change along d its gradient is ``J' S J d``, where J is the derivative of the logits and S that of the
+    softmax. The product is computed as it is: the quotient of the authors, for a change of 1e-6, is below the precision
+    of float32.
 
     Args:
-        decode: from features to logits ``(B, K, h', w')``.
+        decode: from features to logits ``(B, K, h', w')``; its parameters get no gradients.
         features: ``(B, C, h, w)``; no gradient flows back to them.
-        step: length of the random direction.
         length: length of the result, for each image.
 
     Returns:
@@ -133,15 +133,15 @@ def adversarial_direction(
         >>> adversarial_direction(decode, torch.rand(2, 3, 4, 4)).flatten(1).norm(dim=1)
         tensor([2., 2.])
     """
-    features = features.detach().float()
-    with torch.enable_grad():
-        direction = (_unit(torch.rand_like(features) - 0.5) * step).requires_grad_()
-        with torch.no_grad():
-            expected = decode(features).float().softmax(1)
-        changed = decode(features + direction).float().log_softmax(1)
-        divergence = F.kl_div(changed, expected, reduction="batchmean")
-        (gradient,) = torch.autograd.grad(divergence, direction)
-    return _unit(gradient) * length
+    with torch.autocast(features.device.type, enabled=False):
+        origin = features.detach().float()
+        direction = _unit(torch.rand_like(origin) - 0.5)
+        derivative: Any = torch.func.jvp(decode, (origin,), (direction,))
+        logits, change = derivative
+        probability = logits.softmax(1)
+        change = probability * (change - (probability * change).sum(1, keepdim=True))
+        (gradient,) = torch.func.vjp(decode, origin)[1](change)
+        return (_unit(gradient) * length).detach().to(features.dtype)
 
 
 def _unit(direction: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def blur(maps: np.ndarray, size: int) -> np.ndarray:
 
 def scaled(maps: np.ndarray) -> np.ndarray:
     low, high = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
-    return (maps - low) / (high - low + 1e-9)
+    return (maps - low) / np.maximum(high - low, 1e-3)
 
 
 class TestGCT(MethodTester):
