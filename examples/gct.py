@@ -43,7 +43,7 @@ def main() -> None:
     )
     torch.manual_seed(0)
     supervised = stseg.fit(make_network(), labeled, config)
-    method = stseg.methods.GCT(make_network(), make_network(), num_classes=CLASSES, consistency=10.0)
+    method = stseg.methods.GCT(make_network(), make_network(), num_classes=CLASSES, consistency=10.0, detector_width=16)
     result = stseg.fit(method, labeled, config, unlabeled=unlabeled)
     for name, model in {"supervised": supervised.model, "GCT": result.model}.items():
         metric = stseg.evaluate(model, held_out, num_classes=CLASSES, progress=False)

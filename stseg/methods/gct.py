@@ -52,6 +52,7 @@ class GCT(Method):
         rampup: share of the training until that weight is reached; 0 for no ramp-up. The authors ramp over 5 of 45
             epochs.
         threshold: value of a flaw map, scaled to [0, 1], above which a pixel is bad.
+        detector_width: channels of the detector's first convolution, of which the others are multiples.
         detector_lr: learning rate of the detector's Adam, whose betas are 0.9 and 0.99.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 
@@ -80,6 +81,7 @@ class GCT(Method):
         consistency: float = 100.0,
         rampup: float = 1 / 9,
         threshold: float = 0.6,
+        detector_width: int = 64,
         detector_lr: float = 1e-4,
         loss: Criterion | None = None,
     ) -> None:
@@ -90,7 +92,7 @@ class GCT(Method):
             check_nonnegative(name, value)
         check_probability("threshold", threshold)
         self.model, self.other = as_segmenter(network), as_segmenter(other)
-        self.detector = FlawDetector(image_channels + num_classes)
+        self.detector = FlawDetector(image_channels + num_classes, detector_width)
         self.num_classes, self.correction, self.consistency = num_classes, correction, consistency
         self.rampup, self.threshold, self.detector_lr, self.loss = rampup, threshold, detector_lr, loss
 

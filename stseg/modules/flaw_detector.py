@@ -19,6 +19,7 @@ class FlawDetector(nn.Module):
 
     Args:
         in_channels: channels of image and prediction together.
+        width: channels of the first convolution, of which the others are multiples; even.
 
     Shape:
         ``(B, in_channels, H, W)`` -> ``(B, H, W)``.
@@ -31,12 +32,14 @@ class FlawDetector(nn.Module):
         torch.Size([2, 70, 40])
     """
 
-    def __init__(self, in_channels: int) -> None:
+    def __init__(self, in_channels: int, width: int = 64) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for width, stride in ((64, 2), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1)):
-            layers += [nn.Conv2d(in_channels, width, 4, stride=stride, padding=1), HalfNorm(width), nn.LeakyReLU(0.2)]
-            in_channels = width
+        for times, stride in ((1, 2), (2, 2), (2, 1), (4, 2), (4, 1), (8, 2), (8, 1)):
+            channels = times * width
+            layers += [nn.Conv2d(in_channels, channels, 4, stride=stride, padding=1)]
+            layers += [HalfNorm(channels), nn.LeakyReLU(0.2)]
+            in_channels = channels
         self.layers = nn.Sequential(*layers, nn.Conv2d(in_channels, 1, 4, stride=2, padding=1))
 
     def forward(self, maps: Tensor) -> Tensor:

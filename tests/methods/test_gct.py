@@ -33,11 +33,11 @@ def scaled(maps: np.ndarray) -> np.ndarray:
 class TestGCT(MethodTester):
     def make(self):
         torch.manual_seed(5)
-        return GCT(Network(0), Network(1), num_classes=CLASSES, consistency=1.0)
+        return GCT(Network(0), Network(1), num_classes=CLASSES, consistency=1.0, detector_width=8)
 
     def plain(self):
         torch.manual_seed(5)  # the detector normalizes over a batch
-        return GCT(Plain(0), Plain(1), num_classes=CLASSES, correction=0.0, consistency=0.0)
+        return GCT(Plain(0), Plain(1), num_classes=CLASSES, correction=0.0, consistency=0.0, detector_width=8)
 
     def test_loss_is_the_formula(self):
         torch.manual_seed(5)
