@@ -130,7 +130,7 @@ def adversarial_direction(decode: Callable[[Tensor], Tensor], features: Tensor, 
 
     Example:
         >>> decode = torch.nn.Conv2d(3, 2, 1)
-        >>> adversarial_direction(decode, torch.rand(2, 3, 4, 4)).flatten(1).norm(dim=1)
+        >>> adversarial_direction(decode, torch.rand(2, 3, 4, 4)).flatten(1).norm(dim=1).round(decimals=3)
         tensor([2., 2.])
     """
     with torch.autocast(features.device.type, enabled=False):
