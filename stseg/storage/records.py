@@ -70,7 +70,7 @@ def owner_of(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in _BESIDE}
 
 
-def read_record(path: Path, *, delete: Sequence[Path] = (), to: str = "write it anew") -> dict[str, Any] | None:
+def read_record(path: Path, *, delete: Sequence[Path] = (), to: str = "write it again") -> dict[str, Any] | None:
     """Return the record in a file; None if there is no file.
 
     Raises:

@@ -69,7 +69,7 @@ def test_of_other_settings_or_data_is_refused(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"settings": 3}', '{"settings": {}}'])
 def test_with_a_damaged_record_is_refused(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(DamagedFileError, match=r"run\.json is damaged.*; delete .*run\.json to write it anew"):
+    with pytest.raises(DamagedFileError, match=r"run\.json is damaged.*; delete .*run\.json to write it again"):
         Workdir(tmp_path, {})
 
 
