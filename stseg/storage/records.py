@@ -68,8 +68,8 @@ def merge_claim(
     for id, checksum in (images or {}).items():
         if known.get(id, checksum) != checksum:
             raise WorkdirMismatchError(
-                f"{where or delete} holds results of other images: the one called {id!r} differs. Use another folder, or "
-                f"delete {delete} to {to}"
+                f"{where or delete} holds results of other images: the one called {id!r} differs. "
+                f"Use another folder, or delete {delete} to {to}"
             )
     if known or images:
         record["images"] = {**known, **(images or {})}
