@@ -18,7 +18,7 @@ class UnreadableImageError(DataError, OSError):
 class DamagedFileError(DataError):
     """A file of a work directory or a mask store is damaged, or is not the one that was written there.
 
-    The message names the file and what to delete; the same call then makes it anew.
+    The message names the file and what to delete; the same call then makes it again.
     """
 
 

@@ -29,7 +29,7 @@ from stseg.models.segmenter import Segmenter, as_segmenter
 from stseg.models.state import bare_network, cpu_state, fingerprint
 from stseg.storage.files import write_atomically
 from stseg.storage.records import as_json, claim, read_record, write_record
-from stseg.storage.seals import damaged, seal, seal_tensors
+from stseg.storage.seals import damaged, seal, seal_tensors, what_to_delete
 
 Row = dict[str, float]
 """A row of a history: epoch, step, lr (of the backbone), loss and what the method logged (means since the row before),
@@ -41,6 +41,7 @@ _INITIAL = "initial weights"  # key of the record of a stage
 _NETWORK = "network"  # key of how the network is made, in progress.json
 _OWNER = "stage"  # key of the seal of that record in progress.json
 _METADATA = "stseg"  # key of the digest and the seal of weights: one key, as safetensors shuffles several
+_FILES = ("stage.json", "model.safetensors", "progress.json", "history.jsonl", "snapshots", "state")
 _TRAIN_AGAIN, _START_AGAIN = "train this stage again", "start this stage from its beginning"
 
 
@@ -164,7 +165,7 @@ class StageCheckpoint:
         weights = all_gather(seal_tensors(cpu_state(method)))[0]  # the others get those of the first process
         found = read_record(path) or {}
         record = as_json({**record, _INITIAL: found.get(_INITIAL, weights)})
-        claim(path, record, to=_TRAIN_AGAIN)
+        claim(path, record, delete=what_to_delete(self.folder, _FILES), to=_TRAIN_AGAIN, where=self.folder)
         if record[_INITIAL] != weights and self._has_begun:
             self._meet_other_weights(method.model)
         elif record[_INITIAL] != weights:
@@ -281,12 +282,14 @@ class StageCheckpoint:
 
     def _meet_other_weights(self, model: nn.Module) -> None:
         """Refuse or warn of initial weights that are not those of the stage in the folder."""
+        assert self.folder is not None
+        delete = what_to_delete(self.folder, _FILES)
         if not self._model.exists():
             if rank() == 0:
                 warnings.warn(
                     f"the network has other weights than those from which the training in {self.folder} started; it "
                     "goes on from its saved state. To start it from the new ones, use another folder, or delete "
-                    f"{self.folder}",
+                    f"{delete}",
                     NetworkWarning,
                     stacklevel=4,
                 )
@@ -297,7 +300,7 @@ class StageCheckpoint:
                 return
         raise WorkdirMismatchError(
             f"{self.folder} holds a finished training that started from other initial weights. Use another folder, or "
-            f"delete {self.folder} to train this network; stseg.load_weights(network, {str(self._model)!r}) loads the "
+            f"delete {delete} to train this network; stseg.load_weights(network, {str(self._model)!r}) loads the "
             "result (torch.manual_seed(0) before a network is made makes its random weights the same each time)"
         )
 

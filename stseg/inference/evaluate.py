@@ -77,7 +77,7 @@ def evaluate(
         logits = predict(batch)
         return list(logits.argmax(1).cpu()), finite_images(logits)
 
-    for index, prediction in sweep.predict([model], classes, on_pair=keep):
+    for index, prediction in sweep.predict([model], classes, on_item=keep):
         metric.add(prediction, truth.pop(index))
     metric.merge_processes()
     counts.merge_processes()

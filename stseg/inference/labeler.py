@@ -19,7 +19,7 @@ from stseg.errors import DataError
 from stseg.functional import PseudoLabels, pseudo_label
 from stseg.functional.classes import check_classes
 from stseg.functional.thresholds import STEPS, check_threshold, least_confidence, leaves_out, step_of
-from stseg.inference.fingerprints import check_repeatable, image_checksums
+from stseg.inference.fingerprints import check_repeatable, checksum, image_checksums
 from stseg.inference.mask_store import MaskStore
 from stseg.inference.reading import Skipped
 from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_images, predictor
@@ -64,11 +64,13 @@ class PseudoLabeled(Dataset[tuple[Tensor, Tensor]]):
         id = self.ids[position]
         image = image_of(self.dataset[self.indices[position]], name=id)
         try:
-            mask = self.store.get(id)
+            mask, labeled = self.store.get_with_image(id)
         except KeyError:
             if self.store.folder is not None:
                 check_folders(self.store.folder)
             raise DataError(f"the pseudo-mask of {id!r} is missing in {self.store}; start again to make it") from None
+        if labeled is not None and labeled != checksum(image):
+            raise self.store.other_image(id)
         if image.shape[-2:] != mask.shape:
             raise DataError(
                 f"the pseudo-mask of {id!r} is {tuple(mask.shape)}, but its image {tuple(image.shape[-2:])}: "
@@ -211,8 +213,11 @@ class PseudoLabeler:
         # Threads write the PNGs while the network runs; their queue is bounded.
         with ThreadPoolExecutor(4) as writers:
             writing: deque[Future[None]] = deque()
-            for index, (mask, kept) in sweep.predict([self.model], label_each, indices=todo):
-                writing.append(writers.submit(store.put, items.ids[index], mask, kept))
+            of: dict[int, int] = {}  # checksums of the images that were read
+            note = None if store.folder is None else lambda index, image: of.update({index: checksum(image)})
+            for index, (mask, kept) in sweep.predict([self.model], label_each, indices=todo, on_item=note):
+                known = {} if note is None else {"image": of.pop(index)}
+                writing.append(writers.submit(store.put, items.ids[index], mask, kept, **known))
                 while len(writing) > 64:
                     writing.popleft().result()
             for job in writing:

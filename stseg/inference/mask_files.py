@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -17,10 +17,16 @@ from stseg.storage.seals import damaged, seal
 Pixels: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 LABEL_AGAIN = "label its image again"
-_TEXT = "stseg"  # name of the text in the file: the digest of the pixels, and the seal
+_TEXT = "stseg"  # name of the text in the file: digest of the pixels, seal, and checksum of the image
 
 
-def write_png(pixels: Pixels, path: Path, *, origin: str, name: str) -> None:
+class _Text(NamedTuple):
+    digest: str
+    seal: str
+    image: str = ""
+
+
+def write_png(pixels: Pixels, path: Path, *, origin: str, name: str, image: int | None = None) -> None:
     """Write an image of 8-bit indices, in the colors of :func:`palette`, or of 16-bit gray.
 
     Args:
@@ -28,17 +34,21 @@ def write_png(pixels: Pixels, path: Path, *, origin: str, name: str) -> None:
         path: the file.
         origin: digest of whose file it is.
         name: name of the file for its owner.
+        image: checksum of the image that it belongs to.
     """
-    image = Image.fromarray(pixels)
+    png = Image.fromarray(pixels)
     if pixels.dtype == np.uint8:
-        image.putpalette(palette())
-    digest, info = _digest(pixels), PngInfo()
-    info.add_text(_TEXT, f"{digest} {seal(origin, name, digest)}")
-    write_atomically(path, lambda file: image.save(file, format="PNG", compress_level=3, pnginfo=info))
+        png.putpalette(palette())
+    digest, info, of = _digest(pixels), PngInfo(), "" if image is None else str(image)
+    info.add_text(_TEXT, " ".join((digest, seal(origin, name, digest, of), of)))
+    write_atomically(path, lambda file: png.save(file, format="PNG", compress_level=3, pnginfo=info))
 
 
-def read_png(path: Path, *, origin: str, name: str) -> Pixels:
+def read_png(path: Path, *, origin: str, name: str) -> tuple[Pixels, int | None]:
     """Read a file that :func:`write_png` wrote, or any other PNG if the ``origin`` is unknown (``""``).
+
+    Returns:
+        The pixels, and the checksum of the image that they belong to; None if it is not known.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -52,10 +62,10 @@ def read_png(path: Path, *, origin: str, name: str) -> Pixels:
         raise
     except Exception as error:  # PIL raises many types for a broken file
         raise damaged(path, f"cannot be read as a PNG ({error})", to=LABEL_AGAIN) from None
-    if text and text[0] != _digest(pixels):
+    if text is not None and text.digest != _digest(pixels):
         raise damaged(path, "was changed after it was written", to=LABEL_AGAIN)
     _refuse_other(path, text, origin, name)
-    return pixels
+    return pixels, int(text.image) if text is not None and text.image.isdecimal() else None
 
 
 def holds_png(path: Path, *, origin: str, name: str) -> bool:
@@ -96,16 +106,17 @@ def palette() -> tuple[int, ...]:
     return tuple(int(v) for v in colors.reshape(-1))
 
 
-def _text_of(image: PngImageFile) -> list[str]:
-    """Return digest and seal of an image that was opened; [] if it has none."""
+def _text_of(image: PngImageFile) -> _Text | None:
+    """Return the text of an image that was opened; None if it has none."""
     parts = str(image.info.get(_TEXT, "")).split(" ")
-    return parts if len(parts) == 2 else []
+    return _Text(*parts) if len(parts) == len(_Text._fields) else None
 
 
-def _refuse_other(path: Path, text: list[str], origin: str, name: str) -> None:
-    if not origin or (text and text[1] == seal(origin, name, text[0])):
+def _refuse_other(path: Path, text: _Text | None, origin: str, name: str) -> None:
+    if not origin or (text is not None and text.seal == seal(origin, name, text.digest, text.image)):
         return
-    what = "was written by another labeling, or under another name" if text else "was not written by this labeling"
+    none = text is None
+    what = "was not written by this labeling" if none else "was written by another labeling, or under another name"
     raise damaged(path, what, to=LABEL_AGAIN)
 
 

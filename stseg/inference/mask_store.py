@@ -65,13 +65,14 @@ class MaskStore:
         self._owner: dict[str, Any] | None = None
         self._fills = False  # whether what is put is what the owner made
 
-    def put(self, id: str, mask: Tensor, confidence: Tensor | None = None) -> None:
+    def put(self, id: str, mask: Tensor, confidence: Tensor | None = None, *, image: int | None = None) -> None:
         """Store a mask under an id, replacing any earlier one.
 
         Args:
             id: name of the image; slashes make folders.
             mask: ``(H, W)`` integer class indices, 0..65535 on disk.
             confidence: ``(H, W)`` floats in [0, 1], or None.
+            image: checksum of the image, by which :class:`stseg.PseudoLabeled` notices another one; kept on disk only.
 
         Raises:
             DataError: if the id would leave the store, or the mask cannot be stored.
@@ -98,7 +99,7 @@ class MaskStore:
         else:
             gray = (confidence.clamp(0, 1).double().numpy() * 65535).round().astype(np.uint16)
             write_png(gray, beside, origin=origin, name=id + CONFIDENCE)
-        write_png(pixels, self._path(id), origin=origin, name=id)
+        write_png(pixels, self._path(id), origin=origin, name=id, image=image)
 
     def get(self, id: str) -> Tensor:
         """Return a copy of the mask of an id, ``(H, W)`` uint8 or int32.
@@ -107,9 +108,14 @@ class MaskStore:
             KeyError: if there is none.
             DamagedFileError: if its file is damaged, or is not the one that the labeler wrote.
         """
+        return self.get_with_image(id)[0]
+
+    def get_with_image(self, id: str) -> tuple[Tensor, int | None]:
+        """Return what :meth:`get` does, and the checksum of the image; None if it is not known."""
         if self.folder is None:
-            return self._masks[id].clone()
-        return as_mask(self._read(id), name=id)
+            return self._masks[id].clone(), None
+        pixels, image = self._read(id)
+        return as_mask(pixels, name=id), image
 
     def confidence(self, id: str) -> Tensor:
         """Return a copy of the confidence of a mask, ``(H, W)`` float32 (in steps of 1/65535 from disk).
@@ -120,7 +126,7 @@ class MaskStore:
         """
         if self.folder is None:
             return self._confidence[id].clone()
-        return torch.from_numpy((self._read(id, CONFIDENCE) / 65535.0).astype(np.float32))
+        return torch.from_numpy((self._read(id, CONFIDENCE)[0] / 65535.0).astype(np.float32))
 
     def holds(self, id: str, *, confidence: bool = False) -> bool:
         """Return whether the mask, and with ``confidence`` its confidence, exists and is not broken.
@@ -232,7 +238,11 @@ class MaskStore:
         first, other = paths[::-1] if self._sharded else paths
         return other if not first.exists() and other.exists() else first
 
-    def _read(self, id: str, ending: str = "") -> Pixels:
+    def other_image(self, id: str) -> DamagedFileError:
+        """Return the error of a mask that belongs to another image than the one that is there now."""
+        return damaged(self._path(id), f"is the mask of another image: {id!r} has changed since then", to=LABEL_AGAIN)
+
+    def _read(self, id: str, ending: str = "") -> tuple[Pixels, int | None]:
         try:
             return read_png(self._path(id, ending), origin=self.origin, name=id + ending)
         except FileNotFoundError:

@@ -68,7 +68,7 @@ class Sweep:
         function: Callable[[Tensor], tuple[Sequence[T], Tensor]],
         *,
         indices: Sequence[int] | None = None,
-        on_pair: Callable[[int, Tensor, Tensor], object] | None = None,
+        on_item: Callable[..., object] | None = None,
     ) -> Iterator[tuple[int, T]]:
         """Yield index and result of the items of this process, or of some of them, in order.
 
@@ -77,7 +77,7 @@ class Sweep:
                 device of the last one.
             function: ``(B, C, H, W)`` images -> B results, and ``(B,)`` bool, whether the logits are finite.
             indices: which items; None for all.
-            on_pair: called with index, image and mask of each item, if masks are read.
+            on_item: called with index and image of each item as it is read, and its mask if masks are read.
 
         Raises:
             NetworkError: if the logits of an image are not finite; names it.
@@ -86,8 +86,8 @@ class Sweep:
 
         def images() -> Iterator[tuple[int, Tensor]]:
             for index, value in self._load(indices):
-                if on_pair is not None:
-                    on_pair(index, *value)
+                if on_item is not None:
+                    on_item(index, *(value if self.with_mask else (value,)))
                 yield index, value[0] if self.with_mask else value
 
         def run(batch: Tensor) -> list[tuple[T, bool]]:

@@ -277,7 +277,7 @@ class Stages:
         for path in (self.workdir.path(*names) for names in files):
             if path is not None and not path.exists():
                 raise WorkdirMissingError(
-                    f"{path} was removed or moved while the run was going on; start the run again to make it anew"
+                    f"{path} was removed or moved while the run was going on; start the run again to make it again"
                 )
 
     def _thresholds(self, step: str, labeler: PseudoLabeler, images: Items, keep: float) -> float | tuple[float, ...]:

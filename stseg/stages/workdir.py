@@ -14,8 +14,10 @@ from stseg.errors import WorkdirMismatchError
 from stseg.storage.files import absolute_folder, remove_leftovers
 from stseg.storage.folder_lock import hold_folder
 from stseg.storage.records import as_json, read_record, refuse_other, write_record
+from stseg.storage.seals import what_to_delete
 
 _START_OVER = "start over"
+_MARKERS = ("stage.json", "masks", "thresholds.json", "ranking.csv", "scores")  # one is in the folder of each step
 
 
 class Workdir:
@@ -86,13 +88,19 @@ class Workdir:
     def _read(self) -> None:
         found = None if self.folder is None else read_record(self.folder / "run.json")
         if found is not None:
-            refuse_other(found["settings"], self._run["settings"], self.folder, to=_START_OVER)
+            refuse_other(found["settings"], self._run["settings"], self._all(), to=_START_OVER, where=self.folder)
             self._run = found
         self._written, self._changed = copy.deepcopy(found), False
 
+    def _all(self) -> str:
+        """Name all that belongs to the run."""
+        assert self.folder is not None
+        steps = {path.parent.name for marker in _MARKERS for path in self.folder.glob(f"*/{marker}")}
+        return what_to_delete(self.folder, {"run.json", "report.html", "figures", *steps})
+
     def _refuse_other_data(self, data: dict[str, Any]) -> None:
         if self.folder is not None and self._run["data"]:
-            refuse_other(self._run["data"], data, self.folder, to=_START_OVER)
+            refuse_other(self._run["data"], data, self._all(), to=_START_OVER, where=self.folder)
 
     def _write(self) -> None:
         if self._run != self._written:

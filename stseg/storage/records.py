@@ -18,7 +18,13 @@ _BESIDE = ("images", "result")  # keys of a record that are not part of the owne
 
 
 def claim(
-    path: Path, owner: dict[str, Any], *, images: dict[str, int] | None = None, delete: object = None, to: str
+    path: Path,
+    owner: dict[str, Any],
+    *,
+    images: dict[str, int] | None = None,
+    delete: object = None,
+    to: str,
+    where: object = None,
 ) -> dict[str, Any]:
     """Record the owner of results, or compare it with an existing record.
 
@@ -28,6 +34,7 @@ def claim(
         images: checksums of some of the images, by id; merged over several claims.
         delete: what messages say to delete if the owner differs; by default the folder of the record.
         to: what the same call does after that, such as "start over".
+        where: whose owner it is, in messages; by default what to delete.
 
     Returns:
         The record: the owner, ``"images"``, and ``"result"`` if :func:`write_record` added one.
@@ -37,7 +44,7 @@ def claim(
         DamagedFileError: if the record is damaged.
     """
     found = read_record(path)
-    record = merge_claim(found, owner, images, delete=delete or path.parent, to=to)
+    record = merge_claim(found, owner, images, delete=delete or path.parent, to=to, where=where)
     barrier()
     if record != found and rank() == 0:
         write_record(path, record)
@@ -45,18 +52,24 @@ def claim(
 
 
 def merge_claim(
-    found: dict[str, Any] | None, owner: dict[str, Any], images: dict[str, int] | None, *, delete: object, to: str
+    found: dict[str, Any] | None,
+    owner: dict[str, Any],
+    images: dict[str, int] | None,
+    *,
+    delete: object,
+    to: str,
+    where: object = None,
 ) -> dict[str, Any]:
     """Merge the record of an owner with an existing one after comparing them; see :func:`claim`."""
     record = as_json(owner)
     known = {} if found is None else found.get("images", {})
     if found is not None:
-        refuse_other(owner_of(found), record, delete, to=to)
+        refuse_other(owner_of(found), record, delete, to=to, where=where)
     for id, checksum in (images or {}).items():
         if known.get(id, checksum) != checksum:
             raise WorkdirMismatchError(
-                f"{delete} holds results of other images: the one called {id!r} differs. Use another folder, or "
-                f"delete {delete} to {to}"
+                f"{where or delete} holds results of other images: the one called {id!r} differs. "
+                f"Use another folder, or delete {delete} to {to}"
             )
     if known or images:
         record["images"] = {**known, **(images or {})}
@@ -70,7 +83,7 @@ def owner_of(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in _BESIDE}
 
 
-def read_record(path: Path, *, delete: Sequence[Path] = (), to: str = "write it anew") -> dict[str, Any] | None:
+def read_record(path: Path, *, delete: Sequence[Path] = (), to: str = "write it again") -> dict[str, Any] | None:
     """Return the record in a file; None if there is no file.
 
     Raises:
@@ -105,11 +118,11 @@ def as_json(record: dict[str, Any]) -> dict[str, Any]:
     return read
 
 
-def refuse_other(found: dict[str, Any], now: dict[str, Any], delete: object, *, to: str) -> None:
-    """Raise a ``WorkdirMismatchError`` that names the differences if there are any."""
+def refuse_other(found: dict[str, Any], now: dict[str, Any], delete: object, *, to: str, where: object = None) -> None:
+    """Raise a ``WorkdirMismatchError`` that names the differences if there are any; see :func:`claim`."""
     if differences := diff(found, as_json(now)):
         raise WorkdirMismatchError(
-            f"{delete} was made with other settings or data: {'; '.join(differences)}. "
+            f"{where or delete} was made with other settings or data: {'; '.join(differences)}. "
             f"Use another folder, or delete {delete} to {to}"
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,30 @@ def seal_tensors(tensors: Mapping[str, Tensor]) -> str:
         total.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()[:32]
+
+
+def what_to_delete(folder: Path, own: Collection[str]) -> str:
+    """Name what to delete of a folder: the folder if it holds nothing but files of ours, else these.
+
+    Args:
+        folder: the folder.
+        own: names of files and folders in it that are ours.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "stage.json").touch()
+        >>> what_to_delete(folder, ["stage.json"]) == str(folder)
+        True
+        >>> (folder / "train.py").touch()
+        >>> what_to_delete(folder, ["stage.json"]) == str(folder / "stage.json")
+        True
+    """
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    ours = [name for name in there if name in own or name == ".lock"]
+    if ours == there:
+        return str(folder)
+    return " and ".join(str(folder / name) for name in ours if name != ".lock")
 
 
 def damaged(path: Path, what: str, *, to: str, delete: Sequence[Path] = ()) -> DamagedFileError:

@@ -217,7 +217,7 @@ class TestBlur:
 
 
 class TestKornia:
-    """The two operations written anew, for speed and so as not to read values back, compute what kornia's do."""
+    """The two operations written again, for speed and so as not to read values back, compute what kornia's do."""
 
     def test_has_the_same_hue(self):
         images, masks = batch(16)

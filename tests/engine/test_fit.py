@@ -319,6 +319,16 @@ class TestWorkdir:
         stseg.load_weights(trained, tmp_path / "model.safetensors")
         assert same(run(workdir=tmp_path, model=trained).model, first.model)
 
+    def test_that_holds_files_of_others_is_not_advised_to_be_deleted(self, tmp_path):
+        (tmp_path / "train.py").write_text("mine")
+        run(workdir=tmp_path)
+        for options in ({"model": network(seed=9)}, {"config": config(steps=7)}):
+            with pytest.raises(WorkdirMismatchError) as caught:
+                run(workdir=tmp_path, **options)
+            assert f"delete {tmp_path}/history.jsonl and {tmp_path}/model.safetensors and " in str(caught.value)
+            assert "train.py" not in str(caught.value)
+            assert f"delete {tmp_path} to" not in str(caught.value)
+
     def test_of_a_stage_under_way_goes_on_whatever_the_weights_and_says_so(self, tmp_path):
         expected = run(model=Stopped(network()))
         with pytest.raises(KeyboardInterrupt):

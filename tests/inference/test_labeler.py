@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
 from stseg import (
+    DamagedFileError,
     DataError,
     MaskStore,
     MultiScaleFlip,
@@ -651,3 +652,40 @@ def test_memory_stays_bounded_when_every_image_has_a_size_of_its_own():
     labeler(nn.Conv2d(3, 4, 1), batch_size=4).label(data, Store())
     assert alive == set()
     assert most <= 8 * 4 + 1 + 4 + 64  # waiting, just loaded, and with the writers
+
+
+class TestImages:
+    """Behind pseudo-masks on disk."""
+
+    def test_that_changed_are_noticed_when_they_are_read_each_one(self, tmp_path):
+        images = [torch.rand(3, 7, 7, generator=torch.Generator().manual_seed(k)) for k in range(40)]
+        network = labeler(nn.Conv2d(3, 4, 1))
+        network.label(images, tmp_path)
+        changed = [*images[:17], images[17].flip(-1), *images[18:]]  # not one of the eight that are compared at first
+        found = network.label(changed, tmp_path)
+        assert len([found[k] for k in range(40) if k != 17]) == 39
+        path = tmp_path / "17.png"
+        with pytest.raises(
+            DamagedFileError, match=f"{path} is the mask of another image: '17' has .*; delete {path} to"
+        ):
+            found[17]
+        path.unlink()
+        image, mask = network.label(changed, tmp_path)[17]
+        assert torch.equal(image, changed[17])
+        assert torch.equal(mask, network(changed[17][None]).mask[0])
+
+    def test_are_noticed_without_the_record_too(self, tmp_path):
+        network = labeler(nn.Conv2d(3, 4, 1))
+        network.label([torch.zeros(3, 7, 7)], tmp_path)
+        (tmp_path / "labels.json").unlink()
+        with pytest.raises(DamagedFileError, match="is the mask of another image"):
+            network.label([torch.ones(3, 7, 7)], tmp_path)[0]
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+    def test_that_are_the_same_are_taken_in_workers_too(self, tmp_path, dtype):
+        images = [(torch.rand(3, 7, 7) * 255).to(dtype) / (1 if dtype == torch.uint8 else 255) for _ in range(5)]
+        images = [image.to(dtype) for image in images]
+        network = labeler(nn.Conv2d(3, 4, 1), num_workers=1)
+        for _ in range(2):
+            found = network.label(images, tmp_path)
+            assert all(torch.equal(found[k][0], images[k]) for k in range(5))

@@ -552,7 +552,7 @@ class TestClaim:
         on_disk.folder.mkdir()
         (on_disk.folder / "labels.json").write_bytes(content.encode("latin-1"))
         with pytest.raises(
-            DamagedFileError, match=r"labels\.json is damaged.*; delete .*labels\.json to write it anew"
+            DamagedFileError, match=r"labels\.json is damaged.*; delete .*labels\.json to write it again"
         ):
             on_disk.claim({"model": "m"})
 

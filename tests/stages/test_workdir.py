@@ -66,10 +66,23 @@ def test_of_other_settings_or_data_is_refused(tmp_path):
         Workdir(tmp_path, {"a": 1}).claim({"labeled": "4 items, 11"})
 
 
+def test_that_holds_files_of_others_is_not_advised_to_be_deleted(tmp_path):
+    with Workdir(tmp_path, {"a": 1}) as workdir:
+        workdir.claim({})
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "stage.json").touch()
+    with pytest.raises(WorkdirMismatchError, match=f"or delete {tmp_path} to start over"):
+        Workdir(tmp_path, {"a": 2})
+    (tmp_path / "images").mkdir()
+    message = f"or delete {tmp_path}/run.json and {tmp_path}/teacher to start over"
+    with pytest.raises(WorkdirMismatchError, match=message):
+        Workdir(tmp_path, {"a": 2})
+
+
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"settings": 3}', '{"settings": {}}'])
 def test_with_a_damaged_record_is_refused(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(DamagedFileError, match=r"run\.json is damaged.*; delete .*run\.json to write it anew"):
+    with pytest.raises(DamagedFileError, match=r"run\.json is damaged.*; delete .*run\.json to write it again"):
         Workdir(tmp_path, {})
 
 

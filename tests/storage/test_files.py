@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from children import in_child, kill
+from children import start as start_answering
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -32,26 +34,6 @@ def start(function, *arguments):
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     process.start()
     return process
-
-
-def start_with_answer(function, *arguments):
-    """Start a function in a child; its last argument is where it sends its answers."""
-    answer, there = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = start(function, *arguments, there)
-    there.close()
-    return process, answer
-
-
-def in_child(function, *arguments):
-    process, answer = start_with_answer(function, *arguments)
-    got = answer.recv()
-    process.join()
-    return got
-
-
-def kill(process):
-    process.kill()
-    process.join()
 
 
 def test_makes_the_folders_above(tmp_path):
@@ -371,7 +353,7 @@ def leftovers(folder):
 
 @needs_fork
 def test_what_a_killed_writer_left_is_removed_and_that_of_a_live_one_is_not(tmp_path):
-    writer, answer = start_with_answer(write_slowly, tmp_path / "deep" / "a.bin")
+    writer, answer = start_answering(write_slowly, tmp_path / "deep" / "a.bin")
     assert answer.recv() == "writing"
     left = leftovers(tmp_path)
     assert len(left) == 1
@@ -385,7 +367,7 @@ def test_what_a_killed_writer_left_is_removed_and_that_of_a_live_one_is_not(tmp_
 
 @needs_fork
 def test_a_child_of_a_killed_writer_does_not_keep_its_file(tmp_path):
-    writer, answer = start_with_answer(write_with_a_child, tmp_path / "a.bin")
+    writer, answer = start_answering(write_with_a_child, tmp_path / "a.bin")
     child = answer.recv()
     remove_leftovers(tmp_path)
     assert len(leftovers(tmp_path)) == 1

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from children import in_child, kill, start
 from torch.utils.data import DataLoader
 
 from stseg.errors import DamagedFileError, DataWarning, WorkdirMissingError
@@ -34,28 +35,6 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and flock
 def _no_patience(monkeypatch):
     """Refuse at once, so that what is not refused was not waited for either."""
     monkeypatch.setattr(folder_lock, "_PATIENCE", 0.0)
-
-
-def start(function, *arguments):
-    """Start a function in a child; its last argument is where it sends its answers."""
-    fork = multiprocessing.get_context("fork")
-    answer, there = fork.Pipe(duplex=False)
-    process = fork.Process(target=function, args=(*arguments, there))
-    process.start()
-    there.close()
-    return process, answer
-
-
-def in_child(function, *arguments):
-    process, answer = start(function, *arguments)
-    got = answer.recv()
-    process.join()
-    return got
-
-
-def kill(process):
-    process.kill()
-    process.join()
 
 
 def hold(folder, answer):

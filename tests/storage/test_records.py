@@ -70,7 +70,7 @@ class TestFiles:
     def test_that_are_damaged_say_what_to_do(self, tmp_path, content):
         path = tmp_path / "run.json"
         path.write_bytes(content)
-        with pytest.raises(DamagedFileError, match=r"run\.json is damaged.*; delete .*run\.json to write it anew"):
+        with pytest.raises(DamagedFileError, match=r"run\.json is damaged.*; delete .*run\.json to write it again"):
             read_record(path)
 
     def test_are_replaced_whole(self, tmp_path):
