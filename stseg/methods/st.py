@@ -216,7 +216,8 @@ class STPlusPlus(ST):
         if len(teacher.snapshots) < 2 and self.ranker is None:
             raise ValueError(
                 f"ST++ ranks by the teacher's snapshots; the teacher has {len(teacher.snapshots)}, expected two or "
-                "more (train it by SelfTrainer, or by fit(..., snapshots=...))"
+                "more (train it by SelfTrainer, or by fit(..., snapshots=...)), or a ranker that needs none, such as "
+                "STPlusPlus(ranker=stseg.ConfidenceRanker(network, num_classes=...))"
             )
 
 
