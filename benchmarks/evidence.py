@@ -79,8 +79,8 @@ def run(
     jobs = [job for job in jobs if not result_file(out, *job).exists()]
     for job in tqdm(jobs, desc="runs", dynamic_ncols=True):
         run_one(source, job, make_model=make_model, config=config, out=out)
-        write_all(out, source.classes)
-    return write_all(out, source.classes)
+        write_all(out, source.classes, plots=False)
+    return write_all(out, source.classes, plots=True)
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -90,12 +90,12 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     claim(path, settings)
 
 
-def write_all(out: Path, classes: Sequence[str]) -> list[Result]:
-    """Write ``results.csv``, ``results.md`` and the plots of all finished runs."""
+def write_all(out: Path, classes: Sequence[str], *, plots: bool) -> list[Result]:
+    """Write ``results.csv`` and ``results.md`` of all finished runs, and draw the plots if they are wanted."""
     found = [Result(**(read_json(path) or {})) for path in out.glob("*/seed_*/*/result.json")]
     order = list(METHODS)
     found.sort(key=lambda r: (-share_of(r.fraction), order.index(r.method), r.seed))
-    write_results(found, classes, {name: title for name, (title, _) in METHODS.items()}, out)
+    write_results(found, classes, {name: title for name, (title, _) in METHODS.items()}, out, plots=plots)
     return found
 
 

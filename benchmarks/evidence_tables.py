@@ -37,10 +37,14 @@ class Result:
     conditions: str
 
 
-def write_results(results: Sequence[Result], classes: Sequence[str], titles: dict[str, str], out: Path) -> None:
-    """Write ``results.csv``, ``results.md``, ``methods.png`` and ``classes.png``."""
+def write_results(
+    results: Sequence[Result], classes: Sequence[str], titles: dict[str, str], out: Path, *, plots: bool
+) -> None:
+    """Write ``results.csv``, ``results.md`` and, with plots, ``methods.png`` and ``classes.png``."""
     write(out / "results.csv", as_csv(results, classes).encode())
     write(out / "results.md", tables(results, classes, titles).encode())
+    if not plots:
+        return
     methods, gains = Figure(layout="constrained"), Figure(layout="constrained")
     _draw_methods(methods, results, titles)
     _draw_gains(gains, results, classes, titles)

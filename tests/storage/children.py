@@ -1,18 +1,29 @@
-"""Functions that run in a forked child, for tests of locks and killed writers."""
+"""Functions that run in a forked child, for tests of locks and killed writers.
+
+The threads that torch computes with are not there in a forked child, which would wait for them for ever: it computes
+alone.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+
+import torch
 
 
 def start(function, *arguments):
     """Start a function in a child; its last argument is where it sends its answers."""
     fork = multiprocessing.get_context("fork")
     answer, there = fork.Pipe(duplex=False)
-    process = fork.Process(target=function, args=(*arguments, there))
+    process = fork.Process(target=alone, args=(function, *arguments, there))
     process.start()
     there.close()
     return process, answer
+
+
+def alone(function, *arguments):
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def in_child(function, *arguments):
