@@ -73,6 +73,17 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def all_gather_batch(rows: Tensor) -> Tensor:
+    """Concatenate the rows of a batch that the processes share, in the order that they have in a single process.
+
+    Row i of the batch is in process i modulo their number, as :func:`stseg.fit` deals samples out.
+
+    Args:
+        rows: of the same shape in all processes; no gradient flows through it.
+    """
+    return all_gather_rows(rows).reshape(world_size(), *rows.shape).transpose(0, 1).flatten(0, 1)
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over all processes, on the tensor's own device."""
     if not _on():

@@ -1,4 +1,4 @@
-"""Modules shared by training methods: averaged weights, access to features, critics."""
+"""Modules shared by training methods: averaged weights, access to features, critics, heads."""
 
 from stseg.modules.critics import ConvCritic, ImageCritic, conv_critic, frozen
 from stseg.modules.ema import EMA
@@ -10,11 +10,13 @@ from stseg.modules.features import (
     complementary_dropout,
     complementary_factor,
     decoder_of,
+    logits_and_features,
     map_features,
     perturbed_features,
     rewritten,
 )
 from stseg.modules.flaw_detector import FlawDetector
+from stseg.modules.heads import representation_head
 from stseg.modules.ring import Ring
 
 __all__ = [
@@ -32,7 +34,9 @@ __all__ = [
     "conv_critic",
     "decoder_of",
     "frozen",
+    "logits_and_features",
     "map_features",
     "perturbed_features",
+    "representation_head",
     "rewritten",
 ]

@@ -127,6 +127,54 @@ def decoder_of(model: nn.Module, name: str | None = None) -> nn.Module:
     )
 
 
+def logits_and_features(
+    model: nn.Module, images: Tensor, *, channels: int, features: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run a network, and return the features from which its last layer makes the logits too.
+
+    Args:
+        model: a wrapped network.
+        images: ``(B, C, H, W)``.
+        channels: channels of the features.
+        features: dotted name of the submodule that returns them; None finds it by :func:`decoder_of`.
+
+    Returns:
+        Logits ``(B, K, H, W)`` and features ``(B, channels, h, w)``. Where the model pads the images, the cells that
+        show the padding alone are cut off the features.
+
+    Raises:
+        TypeError: if the model is not wrapped.
+        NetworkError: if the network has no such submodule, or it does not return maps of ``channels`` channels.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Conv2d(8, 2, 1))
+        >>> logits, features = logits_and_features(Segmenter(network), torch.rand(1, 3, 9, 8), channels=8, features="0")
+        >>> logits.shape, features.shape
+        (torch.Size([1, 2, 9, 8]), torch.Size([1, 8, 5, 4]))
+    """
+    if not isinstance(model, Segmenter):
+        raise TypeError(f"the model is {type(model).__name__}; expected stseg.Segmenter(network)")
+    module = decoder_of(model, features)
+    # Hooks do not reach compiled or replicated networks.
+    outer, model._outer = model._outer, ()
+    try:
+        with captured(module) as outputs, captured_inputs(model.network) as inputs:
+            logits: Tensor = model(images)
+    finally:
+        model._outer = outer
+    found = outputs[-1] if outputs else None
+    if not isinstance(found, Tensor) or found.ndim != 4 or found.shape[:2] != (len(images), channels):
+        came = f"a map of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise NetworkError(
+            f"the {type(module).__name__} of the network ({type(model.network).__name__}) returned {came} for "
+            f"{len(images)} images; expected a map of {channels} channels (channels=), of the submodule that features= "
+            "names"
+        )
+    padded = inputs[-1].shape[-2:]
+    rows, columns = (-(-s * f // p) for s, f, p in zip(images.shape[-2:], found.shape[-2:], padded, strict=True))
+    return logits, found[..., :rows, :columns]
+
+
 def map_features(change: Callable[[Tensor], Any], features: Any) -> Any:
     """Apply a function to every tensor in the output of a backbone.
 
