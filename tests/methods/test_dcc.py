@@ -154,10 +154,15 @@ class TestDCC(MethodTester):
         logged = method(known).logged
         assert all(torch.equal(logged[name], expected[name]) for name in ("contrast", "directed"))
 
-    def test_two_crops_of_one_image_have_the_same_features_where_they_overlap(self):
-        """Flips and offsets are undone: without surroundings (a 1x1 convolution) partners are alike."""
+    @pytest.mark.parametrize("stride", [1, 5])
+    def test_two_crops_of_one_image_have_the_same_features_where_they_overlap(self, stride):
+        """Flips and offsets are undone: without surroundings (a 1x1 convolution) partners are alike.
+
+        Also if the crops of 16 are padded to 20 for the network.
+        """
         torch.manual_seed(0)
-        network = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 1), torch.nn.Conv2d(6, 3, 1))
+        layers = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 1), torch.nn.Conv2d(6, 3, 1))
+        network = stseg.Segmenter(layers, stride=stride)
         method = DCC(network, channels=6, features="0", pairs=PAIRS, strong=None, memory=0)
         one = pair_batch(3, seed=3)
         offset = one.unlabeled["offset"]

@@ -322,6 +322,20 @@ class TestLogitsAndFeatures:
         assert features.shape == (2, 16, *size)
         torch.testing.assert_close(network.segmentation_head(features)[..., 1:-1, 1:-1], logits[..., 1:-1, 1:-1])
 
+    def test_of_the_networks_of_others(self):
+        class LikeHuggingFace(Plain):
+            def forward(self, pixel_values):
+                return SimpleNamespace(logits=super().forward(pixel_values), hidden_states=None)
+
+        x = torch.rand(2, 3, 33, 40)
+        logits, features = logits_and_features(stseg.Segmenter(LikeHuggingFace()), x, channels=16, features="norm")
+        assert features.shape == (2, 16, 33, 40)
+        options = {"weights": None, "weights_backbone": None, "num_classes": 3}
+        fcn = torchvision.models.segmentation.fcn_resnet50(**options)
+        logits, features = logits_and_features(stseg.Segmenter(fcn), x, channels=512, features="classifier.3")
+        assert logits.shape == (2, 3, 33, 40)
+        assert features.shape == (2, 512, 5, 5)
+
     def test_reaches_networks_inside_data_parallel(self):
         model = stseg.Segmenter(nn.DataParallel(Plain()))
         logits, features = logits_and_features(model, torch.rand(1, 3, 8, 8), channels=16, features="norm")
