@@ -64,12 +64,14 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
 
     The tensors have the same shape in all processes; no gradient flows through it.
     """
+    tensor = tensor.detach()
     if not _on():
-        return tensor.detach()
+        return tensor
     if tensor.device.type == "cpu":  # not supported by NCCL
-        return torch.cat(all_gather(tensor.detach()))
+        return torch.cat(all_gather(tensor))
+    tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.detach().contiguous())
+    dist.all_gather(parts, tensor)
     return torch.cat(parts)
 
 
