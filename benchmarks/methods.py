@@ -48,6 +48,7 @@ def ways(encoder: str) -> dict[str, stseg.Method]:
         "CPS with CutMix": methods.CPS(net(), net(), mix=BoxMix(area=(0.25, 0.5), boxes=3)),
         "GCT": methods.GCT(net(), net(), num_classes=CLASSES),
         "CCT": methods.CCT(net(), num_classes=CLASSES),
+        "U2PL": methods.U2PL(net(), num_classes=CLASSES, channels=16, memory=1000),
         "AdvSSL": methods.AdvSSL(net(), num_classes=CLASSES),
         "S4GAN": methods.S4GAN(net(), num_classes=CLASSES),
         "ECS": methods.ECS(net(), corrector),

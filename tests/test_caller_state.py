@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 import stseg
 from stseg import functional as F
 from stseg.augment import (
+    CropPair,
     as_batch_augmentation,
     as_pair_transform,
     from_albumentations,
@@ -29,17 +30,36 @@ from stseg.augment import (
     strong_view,
 )
 from stseg.data import ClassMap, FilePair, ListedFiles, MixedDataset, SegmentationFolder, SyntheticScenes, split_ids
-from stseg.methods import CPS, ST, AdvSSL, FixMatch, Labeling, MeanTeacher, STPlusPlus, Supervised, UniMatch
+from stseg.methods import (
+    CPS,
+    DCC,
+    ECS,
+    S4GAN,
+    ST,
+    U2PL,
+    AdvSSL,
+    FixMatch,
+    Labeling,
+    MeanTeacher,
+    STPlusPlus,
+    Supervised,
+    UniMatch,
+)
 from stseg.models import DeepLabV2, DeepLabV3Plus, PSPNet, as_segmenter, backbone_of
 from stseg.modules import (
     EMA,
     ConvCritic,
+    ImageCritic,
+    Ring,
     captured,
     channel_dropout,
     conv_critic,
+    decoder_of,
     frozen,
+    logits_and_features,
     map_features,
     perturbed_features,
+    representation_head,
     rewritten,
 )
 
@@ -211,8 +231,12 @@ FUNCTIONAL = {
     "consistency_target, all valid": lambda logits: F.consistency_target(logits, threshold=0.0),
     "cross_entropy": lambda logits, masks: F.cross_entropy(logits, masks),
     "cross_entropy, weighted": lambda logits, masks, weight: F.cross_entropy(logits, masks, weight=weight),
+    "directional_contrast": lambda vectors, tokens, rows: F.directional_contrast(
+        vectors, tokens[:, 0], tokens[:, 1], labels=rows.long(), negative_labels=rows.long(), where=rows
+    ),
     "entropy": lambda logits, where: F.entropy(logits, where=where),
     "expected_iou": lambda logits: F.expected_iou(logits),
+    "feature_matching": lambda vectors, tokens: F.feature_matching(vectors, tokens[:, 0]),
     "iou": lambda matrix: F.iou(matrix),
     "mean_certainty": lambda logits: F.mean_certainty(logits),
     "mean_confidence": lambda logits: F.mean_confidence(logits),
@@ -226,6 +250,7 @@ FUNCTIONAL = {
     "pixel_agreement": lambda earlier, classes: F.pixel_agreement(earlier, classes, CLASSES),
     "pseudo_label": lambda logits, threshold: F.pseudo_label(logits, threshold=threshold.detach()),
     "pseudo_label, all": lambda logits: F.pseudo_label(logits),
+    "quantile_over_processes": lambda scores, where: F.quantile_over_processes(scores[:, 0], 0.4, where=where),
     "squared_difference": lambda logits, others, where: F.squared_difference(logits, others, where=where),
     "stability": lambda earlier, classes: F.stability(earlier, classes, CLASSES),
     "supervised_loss": lambda logits, masks: F.supervised_loss(logits, masks),
@@ -248,6 +273,8 @@ RANDOM = {  # these draw from torch's global generator
     "Cutout, never": lambda images, bytes_: stseg.Cutout(p=0)(images, bytes_),
     "CutMix": lambda images, masks, where: stseg.CutMix()(images, masks, where),
     "CutMix, never": lambda images, masks: stseg.CutMix(p=0)(images, masks),
+    "CropPair": lambda image: CropPair(8, base_size=12)(image),
+    "CropPair, bytes": lambda bytes_image: CropPair(16)(bytes_image),
     "strong_view": lambda images, masks: strong_view(images, masks, STRONG, stseg.CutMix()),
     "strong_view, of nothing": lambda images, masks: strong_view(images, masks),
     "from_torchvision": lambda image, mask: from_torchvision(v2.RandomHorizontalFlip(p=1))(image, mask),
@@ -284,12 +311,22 @@ NETWORKS = {
     "ConvCritic": lambda logits: CRITIC(logits),
     "conv_critic": lambda logits: conv_critic(CLASSES)(logits),
     "frozen": lambda logits: frozen(CRITIC)(logits),
+    "ImageCritic": lambda logits: ImageCritic(CLASSES).eval()(logits),
+    "representation_head": lambda images: representation_head(3, 4).eval()(images),
+    "logits_and_features": lambda images: logits_and_features(
+        stseg.Segmenter(nn.Sequential(CONVOLUTION)), images, channels=CLASSES, features="0"
+    ),
+    "decoder_of": lambda images: decoder_of(nn.Sequential(CONVOLUTION), "0")(images),
+    "Ring": lambda vectors, rows: Ring(9, 5).add(vectors, rows.long(), where=rows),
     "MeanIoU": lambda classes, masks: stseg.MeanIoU(CLASSES).update(classes, masks),
     "DeepLabV3Plus": lambda images: DeepLabV3Plus("resnet18", num_classes=2)(images),
     "PSPNet": lambda images: PSPNet("resnet18", num_classes=2)(images),
     "DeepLabV2": lambda images: DeepLabV2("resnet18", num_classes=2)(images),
 }
-DRAW_WEIGHTS = {"Segmenter, one logit", "conv_critic", "DeepLabV3Plus", "PSPNet", "DeepLabV2"}
+DRAW_WEIGHTS = {
+    *("Segmenter, one logit", "conv_critic", "ImageCritic", "representation_head"),
+    *("DeepLabV3Plus", "PSPNet", "DeepLabV2"),
+}
 
 
 def check_call(function, kind):
@@ -498,6 +535,10 @@ METHODS = {
     "MeanTeacher": MeanTeacher,
     "CPS": lambda net: CPS(net, network(1)),
     "AdvSSL": lambda net: AdvSSL(net, num_classes=2),
+    "S4GAN": lambda net: S4GAN(net, num_classes=2, threshold=0),
+    "ECS": lambda net: ECS(net, nn.Conv2d(5, 3, 1)),
+    "U2PL": lambda net: U2PL(net, num_classes=2, channels=4, features="2", width=4, memory=9),
+    "DCC": lambda net: DCC(net, channels=4, features="2", width=4, pairs=CropPair(16), memory=9),
 }
 
 
@@ -521,6 +562,9 @@ def test_a_method_leaves_its_batch_and_the_settings_of_its_network_as_they_are(n
     with same_tensors(batch), same_random_states(but=("torch",)):
         with same_networks(net):
             method = METHODS[name](net)
+        if name == "DCC":
+            crops = [method.view(image, None)[0] for image in batch.unlabeled]
+            batch = batch._replace(unlabeled={key: torch.stack([crop[key] for crop in crops]) for key in crops[0]})
         modes = [module.training for module in net.modules()]
         flags = [p.requires_grad for p in net.parameters()]
         losses = method(batch)

@@ -31,11 +31,12 @@ COMPARISONS = {
     "class_mix": ("supervised", "ClassMix"),
     "unimatch_v2": ("supervised", "UniMatch V2"),
     "s4l": ("supervised", "S4L"),
-    "s4gan": ("supervised", "S4GAN", "and classes"),
+    "s4gan": ("supervised", "S4GAN", "with MLMT"),
     "ecs": ("supervised", "ECS"),
     "gct": ("supervised", "GCT"),
     "cct": ("supervised", "CCT"),
     "dcc": ("supervised", "DCC"),
+    "u2pl": ("supervised", "U2PL"),
 }
 TELLS_TWO_CLASSES_BY_ONE_LOGIT = stseg.Segmenter(torch.nn.Conv2d(3, 1, 1))(torch.rand(1, 3, 4, 4)).shape[1] == 2
 
@@ -80,6 +81,14 @@ def test_an_example_compares_supervised_training_with_its_method(
     lines = [line.split(" mIoU ") for line in capsys.readouterr().out.splitlines() if " mIoU " in line]
     assert tuple(title.strip() for title, _ in lines) == COMPARISONS[name]
     assert all(0 <= float(value) <= 100 for _, value in lines)
+
+
+def test_s4gan_removes_the_classes_that_its_classifier_does_not_see() -> None:
+    module = load(EXAMPLES / "s4gan.py")
+    segmenter, classifier = torch.nn.Conv2d(3, 3, 1), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+    torch.nn.init.zeros_(classifier[1].weight)
+    classifier[1].bias.data = torch.tensor([-9.0, 9.0, -9.0])
+    assert (module.Fused(segmenter, classifier)(torch.rand(2, 3, 4, 4)).argmax(1) == 1).all()
 
 
 def test_supervised_prints_the_classes_for_few_and_for_all_masks(

@@ -3,6 +3,7 @@
 from stseg.distributed.batchnorm import synchronized_batchnorm
 from stseg.distributed.processes import (
     all_gather,
+    all_gather_batch,
     all_gather_rows,
     all_reduce_sum,
     barrier,
@@ -14,6 +15,7 @@ from stseg.distributed.processes import (
 
 __all__ = [
     "all_gather",
+    "all_gather_batch",
     "all_gather_rows",
     "all_reduce_sum",
     "barrier",

@@ -64,13 +64,26 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
 
     The tensors have the same shape in all processes; no gradient flows through it.
     """
+    tensor = tensor.detach()
     if not _on():
-        return tensor.detach()
+        return tensor
     if tensor.device.type == "cpu":  # not supported by NCCL
-        return torch.cat(all_gather(tensor.detach()))
+        return torch.cat(all_gather(tensor))
+    tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.detach().contiguous())
+    dist.all_gather(parts, tensor)
     return torch.cat(parts)
+
+
+def all_gather_batch(rows: Tensor) -> Tensor:
+    """Concatenate the rows of a batch that the processes share, in the order that they have in a single process.
+
+    Row i of the batch is in process i modulo their number, as :func:`stseg.fit` deals samples out.
+
+    Args:
+        rows: of the same shape in all processes; no gradient flows through it.
+    """
+    return all_gather_rows(rows).reshape(world_size(), *rows.shape).transpose(0, 1).flatten(0, 1)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from stseg.functional.losses import (
     supervised_loss,
     without_ignored,
 )
+from stseg.functional.matching import feature_matching
 from stseg.functional.mixing import box_mask, paste
 from stseg.functional.pseudo_label import PseudoLabels, pseudo_label
+from stseg.functional.quantiles import quantile_over_processes
 from stseg.functional.ramps import linear_rampup, polynomial_decay, sigmoid_rampup
 from stseg.functional.reliability import pixel_agreement, stability, weighted_stability
 from stseg.functional.rotation import turn
@@ -35,6 +37,7 @@ __all__ = [
     "directional_contrast",
     "entropy",
     "expected_iou",
+    "feature_matching",
     "gaussian_blur",
     "iou",
     "linear_rampup",
@@ -49,6 +52,7 @@ __all__ = [
     "pixel_agreement",
     "polynomial_decay",
     "pseudo_label",
+    "quantile_over_processes",
     "sigmoid_rampup",
     "squared_difference",
     "stability",

@@ -18,6 +18,7 @@ from stseg.methods.s4gan import S4GAN
 from stseg.methods.s4l import S4L
 from stseg.methods.st import ST, Baseline, STPlusPlus
 from stseg.methods.supervised import Supervised
+from stseg.methods.u2pl import U2PL
 from stseg.methods.unimatch import UniMatch
 from stseg.methods.unimatch_v2 import UniMatchV2
 from stseg.stages.labeling import Labeling
@@ -32,6 +33,7 @@ __all__ = [
     "S4GAN",
     "S4L",
     "ST",
+    "U2PL",
     "AdvSSL",
     "Baseline",
     "ClassMix",

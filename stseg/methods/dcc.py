@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from stseg.augment import CropPair, StrongAugment, as_batch_augmentation, strong_view
 from stseg.checks import check_nonnegative, check_probability
-from stseg.distributed import all_gather_rows
+from stseg.distributed import all_gather_batch
 from stseg.engine.method import Batch, Losses, Method
 from stseg.errors import NetworkError
 from stseg.functional import directional_contrast, mean_over_processes, supervised_loss
 from stseg.models.segmenter import as_segmenter
-from stseg.modules import Ring, captured, decoder_of
+from stseg.modules import Ring, logits_and_features
 from stseg.types import BatchAugmentation, Criterion, PairTransform
 
 
@@ -54,15 +54,15 @@ class DCC(Method):
             that of the crops; None uses ``decoder`` or ``fuse``.
         width: length of the projected features.
         pairs: what cuts the two crops of an unlabeled image, in place of the config's ``weak``; ``CropPair(720,
-            base_size=2048)`` for Cityscapes. The sides must be multiples of those that the network takes.
+            base_size=2048)`` for Cityscapes.
         strong: augmentation of each crop, which must not move pixels; None for none.
         weight: weight of the contrast, 0 or more.
         threshold: confidence of the partner above which a place learns, in [0, 1].
         temperature: t, above 0.
         start: share of the training after which the contrast counts: 5 of 80 epochs in the paper.
-        memory: number of features of earlier steps to keep; a multiple of those of a step, which are two times the
-            unlabeled images times the cells of a crop. 25,600 for 8 crops of 320 is one step; the paper keeps one on
-            ResNet-50, two on ResNet-101, none on Cityscapes.
+        memory: number of features of earlier steps to keep. A step has two times the unlabeled images of all
+            processes times the cells of a crop: 25,600 are one step of 8 images and crops of 320. The paper keeps one
+            step on ResNet-50, two on ResNet-101, none on Cityscapes.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 
     Logged: ``supervised``, ``contrast`` (unweighted, both directions), and ``directed``, the share of the places in
@@ -125,16 +125,17 @@ class DCC(Method):
             self.model(batch.images), batch.masks, loss=self.loss, ignore_index=batch.ignore_index
         )
         first, second = (self._cells(batch.unlabeled, index, batch.ignore_index) for index in range(2))
-        seen = [Cells(*(rows.flatten(0, 2) for rows in cells)) for cells in (first, second)]
-        present = all_gather_rows(torch.cat([cells.features for cells in seen]).detach())
-        classes = torch.cat([torch.where(cells.valid, cells.classes, -1) for cells in seen])
-        classes = all_gather_rows(classes)
+        # By image, so that a part of them in the memory is the same for any number of processes.
+        present = all_gather_batch(torch.stack([first.features, second.features], 1)).flatten(0, 3)
+        known = [torch.where(cells.valid, cells.classes, -1) for cells in (first, second)]
+        classes = all_gather_batch(torch.stack(known, 1)).flatten()
         negatives = torch.cat([present, self.memory.vectors])
         negative_labels = torch.cat([classes, self.memory.labels])
         self.memory.add(present, classes)
 
         partner, inside = overlapping(batch.unlabeled["offset"] // self.pairs.stride, first.valid.shape[1:])
-        a, b = seen[0], Cells(*(rows[partner] for rows in seen[1]))
+        a = Cells(*(rows.flatten(0, 2) for rows in first))
+        b = Cells(*(rows.flatten(0, 2)[partner] for rows in second))
         both = inside & a.valid & b.valid
 
         def contrast(one: Cells, other: Cells) -> tuple[Tensor, Tensor]:
@@ -159,32 +160,26 @@ class DCC(Method):
     def _cells(self, crops: dict[str, Tensor], index: int, ignore: int) -> Cells:
         """Run the network on one of the two crops, and undo its flip."""
         images, valid, flipped = (crops[name][:, index] for name in ("images", "valid", "flipped"))
-        visible = torch.where(valid, 0, ignore)
+        visible = torch.where(valid, int(ignore == 0), ignore)  # any other value
         images, visible = strong_view(images, visible, self.strong)
-        with captured(decoder_of(self.model, self.features)) as outputs:
-            logits = self.model(images).detach()
+        logits, features = logits_and_features(self.model, images, channels=self.channels, features=self.features)
         stride = self.pairs.stride
-        features = F.normalize(self.projector(self._pooled(outputs, images)).float(), dim=1)
-        confidence, classes = F.avg_pool2d(logits, stride).softmax(1).max(1)
+        projected = F.normalize(self.projector(self._pooled(features, images)).float(), dim=1)
+        confidence, classes = F.avg_pool2d(logits.detach(), stride).softmax(1).max(1)
         whole = F.max_pool2d((visible == ignore).float(), stride) == 0
-        cells = Cells(features.movedim(1, -1), classes, confidence, whole)
+        cells = Cells(projected.movedim(1, -1), classes, confidence, whole)
         return Cells(*(_flipped_back(rows, flipped) for rows in cells))
 
-    def _pooled(self, outputs: list[Any], images: Tensor) -> Tensor:
+    def _pooled(self, features: Tensor, images: Tensor) -> Tensor:
         """Average the features within each cell of the crops."""
-        features = outputs[-1] if outputs else None
-        height, width = images.shape[-2:]
-        stride = self.pairs.stride
-        if isinstance(features, Tensor) and features.ndim == 4 and features.shape[1] == self.channels:
-            own = {divmod(side, mine) for side, mine in zip((height, width), features.shape[-2:], strict=True)}
-            if len(own) == 1 and (one := own.pop())[1] == 0 and one[0] > 0 and stride % one[0] == 0:
-                return F.avg_pool2d(features, stride // one[0])
-        came = f"a map of shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-        raise NetworkError(
-            f"the features of the network ({type(self.model.network).__name__}) are {came} for crops of {height} x "
-            f"{width}; expected {self.channels} channels (channels=) at a stride that divides {stride}, from crops "
-            "whose sides are multiples of those that the network takes, of the submodule that features= names"
-        )
+        (height, width), (rows, columns), stride = images.shape[-2:], features.shape[-2:], self.pairs.stride
+        own = height // rows
+        if (rows * own, columns * own) != (height, width) or stride % own:
+            raise NetworkError(
+                f"the features of the network ({type(self.model.network).__name__}) are {rows} x {columns} for crops "
+                f"of {height} x {width}; expected a stride that divides that of the crops, {stride}"
+            )
+        return F.avg_pool2d(features, stride // own)
 
 
 class Cells(NamedTuple):

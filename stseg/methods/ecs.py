@@ -1,4 +1,4 @@
-"""Error-correcting supervision."""
+"""ECS: error-correcting supervision."""
 
 from __future__ import annotations
 
@@ -9,53 +9,58 @@ from stseg.checks import check_nonnegative
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, Losses, Method
 from stseg.engine.optimizers import build_optimizer
-from stseg.functional import cross_entropy, sigmoid_rampup, supervised_loss
-from stseg.models.segmenter import Segmenter, as_segmenter
+from stseg.functional import cross_entropy, mean_over_processes, sigmoid_rampup, supervised_loss
+from stseg.models.segmenter import Segmenter, as_segmenter, takes_images
 from stseg.modules import frozen
 from stseg.types import Criterion
 
-_NOTHING = -100  # where the corrector has nothing to learn; no class
-
 
 class ECS(Method):
-    """ECS (Mendel et al., ECCV 2020): a second network that judges predictions and corrects them. **A reconstruction.**
+    """ECS (Mendel et al., ECCV 2020): a second network that finds and corrects the errors of the first.
 
-    There is no public code, and the details below were not checked with the paper. That a *corrector* learns on labeled
-    images to tell right predictions and to amend wrong ones, that it also guides the network on labeled images, that on
-    unlabeled images its output combined with the prediction makes the target, and that pixels are weighted by its
-    certainty: that is the paper's. Its form, the losses and their weights are this file's.
+    **A reconstruction**: there is no public code of the authors, and this was not compared with the text of the paper.
+    Known from its abstract and introduction is what the two networks do: the corrector judges whether an image and its
+    segmentation agree, learns on labeled images to find correct predictions and to amend wrong ones, and regularizes
+    the segmentation network on labeled images; on unlabeled images its output, combined with the prediction, is the
+    new target, and pixels are weighted by its certainty. Not verified are the formulas: what the corrector sees and
+    returns, all losses below and their denominators, every default, and that both networks are updated at the same
+    time. Results are not those of the paper.
 
-    The corrector maps an image and class probabilities to K + 1 classes: k means "should be class k", K means "is
-    right". With p the probabilities of labeled (l) and unlabeled (u) images and C the corrector,
+    The corrector C maps an image and its K predicted probabilities p to K + 1 classes: class K means "the prediction is
+    right", the others "it should be this class". With y the mask,
 
-    ``L = Ls + approval * CE(C(x_l, p_l), K) + correction * r(t) * sum(w * CE(p_u, t)) / number of valid pixels``,
+    - the corrector learns ``CE(C(x_l, p_l), K where argmax p_l is y, else y)``, with detached p;
+    - the segmentation network learns ``Ls + agreement * CE(C(x_l, p_l), K) + semi * r(t) * Lu``, the second term
+      through the corrector with fixed parameters: it is rewarded for what the corrector holds for right;
+    - ``Lu`` is the mean over the valid pixels of ``w * CE(p_u, t)``, where the corrector's most probable class is the
+      target t, or argmax p_u where that class is K, and w is the probability of that class.
 
-    where the target t is the class that C names, or the predicted one where C names K; w is the probability of what C
-    names; and r(t) rises from near 0 to 1 in the first ``rampup`` of the training. The corrector learns
-    ``CE(C(x_l, p_l), c)`` with c = K where the prediction is right and the annotated class elsewhere. Both are updated
-    at the same time; gradients of the second term pass through the corrector with fixed parameters.
+    r(t) is the ramp of Mean Teacher. Pixels without a label and padding are ignored.
 
     Args:
-        network: a network, bare or in a :class:`stseg.Segmenter`.
-        corrector: a network of ``(B, C + K, H, W)`` images and probabilities to ``(B, K + 1, H, W)`` logits, such as
-            ``smp.Unet(in_channels=3 + K, classes=K + 1, encoder_weights=None)``.
-        approval: weight of the corrector's approval on labeled images.
-        correction: final weight of the corrected targets on unlabeled images.
+        network: the segmentation network, bare or in a :class:`stseg.Segmenter`.
+        corrector: a network from as many channels as images and classes have together to ``num_classes + 1`` logits,
+            such as ``smp.Unet(in_channels=3 + 21, classes=22)``. A bare one is given images in [0, 1], which are not
+            normalized.
+        agreement: weight of the reward on labeled images, 0 or more.
+        semi: final weight of the corrected targets on unlabeled images, 0 or more.
         rampup: share of the training until that weight is reached; 0 for no ramp-up.
         corrector_lr: learning rate of the corrector's Adam, whose betas are 0.9 and 0.99.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 
-    Logged: ``supervised``, ``approval`` and ``correction`` (both unweighted), ``corrector``.
+    Logged: ``supervised``, ``agreement``, ``semi`` and ``corrector``, all unweighted, and ``corrected``, the share of
+    valid unlabeled pixels whose class the corrector changes.
 
     Raises:
-        ValueError: if a weight is negative; when called, if the corrector does not return K + 1 channels.
+        ValueError: if both networks share parameters, or a setting is out of its range; when called, if the corrector
+            does not return a class more than the network.
 
     Example:
-        >>> method = ECS(nn.Conv2d(3, 2, 1), nn.Conv2d(5, 3, 1))
+        >>> method = ECS(nn.Conv2d(3, 2, 1), nn.Conv2d(3 + 2, 2 + 1, 1))
         >>> images, masks = torch.rand(2, 3, 8, 8), torch.randint(2, (2, 8, 8))
         >>> batch = Batch(images, masks, torch.zeros(2, dtype=torch.bool), unlabeled=torch.rand(2, 3, 8, 8))
         >>> sorted(method(batch).logged)
-        ['approval', 'correction', 'corrector', 'supervised']
+        ['agreement', 'corrected', 'corrector', 'semi', 'supervised']
     """
 
     def __init__(
@@ -63,19 +68,20 @@ class ECS(Method):
         network: nn.Module,
         corrector: nn.Module,
         *,
-        approval: float = 0.1,
-        correction: float = 1.0,
+        agreement: float = 0.1,
+        semi: float = 1.0,
         rampup: float = 0.1,
         corrector_lr: float = 1e-4,
         loss: Criterion | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"approval": approval, "correction": correction, "rampup": rampup}.items():
+        if {id(p) for p in network.parameters()} & {id(p) for p in corrector.parameters()}:
+            raise ValueError("network and corrector share parameters; expected two networks with weights of their own")
+        for name, value in (("agreement", agreement), ("semi", semi), ("rampup", rampup)):
             check_nonnegative(name, value)
         self.model = as_segmenter(network)
-        # It sees probabilities beside the image: nothing to normalize.
-        self.corrector = corrector if isinstance(corrector, Segmenter) else Segmenter(corrector, mean=None, std=None)
-        self.approval, self.correction, self.rampup = approval, correction, rampup
+        self.corrector = corrector if takes_images(corrector) else Segmenter(corrector, mean=None, std=None)
+        self.agreement, self.semi, self.rampup = agreement, semi, rampup
         self.corrector_lr, self.loss = corrector_lr, loss
 
     def optimizers(self, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -87,33 +93,38 @@ class ECS(Method):
         """Compute the losses; see the class."""
         ignore = batch.ignore_index
         labeled, unlabeled = self.model(batch.images), self.model(batch.unlabeled)
-        classes, known = labeled.shape[1], batch.masks != ignore
-        supervised = supervised_loss(labeled, batch.masks, loss=self.loss, ignore_index=ignore)
-        seen = [
-            torch.cat([images, logits.float().softmax(1)], 1)
-            for images, logits in ((batch.images, labeled), (batch.unlabeled, unlabeled))
-        ]
+        num_classes = labeled.shape[1]
+        seen = torch.cat([batch.images, labeled.softmax(1)], 1)
+        known = batch.masks != ignore
+        valid = torch.ones_like(unlabeled[:, 0], dtype=torch.bool) if batch.valid is None else batch.valid
 
-        judged = self.corrector(seen[0].detach())
-        if judged.shape[1] != classes + 1:
+        judgment = self.corrector(seen.detach())
+        if judgment.shape[1] != num_classes + 1:
             raise ValueError(
-                f"the corrector gives {judged.shape[1]} channels; expected {classes + 1}: the classes, and 'is right'"
+                f"the corrector gives {judgment.shape[1]} classes and the network {num_classes}; expected "
+                f"{num_classes + 1}: a class more than the network"
             )
-        right = labeled.argmax(1) == batch.masks
-        wanted = torch.where(right, classes, batch.masks).masked_fill(~known, _NOTHING)
-        corrector = cross_entropy(judged, wanted, ignore_index=_NOTHING)
+        right = torch.where(known, num_classes, VOID)
+        true = torch.where(known, batch.masks, VOID)
+        corrector = cross_entropy(judgment, torch.where(labeled.argmax(1) == true, right, true), ignore_index=VOID)
 
-        approved = torch.full_like(batch.masks, classes).masked_fill(~known, _NOTHING)
-        approval = cross_entropy(frozen(self.corrector)(seen[0]), approved, ignore_index=_NOTHING)
+        supervised = supervised_loss(labeled, batch.masks, loss=self.loss, ignore_index=ignore)
+        agreement = cross_entropy(frozen(self.corrector)(seen), right, ignore_index=VOID)
 
+        prediction = unlabeled.argmax(1)
         with torch.no_grad():
-            weight, named = self.corrector(seen[1].detach()).float().softmax(1).max(1)
-            target = torch.where(named == classes, unlabeled.argmax(1), named)
-            if batch.valid is not None:
-                target = torch.where(batch.valid, target, ignore)
-        correction = cross_entropy(unlabeled, target, weight=weight, ignore_index=ignore)
+            correction = self.corrector(torch.cat([batch.unlabeled, unlabeled.softmax(1)], 1)).softmax(1)
+        certainty, target = correction.max(1)
+        target = torch.where(target == num_classes, prediction, target)
+        semi = cross_entropy(unlabeled, torch.where(valid, target, ignore), weight=certainty, ignore_index=ignore)
+        changed = (valid & (target != prediction)).sum()
 
-        ramp = sigmoid_rampup(batch.step, self.rampup * batch.steps)
-        total = supervised + self.approval * approval + self.correction * ramp * correction + corrector
-        parts = {"supervised": supervised, "approval": approval, "correction": correction, "corrector": corrector}
-        return Losses(total, {name: part.detach() for name, part in parts.items()})
+        factor = self.semi * sigmoid_rampup(batch.step, self.rampup * batch.steps)
+        total = supervised + self.agreement * agreement + factor * semi + corrector
+        parts = {"supervised": supervised, "agreement": agreement, "semi": semi, "corrector": corrector}
+        logged = {name: part.detach() for name, part in parts.items()}
+        return Losses(total, {**logged, "corrected": mean_over_processes(changed.float(), valid.sum())})
+
+
+VOID = -100
+"""Where the corrector's target has no label: never a class, unlike the ignore index, which may be its last."""

@@ -3,51 +3,61 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stseg.checks import check_nonnegative, check_probability
-from stseg.distributed import all_reduce_sum, world_size
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, Losses, Method
 from stseg.engine.optimizers import build_optimizer
-from stseg.functional import adversarial_loss, cross_entropy, one_hot, supervised_loss
+from stseg.functional import adversarial_loss, cross_entropy, feature_matching, one_hot, supervised_loss
 from stseg.models.segmenter import as_segmenter
 from stseg.modules import ImageCritic, frozen
 from stseg.types import Criterion
 
 
 class S4GAN(Method):
-    """S4GAN (Mittal et al., TPAMI 2019, section 3.1): a critic of images and their label maps.
+    """S4GAN (Mittal et al., TPAMI 2019): a critic that tells whole annotated images from predicted ones.
 
-    The critic scores an image together with a label map; high means "annotated". With h its last features,
+    The critic sees an image together with a mask or with predicted probabilities, and gives a score for the image; high
+    means "annotated mask". Before the score it has a feature vector h. With p the probabilities of an image,
 
-    ``L = Ls + matching * |mean h(masks, x_l) - mean h(p_u, x_u)| + semi * CE(p_u, argmax p_u)``.
+    ``L = Ls + matching * mean_c |mean h(one-hot y, x_l) - mean h(p_u, x_u)| + semi * CE(p_u, argmax p_u)``,
 
-    The second term is feature matching: the difference of the means over the batch, averaged over the features. The
-    last one is self-training on the whole of those unlabeled images whose score, after a sigmoid, is above
-    ``threshold``. The critic learns ``(BCE(D(p_u, x_u), 0) + BCE(D(masks, x_l), 1)) / 2``. Both are updated at the same
-    time, as in :class:`AdvSSL`.
+    where the means of h are over the labeled (l) and the unlabeled (u) images of the batch, and the last term is
+    self-training, from the second step on: the mean over the pixels of those unlabeled images whose score is above
+    ``threshold``. The critic learns ``(BCE(D(p_u, x_u), 0) + BCE(D(one-hot y, x_l), 1)) / 2``. Both are updated at the
+    same time: the network's loss passes through the critic with fixed parameters, and the critic's loss uses detached
+    predictions.
 
-    Unlike in the authors' code the critic sees the masks of the same batch, not of another one; images are those in
-    [0, 1], not rescaled by the extremes of a batch; and label maps are 0 where a pixel has no label or is padding. The
-    paper's second branch, a classifier that removes classes at prediction, is shown in ``examples/s4gan.py``.
+    This is the segmentation branch of the paper. Its other branch, a Mean Teacher that classifies images (MLMT) and
+    removes at prediction the classes that it does not see, is a training of its own: ``examples/s4gan.py`` has it.
+
+    Unlike in the authors' code:
+
+    - the critic sees the masks of the same batch, not of another one, and images in [0, 1] as they are: the authors
+      rescale them by the least and greatest value of a batch, for real ones of the wrong batch;
+    - pixels without a label would tell masks from predictions. What the critic sees of unlabeled image i is therefore 0
+      also where labeled image i has no label, and of labeled image i also where unlabeled image i is padding (if the
+      numbers differ, the images of the smaller part are repeated; crops of different sizes are left as they are).
 
     Args:
         network: a network, bare or in a :class:`stseg.Segmenter`.
         num_classes: number of classes, 2 for a network with one logit.
         image_channels: channels of the images.
-        matching: weight of feature matching.
-        semi: weight of the self-training.
-        threshold: least score of an image to learn from: 0.6 for Pascal VOC, 0.7 for Cityscapes.
-        dropout: probability that a channel is dropped in the critic.
-        critic_lr: learning rate of the critic's Adam, whose betas are 0.9 and 0.99: 1e-5 for Cityscapes.
+        matching: weight of the feature matching, 0 or more.
+        semi: weight of the self-training, 0 or more.
+        threshold: score of the critic, after a sigmoid, above which an image is learned from, in [0, 1]; 0.6 for Pascal
+            VOC, 0.7 for Cityscapes.
+        dropout: probability that a channel of the critic is dropped.
+        critic_lr: learning rate of the critic's Adam, whose betas are 0.9 and 0.99; 1e-5 for Cityscapes.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 
-    Logged: ``supervised``, ``matching`` and ``semi`` (both unweighted), ``critic``, and ``trusted``, the share of
-    unlabeled images that are learned from.
+    Logged: ``supervised``, ``matching`` and ``semi`` (unweighted), ``critic``, and ``trusted``, the share of unlabeled
+    images that are learned from.
 
     Raises:
-        ValueError: if a setting is out of its range.
+        ValueError: if a setting is out of its range; when called, if the network has another number of classes or the
+            images another number of channels.
 
     Example:
         >>> method = S4GAN(nn.Conv2d(3, 2, 1), num_classes=2)
@@ -74,11 +84,11 @@ class S4GAN(Method):
         check_nonnegative("matching", matching)
         check_nonnegative("semi", semi)
         check_probability("threshold", threshold)
-        check_probability("dropout", dropout)
         self.model = as_segmenter(network)
         self.critic = ImageCritic(num_classes + image_channels, dropout=dropout)
-        self.num_classes, self.matching, self.semi = num_classes, matching, semi
-        self.threshold, self.critic_lr, self.loss = threshold, critic_lr, loss
+        self.num_classes, self.image_channels = num_classes, image_channels
+        self.matching, self.semi, self.threshold = matching, semi, threshold
+        self.critic_lr, self.loss = critic_lr, loss
 
     def optimizers(self, config: TrainConfig) -> list[torch.optim.Optimizer]:
         """Build the network's optimizer and the critic's."""
@@ -89,41 +99,44 @@ class S4GAN(Method):
         """Compute the losses; see the class."""
         ignore = batch.ignore_index
         labeled, unlabeled = self.model(batch.images), self.model(batch.unlabeled)
-        if labeled.shape[1] != self.num_classes:
-            raise ValueError(f"num_classes is {self.num_classes}, but the network gives {labeled.shape[1]} classes")
+        self._check(labeled, batch.images)
+        known = batch.masks != ignore
         valid = torch.ones_like(unlabeled[:, 0], dtype=torch.bool) if batch.valid is None else batch.valid
-        supervised = supervised_loss(labeled, batch.masks, loss=self.loss, ignore_index=ignore)
+        real = _seen(one_hot(batch.masks, self.num_classes), batch.images, _window(known, valid))
+        fake = _seen(unlabeled.softmax(1), batch.unlabeled, _window(valid, known))
 
-        predicted = torch.cat([unlabeled.float().softmax(1), batch.unlabeled], 1) * valid[:, None]
-        annotated = torch.cat([one_hot(batch.masks, self.num_classes), batch.images], 1)
         judge = frozen(self.critic)
-        features, scores = judge(predicted)
+        score, predicted = judge(fake)
         with torch.no_grad():
-            real_features, _ = judge(annotated)
-        matching = (mean_of_all(real_features).detach() - mean_of_all(features)).abs().mean()
-
-        trusted = scores.detach().sigmoid() > self.threshold
+            _, annotated = judge(real)
+        matching = feature_matching(annotated, predicted)
+        trusted = score.detach().sigmoid() > self.threshold
         labels = unlabeled.argmax(1).masked_fill(~(valid & trusted[:, None, None]), ignore)
         semi = cross_entropy(unlabeled, labels, ignore_index=ignore)
+        supervised = supervised_loss(labeled, batch.masks, loss=self.loss, ignore_index=ignore)
 
-        (_, fake), (_, real) = self.critic(predicted.detach()), self.critic(annotated)
-        critic = adversarial_loss(fake.reshape(-1, 1, 1, 1), real=False) / 2
-        critic = critic + adversarial_loss(real.reshape(-1, 1, 1, 1), real=True) / 2
+        critic = adversarial_loss(self.critic(fake.detach())[0][:, None, None, None], real=False) / 2
+        critic = critic + adversarial_loss(self.critic(real)[0][:, None, None, None], real=True) / 2
 
-        total = supervised + self.matching * matching + (self.semi if batch.step > 0 else 0.0) * semi + critic
+        total = supervised + self.matching * matching + float(batch.step > 0) * self.semi * semi + critic
         parts = {"supervised": supervised, "matching": matching, "semi": semi, "critic": critic}
-        parts["trusted"] = trusted.float().mean()
-        return Losses(total, {name: part.detach() for name, part in parts.items()})
+        logged = {name: part.detach() for name, part in parts.items()}
+        return Losses(total, {**logged, "trusted": trusted.float().mean()})
+
+    def _check(self, logits: Tensor, images: Tensor) -> None:
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(f"num_classes is {self.num_classes}, but the network gives {logits.shape[1]} classes")
+        if images.shape[1] != self.image_channels:
+            raise ValueError(f"image_channels is {self.image_channels}, but the images have {images.shape[1]} channels")
 
 
-def mean_of_all(rows: torch.Tensor) -> torch.Tensor:
-    """Average the rows of all processes, with gradients whose average over the processes is that of the mean.
+def _window(own: Tensor, other: Tensor) -> Tensor:
+    """Return the pixels that are known in both: row i of ``own`` and row i, modulo their number, of ``other``."""
+    if own.shape[1:] != other.shape[1:]:
+        return own
+    return own & other[torch.arange(len(own), device=own.device) % len(other)]
 
-    Example:
-        >>> mean_of_all(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-        tensor([2., 3.])
-    """
-    mine = rows.sum(0)
-    count = all_reduce_sum(torch.full((), float(len(rows)), device=rows.device))
-    others = all_reduce_sum(mine.detach()) - mine.detach() * world_size()
-    return (mine * world_size() + others) / count
+
+def _seen(classes: Tensor, images: Tensor, where: Tensor) -> Tensor:
+    """Return what the critic sees: classes and image as channels, 0 outside of ``where``."""
+    return torch.cat([classes, images], 1) * where[:, None]

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stseg.checks import check_probability
+
 _LEAST = 32  # five halvings
+_LEAST_OF_IMAGE = 16  # four halvings
 
 
 class ConvCritic(nn.Module):
@@ -46,51 +49,53 @@ class ConvCritic(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """Compute scores ``(B, out_channels, H, W)`` of maps ``(B, in_channels, H, W)``."""
         height, width = maps.shape[-2:]
-        bottom, right = max(0, _LEAST - height), max(0, _LEAST - width)
-        padded = F.pad(maps, (0, right, 0, bottom), mode="replicate") if bottom or right else maps
+        padded = _at_least(maps, _LEAST)
         scores = F.interpolate(self.layers(padded), size=padded.shape[-2:], mode="bilinear", align_corners=True)
         return scores[..., :height, :width]
 
 
 class ImageCritic(nn.Module):
-    """Critic that scores an image together with its label map: the discriminator of S4GAN (Mittal et al., TPAMI 2019).
+    """Critic that scores whole images: the discriminator of S4GAN (Mittal et al., TPAMI 2019).
 
-    Four 4x4 convolutions of stride 2 with 64, 128, 256 and 512 channels, leaky ReLUs of slope 0.2, dropout of channels
-    after the first three, the mean over pixels, and one linear layer. Maps with a side below 16 are padded to 16 on the
-    right and at the bottom by repeating the border.
+    Four 4x4 convolutions of stride 2 with 64, 128, 256 and 512 channels, leaky ReLUs of slope 0.2 after them and
+    dropout of channels after the first three, no normalization; then the mean over all places, and a linear layer. Maps
+    with a side below 16 are padded to 16 on the right and at the bottom by repeating the border.
 
     Args:
-        in_channels: channels of the maps: classes and image channels together.
-        dropout: probability that a channel is dropped.
+        in_channels: channels of the maps, such as the number of classes and the 3 of the image.
+        dropout: probability that a channel is dropped, in training mode.
 
     Shape:
-        ``(B, in_channels, H, W)`` -> features ``(B, 512)`` and scores ``(B,)``, logits of "this is annotated".
+        ``(B, in_channels, H, W)`` -> scores ``(B,)``, logits of "real", and features ``(B, 512)``; any H and W.
+
+    Raises:
+        ValueError: if ``dropout`` is not in [0, 1].
 
     Example:
         >>> import torch
         >>> critic = ImageCritic(21 + 3)
         >>> sum(p.numel() for p in critic.parameters())
         2778561
-        >>> [tuple(x.shape) for x in critic(torch.zeros(2, 24, 65, 40))]
-        [(2, 512), (2,)]
+        >>> scores, features = critic(torch.zeros(2, 24, 65, 97))
+        >>> scores.shape, features.shape
+        (torch.Size([2]), torch.Size([2, 512]))
     """
 
     def __init__(self, in_channels: int, *, dropout: float = 0.5) -> None:
         super().__init__()
+        check_probability("dropout", dropout)
         widths = (in_channels, 64, 128, 256, 512)
         layers: list[nn.Module] = []
         for index in range(4):
             layers += [nn.Conv2d(widths[index], widths[index + 1], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-            layers += [nn.Dropout2d(dropout)] if index < 3 else []
-        self.layers = nn.Sequential(*layers)
+            layers.append(nn.Dropout2d(dropout))
+        self.layers = nn.Sequential(*layers[:-1])
         self.score = nn.Linear(512, 1)
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute features and scores of maps."""
-        bottom, right = (max(0, 16 - side) for side in maps.shape[-2:])
-        padded = F.pad(maps, (0, right, 0, bottom), mode="replicate") if bottom or right else maps
-        features = self.layers(padded).mean((2, 3))
-        return features, self.score(features)[:, 0]
+        """Compute a score ``(B,)`` and features ``(B, 512)`` of each of the maps ``(B, in_channels, H, W)``."""
+        features = self.layers(_at_least(maps, _LEAST_OF_IMAGE)).mean((2, 3))
+        return self.score(features)[:, 0], features
 
 
 def conv_critic(in_channels: int, out_channels: int = 1) -> ConvCritic:
@@ -101,6 +106,12 @@ def conv_critic(in_channels: int, out_channels: int = 1) -> ConvCritic:
         2781121
     """
     return ConvCritic(in_channels, out_channels)
+
+
+def _at_least(maps: Tensor, side: int) -> Tensor:
+    """Pad maps to a least height and width, on the right and at the bottom, by repeating the border."""
+    bottom, right = (max(0, side - length) for length in maps.shape[-2:])
+    return F.pad(maps, (0, right, 0, bottom), mode="replicate") if bottom or right else maps
 
 
 def frozen(module: nn.Module) -> Callable[..., Any]:

@@ -98,35 +98,6 @@ def rewritten(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]
         handle.remove()
 
 
-def decoder_of(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Find the submodule that returns the features from which the last layer makes the logits.
-
-    Args:
-        model: a network, bare or in a :class:`stseg.Segmenter`.
-        name: dotted name of the submodule of the network; None tries ``decoder``, as in segmentation_models_pytorch,
-            and ``fuse``, as in :class:`stseg.models.DeepLabV3Plus`.
-
-    Raises:
-        NetworkError: if there is no such submodule.
-
-    Example:
-        >>> network = nn.ModuleDict({"decoder": nn.Conv2d(3, 8, 1), "head": nn.Conv2d(8, 2, 1)})
-        >>> decoder_of(network) is network["decoder"], decoder_of(network, "head") is network["head"]
-        (True, True)
-    """
-    network: nn.Module = model.network if isinstance(model, Segmenter) else model
-    submodules = dict(network.named_modules())
-    for candidate in ("decoder", "fuse") if name is None else (name,):
-        if candidate in submodules:
-            found: nn.Module = submodules[candidate]
-            return found
-    missing = "decoder" if name is None else f"submodule {name!r}"
-    raise NetworkError(
-        f"the network ({type(network).__name__}) has no {missing}; expected the dotted name of the submodule that "
-        f"returns the features of the last layer, among {[each for each, _ in network.named_children()]} or within"
-    )
-
-
 def map_features(change: Callable[[Tensor], Any], features: Any) -> Any:
     """Apply a function to every tensor in the output of a backbone.
 

@@ -10,7 +10,7 @@ class Ring(nn.Module):
     """Memory of the latest feature vectors and their labels, in buffers; the oldest are replaced first.
 
     In a distributed training each process keeps its own: add what was gathered from all
-    (:func:`stseg.distributed.all_gather_rows`), so that all hold the same.
+    (:func:`stseg.distributed.all_gather_batch`), so that all hold the same.
 
     Args:
         size: number of vectors, 0 or more.
@@ -43,21 +43,37 @@ class Ring(nn.Module):
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def add(self, vectors: Tensor, labels: Tensor) -> None:
-        """Add vectors ``(N, width)`` and their labels ``(N,)``; of more than fit, the last ones are kept."""
+    def add(self, vectors: Tensor, labels: Tensor, *, where: Tensor | None = None) -> None:
+        """Add vectors, without synchronizing with the device.
+
+        Args:
+            vectors: ``(N, width)`` floats; of more than fit, the last ones are kept.
+            labels: ``(N,)`` integers.
+            where: ``(N,)`` bool, the vectors to add; None for all.
+
+        Raises:
+            ValueError: if the shapes do not match.
+        """
         size, width = self.vectors.shape
-        if vectors.shape != (len(labels), width) or labels.ndim != 1:
+        rows = labels.shape
+        if labels.ndim != 1 or vectors.shape != (*rows, width) or (where is not None and where.shape != rows):
+            came = "" if where is None else f" and where {tuple(where.shape)}"
             raise ValueError(
-                f"vectors have shape {tuple(vectors.shape)} and labels {tuple(labels.shape)}; "
+                f"vectors have shape {tuple(vectors.shape)}, labels {tuple(labels.shape)}{came}; "
                 f"expected (N, {width}) and (N,)"
             )
-        vectors, labels = vectors[-size:] if size else vectors[:0], labels[-size:] if size else labels[:0]
-        if not len(labels):
+        count = min(len(labels), size)
+        if not count:
             return
-        places = (self.place + torch.arange(len(labels), device=self.place.device)) % size
-        self.vectors[places] = vectors.to(self.vectors)
-        self.labels[places] = labels.to(self.labels)
-        self.place.copy_((self.place + len(labels)) % size)
+        # Vectors that are not added go to the front, and stay what the memory holds in their places.
+        wanted = torch.ones_like(labels, dtype=torch.bool) if where is None else where
+        last = wanted.byte().argsort(stable=True)[-count:]
+        wanted, vectors, labels = wanted[last], vectors[last].to(self.vectors), labels[last].to(self.labels)
+        end = self.place + wanted.sum()
+        places = (end - count + torch.arange(count, device=end.device)) % size
+        self.vectors[places] = torch.where(wanted[:, None], vectors, self.vectors[places])
+        self.labels[places] = torch.where(wanted, labels, self.labels[places])
+        self.place.copy_(end % size)
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""

@@ -146,10 +146,23 @@ class TestDCC(MethodTester):
         logged = method(one._replace(unlabeled=same)).logged
         assert logged["contrast"] == logged["directed"] == 0
 
-    def test_two_crops_of_one_image_have_the_same_features_where_they_overlap(self):
-        """Flips and offsets are undone: without surroundings (a 1x1 convolution) partners are alike."""
+    def test_the_ignore_index_may_be_0(self):
+        method, one = self.plain(), pair_batch(seed=2)
+        expected = method(one).logged
+        method.memory.labels.fill_(-1)
+        known = one._replace(masks=one.masks.masked_fill(one.masks == 255, 0), ignore_index=0)
+        logged = method(known).logged
+        assert all(torch.equal(logged[name], expected[name]) for name in ("contrast", "directed"))
+
+    @pytest.mark.parametrize("stride", [1, 5])
+    def test_two_crops_of_one_image_have_the_same_features_where_they_overlap(self, stride):
+        """Flips and offsets are undone: without surroundings (a 1x1 convolution) partners are alike.
+
+        Also if the crops of 16 are padded to 20 for the network.
+        """
         torch.manual_seed(0)
-        network = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 1), torch.nn.Conv2d(6, 3, 1))
+        layers = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 1), torch.nn.Conv2d(6, 3, 1))
+        network = stseg.Segmenter(layers, stride=stride)
         method = DCC(network, channels=6, features="0", pairs=PAIRS, strong=None, memory=0)
         one = pair_batch(3, seed=3)
         offset = one.unlabeled["offset"]
@@ -196,7 +209,7 @@ class TestDCC(MethodTester):
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"channels": 7}, "map of shape .*expected 7 channels"),
+            ({"channels": 7}, "map of shape .*map of 7 channels"),
             ({"features": "nowhere"}, "no submodule 'nowhere'.*encoder"),
             ({"features": None}, "no decoder"),
         ],
@@ -206,14 +219,25 @@ class TestDCC(MethodTester):
         with pytest.raises(stseg.NetworkError, match=message):
             method(pair_batch())
 
-    def test_refuses_features_that_do_not_fit_the_crops(self):
+    def test_crops_that_the_network_pads_are_aligned_too(self):
         """Crops of 48 are padded to 64 by a network that takes multiples of 32."""
-        pairs = CropPair(48, base_size=50)
-        method = DCC(smp.Unet("resnet18", encoder_weights=None, classes=3), channels=16, pairs=pairs)
-        crops = [pairs(torch.rand(3, 50, 50)) for _ in range(2)]
-        unlabeled = {name: torch.stack([each[name] for each in crops]) for name in crops[0]}
-        with pytest.raises(stseg.NetworkError, match="for crops of 48 x 48"):
-            method(plain_batch(2, 32)._replace(unlabeled=unlabeled))
+        pairs = CropPair(48, base_size=50, scale=(1.0, 2.0))
+        network = smp.Unet("resnet18", encoder_weights=None, classes=3)
+        method = DCC(network, channels=16, pairs=pairs, memory=0, strong=None)
+        images = torch.rand(2, 2, 3, 48, 48)
+        crops = {"images": images, "valid": torch.ones(2, 2, 48, 48, dtype=torch.bool)}
+        cells = method._cells({**crops, "flipped": torch.zeros(2, 2, dtype=torch.bool)}, 0, 255)
+        assert cells.features.shape == (2, 6, 6, 128)
+        assert cells.classes.shape == cells.valid.shape == (2, 6, 6)
+
+    @pytest.mark.parametrize(("stride", "crop"), [(16, 32), (3, 24)])
+    def test_refuses_features_of_another_stride(self, stride, crop):
+        encoder = torch.nn.Conv2d(3, 6, stride, stride=stride)
+        network = torch.nn.Sequential(encoder, torch.nn.Conv2d(6, 3, 1))
+        method = DCC(network, channels=6, features="0", pairs=CropPair(crop, base_size=crop), strong=None)
+        one = {"images": torch.rand(2, 2, 3, crop, crop), "valid": torch.ones(2, 2, crop, crop, dtype=torch.bool)}
+        with pytest.raises(stseg.NetworkError, match=f"for crops of {crop} x {crop}; expected a stride that divides"):
+            method._cells({**one, "flipped": torch.zeros(2, 2, dtype=torch.bool)}, 0, 255)
 
     @pytest.mark.parametrize(
         "settings", [{"weight": -1}, {"threshold": 1.5}, {"temperature": 0}, {"start": 2}, {"memory": -1}]

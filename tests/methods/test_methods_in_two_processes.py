@@ -27,6 +27,7 @@ import test_mean_teacher
 import test_s4gan
 import test_s4l
 import test_supervised
+import test_u2pl
 import test_unimatch
 import test_unimatch_v2
 from tester import config, images, pairs
@@ -49,6 +50,7 @@ TESTERS = [
     test_gct.TestGCT,
     test_cct.TestCCT,
     test_dcc.TestDCC,
+    test_u2pl.TestU2PL,
 ]
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stseg.modules import ConvCritic, conv_critic, frozen
+from stseg.modules import ConvCritic, ImageCritic, conv_critic, frozen
 
 
 @pytest.mark.parametrize(("channels", "parameters"), [(21, 2_783_169), (19, 2_781_121)])
@@ -98,3 +98,29 @@ class TestFrozen:
         frozen(norm)(torch.rand(2, 2, 4, 4))
         assert norm.num_batches_tracked == 1
         assert F.relu(norm.running_mean).any()
+
+
+class TestImageCritic:
+    def test_has_the_parameters_of_the_paper(self):
+        assert sum(p.numel() for p in ImageCritic(24).parameters()) == 2_778_561
+
+    def test_halves_its_map_four_times(self):
+        critic, sizes = ImageCritic(2), []
+        for layer in critic.layers:
+            if isinstance(layer, nn.Conv2d):
+                layer.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[-1]))
+        critic(torch.zeros(1, 2, 321, 321))
+        assert sizes == [160, 80, 40, 20]
+
+    def test_drops_channels_after_the_first_three(self):
+        kinds = [type(layer).__name__ for layer in ImageCritic(2).layers]
+        assert kinds == ["Conv2d", "LeakyReLU", "Dropout2d"] * 3 + ["Conv2d", "LeakyReLU"]
+
+    @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (15, 16), (33, 7)])
+    def test_maps_of_any_size_get_one_score(self, height, width):
+        maps = torch.rand(2, 3, height, width, requires_grad=True)
+        scores, features = ImageCritic(3).eval()(maps)
+        assert scores.shape == (2,)
+        assert features.shape == (2, 512)
+        scores.square().sum().backward()
+        assert (maps.grad != 0).any((0, 1)).all()

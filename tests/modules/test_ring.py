@@ -8,14 +8,16 @@ from hypothesis import strategies as st
 from stseg.modules import Ring
 
 
-@settings(max_examples=50, deadline=None)
-@given(size=st.integers(0, 7), counts=st.lists(st.integers(0, 10), max_size=6))
-def test_holds_the_latest(size, counts):
-    ring, added = Ring(size, width=2), []
-    for count in counts:
-        numbers = torch.arange(len(added), len(added) + count)
-        added += numbers.tolist()
-        ring.add(torch.stack([numbers.float(), -numbers.float()], 1), numbers)
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(0, 7), wanted=st.lists(st.lists(st.booleans(), max_size=10), max_size=6), given=st.booleans())
+def test_holds_the_latest_of_those_that_are_wanted(size, wanted, given):
+    ring, added, seen = Ring(size, width=2), [], 0
+    for where in wanted:
+        numbers = torch.arange(seen, seen + len(where))
+        added += [n for n, want in zip(numbers.tolist(), where, strict=True) if want or not given]
+        seen += len(where)
+        options = {"where": torch.tensor(where, dtype=torch.bool)} if given else {}
+        ring.add(torch.stack([numbers.float(), -numbers.float()], 1), numbers, **options)
     kept = [label for label in ring.labels.tolist() if label >= 0]
     assert sorted(kept) == added[len(added) - min(size, len(added)) :]
     for vector, label in zip(ring.vectors.tolist(), ring.labels.tolist(), strict=True):
@@ -47,3 +49,5 @@ def test_checks_its_settings(size, width):
 def test_names_shapes_that_do_not_match():
     with pytest.raises(ValueError, match=r"vectors have shape \(2, 3\)"):
         Ring(2, 2).add(torch.zeros(2, 3), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"where \(1,\)"):
+        Ring(2, 2).add(torch.zeros(2, 2), torch.zeros(2), where=torch.ones(1, dtype=torch.bool))
