@@ -1,20 +1,22 @@
-"""Modules shared by training methods: averaged weights, access to features, critics."""
+"""Modules shared by training methods: averaged weights, features and their perturbations, heads, critics."""
 
 from stseg.modules.critics import ConvCritic, ImageCritic, conv_critic, frozen
 from stseg.modules.ema import EMA
 from stseg.modules.features import (
     captured,
-    captured_inputs,
     changed_features,
     channel_dropout,
     complementary_dropout,
     complementary_factor,
     decoder_of,
+    deepest_features,
     map_features,
     perturbed_features,
     rewritten,
 )
 from stseg.modules.flaw_detector import FlawDetector
+from stseg.modules.heads import PixelShuffleDecoder, RotationHead
+from stseg.modules.perturbations import adversarial_perturbation, feature_drop, feature_noise, guided_cutout
 from stseg.modules.ring import Ring
 
 __all__ = [
@@ -22,16 +24,22 @@ __all__ = [
     "ConvCritic",
     "FlawDetector",
     "ImageCritic",
+    "PixelShuffleDecoder",
     "Ring",
+    "RotationHead",
+    "adversarial_perturbation",
     "captured",
-    "captured_inputs",
     "changed_features",
     "channel_dropout",
     "complementary_dropout",
     "complementary_factor",
     "conv_critic",
     "decoder_of",
+    "deepest_features",
+    "feature_drop",
+    "feature_noise",
     "frozen",
+    "guided_cutout",
     "map_features",
     "perturbed_features",
     "rewritten",
