@@ -486,7 +486,7 @@ class TestNetworks:
                 model(images)
             with perturbed_features(model, partial(channel_dropout, p=0.5), backbone="0"):
                 model(images)
-            with stseg.modules.deepest_features(model, backbone="0"):
+            with stseg.modules.deepest_features(model, features="0"):
                 model(images)
 
     def test_stay_as_they_are_when_frozen(self):

@@ -126,7 +126,7 @@ class CCT(Method):
         """Compute the losses; see the class."""
         labeled = self.model(batch.images)
         supervised = supervised_loss(labeled, batch.masks, loss=self.loss, ignore_index=batch.ignore_index)
-        with deepest_features(self.model, backbone=self.features) as found:
+        with deepest_features(self.model, features=self.features) as found:
             unlabeled = self.model(batch.unlabeled)
         z, size = found[-1]
         self._check_sizes(unlabeled, z)

@@ -335,14 +335,14 @@ class DeepFeatures(NamedTuple):
 
 
 @contextmanager
-def deepest_features(model: nn.Module, *, backbone: str | None = None) -> Iterator[list[DeepFeatures]]:
+def deepest_features(model: nn.Module, *, features: str | None = None) -> Iterator[list[DeepFeatures]]:
     """Collect the last and smallest feature map of a network, for a second decoder beside its own.
 
     Of the maps that the backbone returns it is the one with the fewest positions; of several, the last.
 
     Args:
         model: a wrapped network.
-        backbone: dotted name of the submodule that returns the features, such as the one before the last layers of a
+        features: dotted name of the submodule that returns the features, such as the one before the last layers of a
             decoder; None finds it by :func:`stseg.models.backbone_of`.
 
     Yields:
@@ -353,16 +353,16 @@ def deepest_features(model: nn.Module, *, backbone: str | None = None) -> Iterat
         TypeError: if the model is not wrapped.
         NetworkError: if no backbone is found; when the model is called, if the backbone does not return maps
             ``(B, C, h, w)``; at the end, if the model was called but not the backbone.
-        ValueError: if the network has no submodule called ``backbone``.
+        ValueError: if the network has no submodule called ``features``.
 
     Example:
         >>> model = Segmenter(nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Conv2d(8, 2, 1)))
-        >>> with deepest_features(model, backbone="0") as found:
+        >>> with deepest_features(model, features="0") as found:
         ...     logits = model(torch.rand(4, 3, 15, 16))
         >>> logits.shape, found[0].maps.shape, found[0].size
         (torch.Size([4, 2, 15, 16]), torch.Size([4, 8, 8, 8]), (16, 16))
     """
-    model, module, way_out = _found_backbone(model, backbone, "backbone={!r}")
+    model, module, way_out = _found_backbone(model, features, "features={!r}")
     network = type(model.network).__name__
     found: list[DeepFeatures] = []
     seen: list[Tensor] = []

@@ -189,14 +189,26 @@ class TestCCT(MethodTester):
         losses.total.backward()
         assert all(value.isfinite() for value in losses.logged.values())
 
+    def test_takes_a_network_that_returns_an_object(self):
+        class Output:
+            """Like those of Hugging Face."""
+
+            def __init__(self, logits):
+                self.logits = logits
+
+        network = Plain()
+        network.forward = lambda x: Output(network.head(network.encoder(x).relu()))
+        method = CCT(network, num_classes=CLASSES, channels=6, decoders={"cutout": 1})
+        assert method(batch()).total.isfinite()
+
     def test_takes_features_by_name(self):
         network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1))
         method = CCT(network, num_classes=3, channels=4, upsampling=1, features="0")
         assert method(batch()).total.isfinite()
 
     def test_names_the_network_without_a_backbone(self):
-        method = CCT(nn.Conv2d(3, 3, 1), num_classes=3, channels=4)
-        with pytest.raises(stseg.NetworkError, match="Conv2d"):
+        method = CCT(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)), num_classes=3, channels=4)
+        with pytest.raises(stseg.NetworkError, match=r"\(Sequential\), as it has no .*, as in features='0'"):
             method(batch())
 
     @pytest.mark.parametrize(

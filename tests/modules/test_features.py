@@ -369,7 +369,7 @@ class TestDeepestFeatures:
 
     def test_are_taken_from_a_submodule_by_name(self):
         model = stseg.Segmenter(self.Decoded(self.Levels()))
-        with deepest_features(model, backbone="backbone.one") as found:
+        with deepest_features(model, features="backbone.one") as found:
             model(torch.rand(2, 3, 8, 8))
         assert found[0].maps.shape == (2, 4, 4, 4)
 
