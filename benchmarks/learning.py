@@ -4,8 +4,8 @@
 
 Networks, data and settings are those of the examples, on smaller scenes: 20 with masks and 200 without, equal steps
 from random weights. In a run with wrong targets, what a method learns on unlabeled images is exchanged: the next class
-in place of each class, other places in place of the same, turns drawn anew. A method that gains by more than an accident
-of its settings is worse then. A killed run resumes when the same command is given again; with ``--methods`` several
+in place of each class, other places in place of the same, turns drawn anew. A method that gains by what it is meant to
+gain by is worse then. A killed run resumes when the same command is given again; with ``--methods`` several
 commands share the work; each prints a table of all that has been done, which ``--page`` puts between the page's
 ``learning-table`` marks.
 """

@@ -35,6 +35,7 @@ def ways(encoder: str) -> dict[str, stseg.Method]:
     def net() -> nn.Module:
         return make_network(encoder)
 
+    channels = smp.encoders.get_encoder(encoder, weights=None).out_channels[-1]
     corrector = smp.Unet(encoder, encoder_weights=None, in_channels=3 + CLASSES, classes=CLASSES + 1)
     return {
         "supervised": methods.Supervised(net()),
@@ -47,8 +48,8 @@ def ways(encoder: str) -> dict[str, stseg.Method]:
         "CPS": methods.CPS(net(), net()),
         "CPS with CutMix": methods.CPS(net(), net(), mix=BoxMix(area=(0.25, 0.5), boxes=3)),
         "GCT": methods.GCT(net(), net(), num_classes=CLASSES),
-        "CCT": methods.CCT(net(), num_classes=CLASSES),
         "U2PL": methods.U2PL(net(), num_classes=CLASSES, channels=16, memory=1000),
+        "CCT": methods.CCT(net(), num_classes=CLASSES, channels=channels),
         "AdvSSL": methods.AdvSSL(net(), num_classes=CLASSES),
         "S4GAN": methods.S4GAN(net(), num_classes=CLASSES),
         "ECS": methods.ECS(net(), corrector),

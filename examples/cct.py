@@ -1,8 +1,9 @@
-"""CCT, cross-consistency training (Ouali et al., CVPR 2020), on synthetic scenes, compared with supervised training.
+"""CCT (Ouali et al., CVPR 2020) on synthetic scenes, compared with supervised training.
 
     python examples/cct.py
 
-Auxiliary decoders see perturbed features and have to predict what the main one predicts.
+Small auxiliary decoders see perturbed features of the unlabeled images and learn to agree with the network. They need
+to know how many channels the features have: the deepest of the backbone, or those that ``CCT(..., features=)`` names.
 
 For your own data put ``SegmentationFolder("images", "masks")`` and ``SegmentationFolder("more_images")`` of
 ``stseg.data`` in place of ``labeled`` and ``unlabeled``; for your own network, any module from images to logits in
@@ -19,14 +20,15 @@ from stseg.data import SyntheticScenes
 CLASSES, SIZE = len(SyntheticScenes.classes), 48
 LABELED, UNLABELED, HELD_OUT = 20, 200, 100
 STEPS = 400
-FEWER = {"dropout": 1, "cutout": 1, "adversarial": 1, "context": 1, "objects": 1, "drop": 1, "noise": 1}  # of 30
+CHANNELS = 48  # of the deepest features: make_network().encoder.out_channels[-1]
 
 
 def make_network() -> nn.Module:
     """Make a small network with random weights; on real data, start from ``encoder_weights="imagenet"``."""
-    return smp.Unet(
+    network: nn.Module = smp.Unet(
         "tu-test_resnet", encoder_weights=None, classes=CLASSES, encoder_depth=3, decoder_channels=(64, 32, 16)
     )
+    return network
 
 
 def main() -> None:
@@ -44,11 +46,11 @@ def main() -> None:
     )
     torch.manual_seed(0)
     supervised = stseg.fit(make_network(), labeled, config)
-    method = stseg.methods.CCT(make_network(), num_classes=CLASSES, decoders=FEWER)
+    method = stseg.methods.CCT(make_network(), num_classes=CLASSES, channels=CHANNELS)
     result = stseg.fit(method, labeled, config, unlabeled=unlabeled)
     for name, model in {"supervised": supervised.model, "CCT": result.model}.items():
         metric = stseg.evaluate(model, held_out, num_classes=CLASSES, progress=False)
-        print(f"{name:11} mIoU {100 * metric.compute():.1f}")
+        print(f"{name:10} mIoU {100 * metric.compute():.1f}")
 
 
 if __name__ == "__main__":

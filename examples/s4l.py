@@ -1,8 +1,9 @@
-"""S4L with rotations (Zhai et al., ICCV 2019), on synthetic scenes, compared with supervised training.
+"""S4L (Zhai et al., ICCV 2019) for segmentation on synthetic scenes, compared with supervised training.
 
     python examples/s4l.py
 
-A head learns by how many quarter turns an image was rotated.
+Every image has a copy that is turned by a right angle, and a head on the network's logits learns to tell by how much.
+Crops must be square.
 
 For your own data put ``SegmentationFolder("images", "masks")`` and ``SegmentationFolder("more_images")`` of
 ``stseg.data`` in place of ``labeled`` and ``unlabeled``; for your own network, any module from images to logits in
@@ -23,9 +24,10 @@ STEPS = 400
 
 def make_network() -> nn.Module:
     """Make a small network with random weights; on real data, start from ``encoder_weights="imagenet"``."""
-    return smp.Unet(
+    network: nn.Module = smp.Unet(
         "tu-test_resnet", encoder_weights=None, classes=CLASSES, encoder_depth=3, decoder_channels=(64, 32, 16)
     )
+    return network
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
     result = stseg.fit(method, labeled, config, unlabeled=unlabeled)
     for name, model in {"supervised": supervised.model, "S4L": result.model}.items():
         metric = stseg.evaluate(model, held_out, num_classes=CLASSES, progress=False)
-        print(f"{name:11} mIoU {100 * metric.compute():.1f}")
+        print(f"{name:10} mIoU {100 * metric.compute():.1f}")
 
 
 if __name__ == "__main__":

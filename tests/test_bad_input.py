@@ -392,7 +392,7 @@ def test_what_can_be_told_without_reading_comes_first():
         trainer().fit(Unread(pairs()), WithIds(IMAGES, ["../a", "b", "c", "d", "e", "f"]))
     with pytest.raises(TypeError, match="teacher is str; expected a FitResult"):
         trainer().fit(Unread(pairs()), IMAGES, teacher="runs/first")
-    with pytest.raises(ValueError, match="the teacher has 0, .*ranker=stseg.ConfidenceRanker"):
+    with pytest.raises(ValueError, match=r"the teacher has 0, .*ranker=stseg\.ConfidenceRanker"):
         trainer().fit(Unread(pairs()), IMAGES, teacher=nn.Conv2d(3, 2, 1))
 
 

@@ -220,12 +220,15 @@ NOTHING = stseg.StrongAugment(jitter_p=0, gray_p=0, blur_p=0, cutout=None)
 ENTROPY = nn.CrossEntropyLoss(ignore_index=255)
 CONVOLUTION = nn.Conv2d(3, CLASSES, 1)
 CRITIC = ConvCritic(CLASSES)
+DETECTOR = stseg.modules.FlawDetector(3 + CLASSES, width=4)
+DECODER, ROTATION = stseg.modules.PixelShuffleDecoder(3, CLASSES), stseg.modules.RotationHead(CLASSES)
 MIRRORED = albumentations.Compose([albumentations.HorizontalFlip(p=1)])
 
 FUNCTIONAL = {
     "adversarial_loss": lambda scores, where: F.adversarial_loss(scores, real=True, where=where),
     "box_mask": lambda boxes: F.box_mask(boxes, 8, 10),
     "confusion_matrix": lambda classes, masks: F.confusion_matrix(classes, masks, CLASSES, ignore_index=255),
+    "connected_components": lambda where: F.connected_components(where),
     "consistency_loss": lambda logits, masks: F.consistency_loss(logits, masks),
     "consistency_target": lambda logits, where: F.consistency_target(logits, threshold=0.4, valid=where),
     "consistency_target, all valid": lambda logits: F.consistency_target(logits, threshold=0.0),
@@ -237,7 +240,11 @@ FUNCTIONAL = {
     "entropy": lambda logits, where: F.entropy(logits, where=where),
     "expected_iou": lambda logits: F.expected_iou(logits),
     "feature_matching": lambda vectors, tokens: F.feature_matching(vectors, tokens[:, 0]),
+    "flaw_target": lambda logits, masks: F.flaw_target(logits, masks),
     "iou": lambda matrix: F.iou(matrix),
+    "less_flawed_target": lambda logits, others, scores: F.less_flawed_target(
+        logits, others, scores[:, 0], scores[:, 0].flip(0)
+    ),
     "mean_certainty": lambda logits: F.mean_certainty(logits),
     "mean_confidence": lambda logits: F.mean_confidence(logits),
     "mean_iou": lambda classes, masks: F.mean_iou(classes, masks, CLASSES, ignore_index=255),
@@ -251,11 +258,13 @@ FUNCTIONAL = {
     "pseudo_label": lambda logits, threshold: F.pseudo_label(logits, threshold=threshold.detach()),
     "pseudo_label, all": lambda logits: F.pseudo_label(logits),
     "quantile_over_processes": lambda scores, where: F.quantile_over_processes(scores[:, 0], 0.4, where=where),
+    "refine_flaws": lambda scores, where: F.refine_flaws(scores[:, 0], where=where),
     "squared_difference": lambda logits, others, where: F.squared_difference(logits, others, where=where),
     "stability": lambda earlier, classes: F.stability(earlier, classes, CLASSES),
     "supervised_loss": lambda logits, masks: F.supervised_loss(logits, masks),
     "supervised_loss, another": lambda logits, masks: F.supervised_loss(logits, masks, loss=ENTROPY),
     "sure_share": lambda masks: F.sure_share(masks, CLASSES),
+    "turn": lambda images: F.turn(images[..., :8], torch.arange(4)),
     "weighted_stability": lambda earlier, classes: F.weighted_stability(earlier, classes, CLASSES, power=0.5),
     "without_ignored": lambda logits, masks: F.without_ignored(ENTROPY)(logits, masks),
 }
@@ -294,6 +303,11 @@ RANDOM = {  # these draw from torch's global generator
     "channel_dropout, tokens, never": lambda tokens: channel_dropout(tokens, 0.0),
     "channel_dropout, vectors": lambda vectors: channel_dropout(vectors, 0.5),
     "channel_dropout, vectors, never": lambda vectors: channel_dropout(vectors, 0.0),
+    "feature_noise": lambda images: stseg.modules.feature_noise(images),
+    "feature_noise, none": lambda images: stseg.modules.feature_noise(images, 0.0),
+    "feature_drop": lambda images: stseg.modules.feature_drop(images),
+    "guided_cutout": lambda images, where: stseg.modules.guided_cutout(images, F.connected_components(where)),
+    "adversarial_perturbation": lambda images: stseg.modules.adversarial_perturbation(CONVOLUTION, images),
     "StrongParameters": lambda images, masks: STRONG.transform(images, masks, STRONG.draw(images)),
 }
 
@@ -318,6 +332,9 @@ NETWORKS = {
     ),
     "decoder_of": lambda images: decoder_of(nn.Sequential(CONVOLUTION), "0")(images),
     "Ring": lambda vectors, rows: Ring(9, 5).add(vectors, rows.long(), where=rows),
+    "FlawDetector": lambda images, logits: DETECTOR(images, logits),
+    "PixelShuffleDecoder": lambda images: DECODER(images),
+    "RotationHead": lambda logits: ROTATION(logits),
     "MeanIoU": lambda classes, masks: stseg.MeanIoU(CLASSES).update(classes, masks),
     "DeepLabV3Plus": lambda images: DeepLabV3Plus("resnet18", num_classes=2)(images),
     "PSPNet": lambda images: PSPNet("resnet18", num_classes=2)(images),
@@ -506,6 +523,8 @@ class TestNetworks:
                 model(images)
             with perturbed_features(model, partial(channel_dropout, p=0.5), backbone="0"):
                 model(images)
+            with stseg.modules.deepest_features(model, features="0"):
+                model(images)
 
     def test_stay_as_they_are_when_frozen(self):
         critic = ConvCritic(2)
@@ -532,6 +551,13 @@ METHODS = {
     "FixMatch": lambda net: FixMatch(net, threshold=0.4),
     "FixMatch, no augmentation": lambda net: FixMatch(net, threshold=0.4, strong=None, mix=None),
     "UniMatch": lambda net: UniMatch(net, threshold=0.4, backbone="0"),
+    "CCT": lambda net: stseg.methods.CCT(
+        net, num_classes=2, channels=4, features="0", decoders=dict.fromkeys(stseg.methods.cct.DECODERS, 1)
+    ),
+    "GCT": lambda net: stseg.methods.GCT(
+        net, network(1), num_classes=2, detector=stseg.modules.FlawDetector(5, width=4)
+    ),
+    "S4L": lambda net: stseg.methods.S4L(net, num_classes=2),
     "MeanTeacher": MeanTeacher,
     "CPS": lambda net: CPS(net, network(1)),
     "AdvSSL": lambda net: AdvSSL(net, num_classes=2),

@@ -1,11 +1,12 @@
 """Pure, batched functions on tensors of any device."""
 
 from stseg.functional.classes import one_hot
+from stseg.functional.components import connected_components
 from stseg.functional.confidence import expected_iou, mean_certainty, mean_confidence, mean_margin
 from stseg.functional.confusion import confusion_matrix, iou, mean_iou
 from stseg.functional.consistency import confident_share, consistency_loss, consistency_target, sure_share
 from stseg.functional.contrast import directional_contrast
-from stseg.functional.flaws import clean_flaws, gaussian_blur, true_flaws
+from stseg.functional.flaws import flaw_target, less_flawed_target, refine_flaws
 from stseg.functional.losses import (
     adversarial_loss,
     cross_entropy,
@@ -28,9 +29,9 @@ __all__ = [
     "PseudoLabels",
     "adversarial_loss",
     "box_mask",
-    "clean_flaws",
     "confident_share",
     "confusion_matrix",
+    "connected_components",
     "consistency_loss",
     "consistency_target",
     "cross_entropy",
@@ -38,8 +39,9 @@ __all__ = [
     "entropy",
     "expected_iou",
     "feature_matching",
-    "gaussian_blur",
+    "flaw_target",
     "iou",
+    "less_flawed_target",
     "linear_rampup",
     "mean_certainty",
     "mean_confidence",
@@ -53,12 +55,12 @@ __all__ = [
     "polynomial_decay",
     "pseudo_label",
     "quantile_over_processes",
+    "refine_flaws",
     "sigmoid_rampup",
     "squared_difference",
     "stability",
     "supervised_loss",
     "sure_share",
-    "true_flaws",
     "turn",
     "weighted_stability",
     "without_ignored",

@@ -27,7 +27,7 @@ def turn(tensor: Tensor, quarters: Tensor) -> Tensor:
     if tensor.ndim not in (3, 4) or tensor.shape[-1] != tensor.shape[-2] or quarters.shape != tensor.shape[:1]:
         raise ValueError(
             f"the batch has shape {tuple(tensor.shape)} and quarters {tuple(quarters.shape)}; expected square images, "
-            "(B, C, S, S) or (B, S, S), and (B,): crop them by weak=stseg.WeakAugment(size)"
+            "(B, C, S, S) or (B, S, S), and (B,)"
         )
     turned = torch.stack([torch.rot90(tensor, -k, (-2, -1)) for k in range(4)])
     return turned[quarters % 4, torch.arange(len(tensor), device=tensor.device)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -12,12 +10,13 @@ from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, Losses, Method
 from stseg.engine.optimizers import build_optimizer
 from stseg.functional import (
-    clean_flaws,
+    flaw_target,
+    less_flawed_target,
     mean_over_processes,
+    refine_flaws,
     sigmoid_rampup,
     squared_difference,
     supervised_loss,
-    true_flaws,
 )
 from stseg.models.segmenter import as_segmenter
 from stseg.modules import FlawDetector, frozen
@@ -27,45 +26,58 @@ from stseg.types import Criterion
 class GCT(Method):
     """GCT (Ke et al., ECCV 2020, section 3): two networks, each of which follows the other where that one is better.
 
-    A flaw detector D sees an image and a prediction, and says where the prediction is wrong. For each network, with p
-    its probabilities and p' the other's,
+    A flaw detector D learns from labeled images where a prediction differs from its mask. With p the probabilities of
+    one network, on labeled and unlabeled images, the loss of that network is
 
-    ``L = Ls + correction * mean([both bad] * D(x, p)^2) + consistency * r(t) * mean((p - t)^2)``
+    ``L = Ls + correction * mean(bad * D(x, p)^2) + consistency * r(t) * mean((p - target)^2)``, where
 
-    over labeled and unlabeled images. The target t of dynamic consistency is p' where the other's flaws are smaller,
-    else p itself; where both are above ``threshold``, "both bad", the second term pulls the flaws down. r(t) rises from
-    near 0 to 1 in the first ``rampup`` of the training. The detector learns, on labeled images, the blurred difference
-    of prediction and mask, ``10 * mean((D(x, p) - flaws)^2)``, averaged over both networks. All are updated at the
-    same time; gradients pass through the detector with fixed parameters.
+    - dynamic consistency: the target of a pixel is the prediction, of the two, with the smaller flaw, so
+      that the worse one learns from the better one; ``r(t) = exp(-5 (1 - t / rampup)^2)`` rises from near 0 to 1
+      in the first ``rampup`` of the training;
+    - flaw correction: where both are bad, with flaws above ``threshold``, a network learns a prediction
+      in which the detector finds no flaw.
 
-    As in the authors' code (PixelSSL) labeled and unlabeled images share a forward pass, and the first network alone is
-    validated and returned. Unlike there, the targets come from the same forward pass, not from one before with other
-    dropout, and ignored and padded pixels count nowhere (there, ignored pixels are half flaws).
+    The detector's loss is ``detection * mean((D(x, p) - flaws of p)^2)``, over labeled images and both networks. All
+    are updated at the same time: the networks' losses pass through the detector with fixed parameters, and its own
+    uses detached predictions.
+
+    As in the authors' code each network, and the detector, sees labeled and unlabeled images together, both terms cover
+    both, and the first network alone is validated and returned. What differs:
+
+    - Pixels without a label are neither flaws nor targets of the detector; the authors take them as half a flaw.
+    - Padding of unlabeled images is hidden from the detector, and does not count.
+    - An image without any flaw is 0 everywhere, as the authors' comment says; their code subtracts its minimum.
+    - Targets come from the forward pass that learns from them, not from one before; so dropout is the same in both.
+    - Flaws that differ by less than 0.001 in an image are not stretched to the whole range, which would be noise.
+    - The detector sees images in [0, 1], on the scale of the probabilities; the authors' are normalized. Crops of less
+      than 128 pixels are enlarged for it.
 
     Args:
         network: the first network, bare or in a :class:`stseg.Segmenter`.
-        other: the second network, with the same architecture and different initial weights.
+        other: the second network, with different initial weights.
         num_classes: number of classes, 2 for networks with one logit.
-        image_channels: channels of the images.
-        correction: weight of flaw correction.
-        consistency: final weight of dynamic consistency.
+        detector: D, images and probabilities to flaws ``(B, 1, H, W)``; None for that of the paper,
+            ``stseg.modules.FlawDetector(3 + num_classes)``, for images with 3 channels.
+        correction: weight of the flaw correction.
+        consistency: final weight of the dynamic consistency.
         rampup: share of the training until that weight is reached; 0 for no ramp-up. The authors ramp over 5 of 45
             epochs.
-        threshold: value of a flaw map, scaled to [0, 1], above which a pixel is bad.
-        detector_width: channels of the detector's first convolution, of which the others are multiples.
+        threshold: flaw, from 0 to 1, above which a prediction is bad.
+        detection: weight of the detector's loss.
         detector_lr: learning rate of the detector's Adam, whose betas are 0.9 and 0.99.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 
-    Logged: ``supervised``, ``correction`` and ``consistency`` (unweighted), each the sum over both networks;
-    ``detector``; ``bad``, the share of pixels where both are.
+    Logged: ``supervised``, ``correction``, ``consistency``, each the sum over both networks, and ``detector``, their
+    mean, all unweighted; ``bad``, the share of pixels where both are.
 
     Raises:
-        ValueError: if both networks share parameters, or a setting is out of its range.
+        ValueError: if both networks share parameters, or a setting is out of its range; when called, if
+            ``num_classes``, or the channels of the detector, do not match.
 
     Example:
         >>> method = GCT(nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1), num_classes=2)
-        >>> images, masks = torch.rand(2, 3, 16, 16), torch.randint(2, (2, 16, 16))
-        >>> batch = Batch(images, masks, torch.zeros(2, dtype=torch.bool), unlabeled=torch.rand(2, 3, 16, 16))
+        >>> images, masks = torch.rand(2, 3, 32, 32), torch.randint(2, (2, 32, 32))
+        >>> batch = Batch(images, masks, torch.zeros(2, dtype=torch.bool), unlabeled=torch.rand(2, 3, 32, 32))
         >>> sorted(method(batch).logged)
         ['bad', 'consistency', 'correction', 'detector', 'supervised']
     """
@@ -76,75 +88,75 @@ class GCT(Method):
         other: nn.Module,
         *,
         num_classes: int,
-        image_channels: int = 3,
+        detector: nn.Module | None = None,
         correction: float = 1.0,
         consistency: float = 100.0,
         rampup: float = 1 / 9,
         threshold: float = 0.6,
-        detector_width: int = 64,
+        detection: float = 10.0,
         detector_lr: float = 1e-4,
         loss: Criterion | None = None,
     ) -> None:
         super().__init__()
         if {id(p) for p in network.parameters()} & {id(p) for p in other.parameters()}:
             raise ValueError("network and other share parameters; expected two networks with weights of their own")
-        for name, value in {"correction": correction, "consistency": consistency, "rampup": rampup}.items():
+        for name, value in (
+            ("correction", correction),
+            ("consistency", consistency),
+            ("rampup", rampup),
+            ("detection", detection),
+            ("detector_lr", detector_lr),
+        ):
             check_nonnegative(name, value)
         check_probability("threshold", threshold)
         self.model, self.other = as_segmenter(network), as_segmenter(other)
-        self.detector = FlawDetector(image_channels + num_classes, detector_width)
-        self.num_classes, self.correction, self.consistency = num_classes, correction, consistency
-        self.rampup, self.threshold, self.detector_lr, self.loss = rampup, threshold, detector_lr, loss
+        self.detector = FlawDetector(3 + num_classes) if detector is None else detector
+        self.num_classes, self.threshold = num_classes, threshold
+        self.correction, self.consistency, self.detection = correction, consistency, detection
+        self.rampup, self.detector_lr, self.loss = rampup, detector_lr, loss
 
     def optimizers(self, config: TrainConfig) -> list[torch.optim.Optimizer]:
-        """Build the optimizer of both networks and the detector's."""
-        networks = nn.ModuleList([self.model, self.other])
+        """Build the networks' optimizer and the detector's."""
         detector = torch.optim.Adam(self.detector.parameters(), lr=self.detector_lr, betas=(0.9, 0.99))
-        return [build_optimizer(networks, config), detector]
+        return [build_optimizer(nn.ModuleList([self.model, self.other]), config), detector]
 
     def forward(self, batch: Batch) -> Losses:
         """Compute the losses; see the class."""
-        ignore, labeled = batch.ignore_index, len(batch.images)
+        count, ignore = len(batch.images), batch.ignore_index
         images = torch.cat([batch.images, batch.unlabeled])
-        logits = [network(images).float() for network in (self.model, self.other)]
-        if logits[0].shape[1] != self.num_classes:
-            raise ValueError(f"num_classes is {self.num_classes}, but the network gives {logits[0].shape[1]} classes")
-        probabilities = [z.softmax(1) for z in logits]
-        known = batch.masks != ignore
-        valid = torch.ones_like(images[labeled:, 0], dtype=torch.bool) if batch.valid is None else batch.valid
-        where = torch.cat([torch.ones_like(known), valid])
-        supervised = sum_of(
-            supervised_loss(z[:labeled], batch.masks, loss=self.loss, ignore_index=ignore) for z in logits
+        visible = torch.ones_like(images[:, 0], dtype=torch.bool)
+        if batch.valid is not None:
+            visible[count:] = batch.valid
+        both = self.model(images), self.other(images)
+        if any(logits.shape[1] != self.num_classes for logits in both):
+            came = " and ".join(str(logits.shape[1]) for logits in both)
+            raise ValueError(f"num_classes is {self.num_classes}, but the networks give {came} classes")
+        one, two = predictions = [logits.softmax(1) * visible[:, None] for logits in both]
+        images = images * visible[:, None]
+
+        found = [self.detector(images, p.detach()) for p in predictions]
+        flaws_of_one, flaws_of_two = (refine_flaws(flaws[:, 0], where=visible) for flaws in found)
+        target_of_one, bad = less_flawed_target(one, two, flaws_of_one, flaws_of_two, threshold=self.threshold)
+        target_of_two, _ = less_flawed_target(two, one, flaws_of_two, flaws_of_one, threshold=self.threshold)
+
+        judge, nothing = frozen(self.detector), torch.zeros_like(found[0])
+        parts: dict[str, list[Tensor]] = {"supervised": [], "correction": [], "consistency": [], "detector": []}
+        for logits, p, flaws, target in zip(both, predictions, found, (target_of_one, target_of_two), strict=True):
+            parts["supervised"].append(
+                supervised_loss(logits[:count], batch.masks, loss=self.loss, ignore_index=ignore)
+            )
+            parts["correction"].append(squared_difference(judge(images, p) * bad[:, None], nothing, where=visible))
+            parts["consistency"].append(squared_difference(p, target, where=visible))
+            wanted = flaw_target(p[:count], batch.masks, ignore_index=ignore)[:, None]
+            parts["detector"].append(squared_difference(flaws[:count], wanted, where=batch.masks != ignore) / 2)
+
+        losses = {name: torch.stack(values).sum() for name, values in parts.items()}
+        ramp = sigmoid_rampup(batch.step, self.rampup * batch.steps)
+        total = (
+            losses["supervised"]
+            + self.correction * losses["correction"]
+            + self.consistency * ramp * losses["consistency"]
+            + self.detection * losses["detector"]
         )
-
-        judge = frozen(self.detector)
-        flaws = [judge(torch.cat([images, p], 1)) for p in probabilities]
-        cleaned = [clean_flaws(each, threshold=self.threshold) for each in flaws]
-        bad = (cleaned[0] > self.threshold) & (cleaned[1] > self.threshold) & where
-        correction = sum_of(mean_over_processes((each.square() * bad).sum(), where.sum()) for each in flaws)
-        one, two = (p.detach() for p in probabilities)
-        targets = [
-            torch.where((cleaned[1] >= cleaned[0])[:, None], one, two),
-            torch.where((cleaned[0] >= cleaned[1])[:, None], two, one),
-        ]
-        consistency = sum_of(
-            squared_difference(p, target, where=where) for p, target in zip(probabilities, targets, strict=True)
-        )
-
-        detector = sum_of(self._detector_loss(batch, p[:labeled].detach(), known) / 2 for p in probabilities)
-        weight = self.consistency * sigmoid_rampup(batch.step, self.rampup * batch.steps)
-        total = supervised + self.correction * correction + weight * consistency + detector
-        parts = {"supervised": supervised, "correction": correction, "consistency": consistency, "detector": detector}
-        parts["bad"] = mean_over_processes(bad.sum().float(), where.sum())
-        return Losses(total, {name: part.detach() for name, part in parts.items()})
-
-    def _detector_loss(self, batch: Batch, probabilities: Tensor, known: Tensor) -> Tensor:
-        """Compute ten times the mean square of the detector's errors on labeled images."""
-        flaws = self.detector(torch.cat([batch.images, probabilities], 1)).float()
-        truth = true_flaws(probabilities, batch.masks, ignore_index=batch.ignore_index)
-        return 10 * squared_difference(flaws[:, None], truth[:, None], where=known)
-
-
-def sum_of(terms: Iterable[Tensor]) -> Tensor:
-    """Add scalars."""
-    return torch.stack(list(terms)).sum()
+        losses["bad"] = mean_over_processes((bad & visible).sum().float(), visible.sum())
+        return Losses(total, {name: loss.detach() for name, loss in losses.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,32 +37,6 @@ def captured(module: nn.Module) -> Iterator[list[Any]]:
     handle = module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         yield outputs
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def captured_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the first tensor that a module is called with.
-
-    Yields:
-        A list to which that tensor of each call is appended.
-
-    Example:
-        >>> network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1))
-        >>> with captured_inputs(network[1]) as inputs:
-        ...     logits = network(torch.zeros(1, 3, 4, 4))
-        >>> inputs[0].shape
-        torch.Size([1, 8, 4, 4])
-    """
-    inputs: list[Tensor] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.extend([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][:1])
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield inputs
     finally:
         handle.remove()
 
@@ -287,16 +261,8 @@ def _hooked(
     model: nn.Module, change: Callable[[Tensor], Tensor], backbone: str | None, *, twice: bool = False
 ) -> Iterator[None]:
     """Change the features of a backbone; images among them are passed on, ``twice`` if features get twice the rows."""
-    if not isinstance(model, Segmenter):
-        raise TypeError(f"the model is {type(model).__name__}; expected stseg.Segmenter(network)")
+    model, module, way_out = _found_backbone(model, backbone, "perturbed_features(model, perturb, backbone={!r})")
     network = type(model.network).__name__
-    module = backbone_of(model.network, backbone)
-    other = next((name for name, child in model.network.named_modules() if name and child is not module), "name")
-    way_out = f"name the submodule that returns them, as in perturbed_features(model, perturb, backbone={other!r})"
-    if module is None:
-        raise NetworkError(
-            f"no features are found in the network ({network}), as it has no encoder or backbone; {way_out}"
-        )
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if model._trying:  # which sizes the network takes
@@ -319,11 +285,100 @@ def _hooked(
             )
         return map_features(changed, output)
 
-    before = model._rows_per_image
+    before, outer = model._rows_per_image, model._outer
     handle = module.register_forward_hook(hook, with_kwargs=True)
     model._rows_per_image = 2 if twice else before
+    model._outer = ()  # hooks do not reach compiled or replicated networks
     try:
         yield
     finally:
-        model._rows_per_image = before
+        model._rows_per_image, model._outer = before, outer
         handle.remove()
+
+
+class DeepFeatures(NamedTuple):
+    """Deepest features of a network, and the size of what it saw."""
+
+    maps: Tensor
+    """``(B, C, h, w)`` floats."""
+    size: tuple[int, int]
+    """Height and width of the padded images, which the maps cover."""
+
+
+@contextmanager
+def deepest_features(model: nn.Module, *, features: str | None = None) -> Iterator[list[DeepFeatures]]:
+    """Collect the last and smallest feature map of a network, for a second decoder beside its own.
+
+    Of the maps that the backbone returns it is the one with the fewest positions; of several, the last.
+
+    Args:
+        model: a wrapped network.
+        features: dotted name of the submodule that returns the features, such as the one before the last layers of a
+            decoder; None finds it by :func:`stseg.models.backbone_of`.
+
+    Yields:
+        A list to which :class:`DeepFeatures` are appended at each call of the model. Their maps cover the images that
+        the network sees, which the wrapper may have padded on the right and at the bottom.
+
+    Raises:
+        TypeError: if the model is not wrapped.
+        NetworkError: if no backbone is found; when the model is called, if the backbone does not return maps
+            ``(B, C, h, w)``; at the end, if the model was called but not the backbone.
+        ValueError: if the network has no submodule called ``features``.
+
+    Example:
+        >>> model = Segmenter(nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Conv2d(8, 2, 1)))
+        >>> with deepest_features(model, features="0") as found:
+        ...     logits = model(torch.rand(4, 3, 15, 16))
+        >>> logits.shape, found[0].maps.shape, found[0].size
+        (torch.Size([4, 2, 15, 16]), torch.Size([4, 8, 8, 8]), (16, 16))
+    """
+    model, module, way_out = _found_backbone(model, features, "features={!r}")
+    network = type(model.network).__name__
+    found: list[DeepFeatures] = []
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen[:] = args[:1]
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if model._trying:  # which sizes the network takes
+            return
+        (images,), tensors = seen, list[Tensor]()
+        map_features(tensors.append, output)
+        maps = [each for each in tensors if each.ndim == 4 and len(each) == len(images) and each.numel()]
+        if not maps:
+            raise NetworkError(
+                f"the {type(module).__name__} of the network ({network}) returned no map of features "
+                f"(B, C, h, w) with a row for each of {len(images)} images; {way_out}"
+            )
+        deepest = min(reversed(maps), key=lambda each: each.shape[2] * each.shape[3])
+        found.append(DeepFeatures(deepest, (images.shape[2], images.shape[3])))
+
+    outer, model._outer = model._outer, ()  # hooks do not reach compiled or replicated networks
+    handles = [model.network.register_forward_pre_hook(note), module.register_forward_hook(hook)]
+    try:
+        yield found
+        if seen and not found:
+            raise NetworkError(
+                f"the {type(module).__name__} of the network ({network}) is not called as a module; {way_out}"
+            )
+    finally:
+        model._outer = outer
+        for handle in handles:
+            handle.remove()
+
+
+def _found_backbone(model: nn.Module, name: str | None, call: str) -> tuple[Segmenter, nn.Module, str]:
+    """Find the backbone of a wrapped network, and say how to name another one."""
+    if not isinstance(model, Segmenter):
+        raise TypeError(f"the model is {type(model).__name__}; expected stseg.Segmenter(network)")
+    module = backbone_of(model.network, name)
+    other = next((name for name, child in model.network.named_modules() if name and child is not module), "name")
+    way_out = f"name the submodule that returns them, as in {call.format(other)}"
+    if module is None:
+        raise NetworkError(
+            f"no features are found in the network ({type(model.network).__name__}), as it has no encoder or backbone; "
+            f"{way_out}"
+        )
+    return model, module, way_out

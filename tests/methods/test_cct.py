@@ -1,128 +1,241 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import naive
 import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from tester import CLASSES, MethodTester, Network, Plain, batch
+from tester import CLASSES, MethodTester, Network, Plain, batch, rows_seen
 from torch import nn
+from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
-from stseg import NetworkError, Segmenter
+import stseg
+from stseg import TrainConfig
+from stseg.engine.optimizers import parameter_groups
 from stseg.methods import CCT
-from stseg.methods.cct import AuxiliaryDecoder
-from stseg.modules import captured
+from stseg.models import PSPNet
 
-FEW = {"dropout": 1, "cutout": 1, "adversarial": 1, "context": 1, "objects": 1, "drop": 1, "noise": 1}
+MASKS = {"context": 1, "objects": 1}  # the perturbations in which nothing is random
+
+
+class Strided(nn.Module):
+    """Features at a quarter of the sides, which the wrapper pads images for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Conv2d(3, 6, 4, stride=4), nn.Conv2d(6, CLASSES, 1)
+        self.up = nn.Upsample(scale_factor=4, mode="bilinear")
+
+    def forward(self, x):
+        return self.up(self.head(self.encoder(x).relu()))
+
+
+def decode(decoder: nn.Module, z: np.ndarray) -> np.ndarray:
+    """One auxiliary decoder without upsampling: a 1 x 1 convolution."""
+    (layer,) = decoder
+    return np.einsum("kc,bchw->bkhw", layer.weight.detach().numpy()[:, :, 0, 0], z)
+
+
+def mean_square(prediction: np.ndarray, target: np.ndarray, valid: np.ndarray) -> float:
+    total, count = 0.0, 0
+    for b, i, j in np.ndindex(*valid.shape):
+        if valid[b, i, j]:
+            total += float(((naive.softmax(prediction[b, :, i, j]) - naive.softmax(target[b, :, i, j])) ** 2).mean())
+            count += 1
+    return total / max(1, count)
 
 
 class TestCCT(MethodTester):
     def make(self):
         torch.manual_seed(5)
-        return CCT(Network(), num_classes=CLASSES, decoders=FEW)
+        decoders = dict.fromkeys(("feature_noise", "feature_drop", "dropout", "cutout", "adversarial"), 1)
+        return CCT(Network(), num_classes=CLASSES, channels=8, upsampling=2, decoders={**decoders, **MASKS})
 
     def plain(self):
         torch.manual_seed(5)
-        return CCT(Plain(), num_classes=CLASSES, decoders={"context": 1, "objects": 1})
+        return CCT(Plain(), num_classes=CLASSES, channels=6, upsampling=1, decoders=MASKS)
 
     def test_loss_is_the_formula(self):
-        torch.manual_seed(5)
-        kinds = {"context": 1, "objects": 1, "drop": 1, "noise": 1}
-        method = CCT(Plain(), num_classes=CLASSES, decoders=kinds, weight=7.0, rampup=1.0)
-        assert method.kinds == list(kinds)
-        one = batch(step=3, steps=6)
-        with torch.no_grad(), captured(method.model.network.encoder) as outputs:
-            logits = method.model(one.unlabeled).numpy()
-            supervised = naive.supervised(method.model(one.images).numpy(), one.masks.numpy())
-        z = outputs[-2].numpy()
-        foreground = (logits.argmax(1) != 0)[:, None]
-        torch.manual_seed(4)
-        share = 0.7 + 0.2 * float(torch.rand(()))
-        noise = 0.3 * (2 * torch.rand(z.shape[1:]).numpy() - 1)
-        attention = z.mean(1, keepdims=True)
-        views = [
-            z * foreground,
-            z * ~foreground,
-            z * (attention <= share * attention.max((2, 3), keepdims=True)),
-            z * (1 + noise),
-        ]
-        terms = []
-        for view, decoder in zip(views, method.decoders, strict=True):
-            with torch.no_grad():
-                found = decoder(torch.from_numpy(view.astype(np.float32)))
-                found = nn.functional.interpolate(found, size=(8, 8), mode="bilinear", align_corners=False).numpy()
-            total, count = 0.0, 0
-            for b, i, j in np.ndindex(2, 8, 8):
-                if one.valid[b, i, j]:
-                    count += CLASSES
-                    total += float(((naive.softmax(found[b, :, i, j]) - naive.softmax(logits[b, :, i, j])) ** 2).sum())
-            terms.append(total / count)
-        torch.manual_seed(4)
+        method = self.plain()
+        method.rampup = 0.75
+        one = batch(step=3, steps=8)  # half of the ramp-up
+        with torch.no_grad():
+            labeled, unlabeled = (method.model(x).numpy() for x in (one.images, one.unlabeled))
+            mean, std = (getattr(method.model, name)[:, None, None] for name in ("_mean", "_std"))
+            z = method.model.network.encoder((one.unlabeled - mean) / std).numpy()
+        label, _ = naive.targets(unlabeled)
+        assert 0 < (label == 0).mean() < 1
+        kept = {"context": label != 0, "objects": label == 0}
+        valid = one.valid.numpy()
+        consistency = 0.0
+        for kind, decoder in zip(method.kinds, method.decoders, strict=True):
+            perturbed = np.zeros_like(z)
+            for b, i, j in np.ndindex(*label.shape):
+                if kept[kind][b, i, j]:
+                    perturbed[b, :, i, j] = z[b, :, i, j]
+            consistency += mean_square(decode(decoder, perturbed), unlabeled, valid) / 2
+        supervised = naive.supervised(labeled, one.masks.numpy())
         losses = method(one)
-        assert float(losses.logged["consistency"]) == pytest.approx(np.mean(terms), rel=1e-4)
-        expected = supervised + 7 * math.exp(-5 * (1 - 3 / 6) ** 2) * np.mean(terms)
-        assert float(losses.total.detach()) == pytest.approx(expected, rel=1e-4)
+        assert float(losses.logged["supervised"]) == pytest.approx(supervised, rel=1e-5)
+        assert float(losses.logged["consistency"]) == pytest.approx(consistency, rel=1e-5)
+        ramp = math.exp(-5 * (1 - 3 / 6) ** 2)
+        assert float(losses.total.detach()) == pytest.approx(supervised + 30 * ramp * consistency, rel=1e-5)
 
-    def test_the_main_decoder_learns_from_labels_alone(self):
-        gradients = []
-        for weight in (0.0, 50.0):
-            method = CCT(Plain(), num_classes=CLASSES, decoders={"noise": 2}, weight=weight, rampup=0)
-            method(batch()).total.backward()
-            network = method.model.network
-            gradients.append((network.head.weight.grad, network.encoder.weight.grad))
-        assert torch.equal(gradients[0][0], gradients[1][0])
-        assert not torch.allclose(gradients[0][1], gradients[1][1])
-        assert all(p.grad.abs().sum() > 0 for d in method.decoders for p in d.parameters() if p.ndim == 4)
+    @pytest.mark.parametrize(("step", "weight"), [(0, 0.202138), (50, 8.595144), (100, 30), (700, 30)])
+    def test_the_weight_rises_in_the_first_tenth(self, step, weight):
+        losses = self.plain()(batch(step=step, steps=1000))
+        expected = losses.logged["supervised"] + weight * losses.logged["consistency"]
+        assert float(losses.total.detach()) == pytest.approx(float(expected), rel=1e-5)
 
-    def test_without_a_background_there_are_no_objects(self):
-        method = CCT(Network(), num_classes=CLASSES, background=None)
-        assert {kind: method.kinds.count(kind) for kind in set(method.kinds)} == {
-            **{"dropout": 6, "adversarial": 2, "drop": 6, "noise": 6}
+    def test_has_the_decoders_of_the_paper(self):
+        method = CCT(Plain(), num_classes=21, channels=512)
+        assert Counter(method.kinds) == {
+            "feature_noise": 6,
+            "feature_drop": 6,
+            "dropout": 6,
+            "cutout": 6,
+            "context": 2,
+            "objects": 2,
+            "adversarial": 2,
         }
+        assert sum(p.numel() for p in method.decoders.parameters()) == 488_880
+
+    def test_without_a_background_three_perturbations_are_left_out(self):
+        method = CCT(Plain(), num_classes=3, channels=6, upsampling=1, background=None)
+        assert Counter(method.kinds) == {"feature_noise": 6, "feature_drop": 6, "dropout": 6, "adversarial": 2}
         assert method(batch()).total.isfinite()
 
-    def test_takes_the_networks_of_smp_at_any_size(self):
-        torch.manual_seed(0)
-        method = CCT(smp.FPN("tu-test_resnet", encoder_weights=None, classes=CLASSES), num_classes=CLASSES)
+    def test_the_networks_own_decoder_learns_from_masks_alone(self):
+        gradients = {}
+        for weight in (0.0, 30.0):
+            method = self.make()
+            method.weight, method.rampup = weight, 0
+            torch.manual_seed(0)
+            method.train()(batch()).total.backward()
+            gradients[weight] = {name: p.grad for name, p in method.named_parameters()}
+        without, with_it = gradients.values()
+        for name, gradient in without.items():
+            own = name.startswith(("model.network.decoder", "model.network.head"))
+            assert torch.equal(gradient, with_it[name]) == own, name
+
+    def test_every_decoder_learns(self):
+        method = self.make().train()
+        method(batch()).total.backward()
+        assert all(p.grad.any() for decoder in method.decoders for p in decoder[0].parameters())
+
+    def test_the_adversarial_search_leaves_no_gradients_behind(self):
+        torch.manual_seed(5)
+        method = CCT(Plain(), num_classes=CLASSES, channels=6, upsampling=2, decoders={"adversarial": 1})
+        method(batch())
+        assert all(p.grad is None for p in method.parameters())
+
+    def test_a_decoder_that_sees_what_the_network_sees_has_no_loss(self):
+        """All positions are background, so that masking the objects changes nothing; and the decoder is the head."""
+        method = CCT(Plain(), num_classes=CLASSES, channels=6, upsampling=1, decoders={"objects": 1})
+        head = method.model.network.head
+        method.model.network.forward = lambda x: head(method.model.network.encoder(x))
+        with torch.no_grad():
+            head.bias.zero_()
+            method.decoders[0][0].weight.copy_(head.weight)
         one = batch()
-        images = torch.rand(2, 3, 45, 37)
-        masks = torch.randint(CLASSES, (2, 45, 37))
-        losses = method.train()(one._replace(images=images, masks=masks, unlabeled=images.flip(0), valid=None))
-        assert losses.total.isfinite()
-        losses.total.backward()
+        assert float(method(one).logged["consistency"]) > 0
+        method.background = 7  # whatever is predicted is an object
+        method.kinds = ("context",)
+        assert float(method(one).logged["consistency"]) == pytest.approx(0, abs=1e-12)
 
-    @pytest.mark.parametrize(("channels", "classes", "count"), [(512, 21, 16_296), (2048, 21, 48_552)])
-    def test_a_decoder_has_as_many_parameters_as_the_authors(self, channels, classes, count):
-        assert sum(p.numel() for p in AuxiliaryDecoder(channels, classes).parameters()) == count
+    def test_labeled_and_unlabeled_images_have_batch_statistics_of_their_own(self):
+        method = self.make().train()
+        seen = rows_seen(method.model.network.encoder)
+        method(batch(3))
+        assert seen == [3, 3]
 
-    def test_a_decoder_starts_without_a_checkerboard(self):
-        logits = AuxiliaryDecoder(6, 3)(torch.rand(1, 6, 2, 2))
-        blocks = logits.unfold(2, 8, 8).unfold(3, 8, 8)
-        assert logits.shape == (1, 3, 16, 16)
-        assert (logits >= 0).all()
-        assert torch.allclose(blocks.amax((-1, -2)), blocks.amin((-1, -2)), atol=1e-5)
+    def test_decoders_learn_at_the_rate_of_heads(self):
+        method = self.make()
+        base, head = parameter_groups(method, TrainConfig(steps=1, lr=0.1, head_lr_factor=10))
+        held = {id(p) for p in head["params"]}
+        assert all(id(p) in held for p in method.decoders.parameters())
+        assert {id(p) for p in base["params"]} == {id(p) for p in method.model.network.encoder.parameters()}
+
+    def test_predictions_lie_on_the_pixels_that_they_belong_to(self):
+        """An image of 13 x 14 is padded to 16: the decoders' maps cover the padded one, as the network's do."""
+        torch.manual_seed(0)
+        method = CCT(Strided(), num_classes=CLASSES, channels=6, upsampling=1, decoders={"context": 1}, background=7)
+        network = method.model.network
+        network.forward = lambda x: network.up(network.head(network.encoder(x)))
+        with torch.no_grad():
+            network.head.bias.zero_()
+            method.decoders[0][0].weight.copy_(network.head.weight)
+        one = batch(2, 16)
+        one = one._replace(unlabeled=one.unlabeled[..., :13, :14], valid=one.valid[..., :13, :14])
+        assert float(method(one).logged["consistency"]) == pytest.approx(0, abs=1e-12)
 
     @pytest.mark.parametrize(
-        ("options", "error", "message"),
+        ("network", "channels", "features"),
         [
-            ({"decoders": {"blur": 1}}, ValueError, r"decoders holds 'blur': 1; expected a number, 0 or more, for"),
-            ({"decoders": {"noise": -1}}, ValueError, r"decoders holds 'noise': -1"),
-            ({"decoders": {}}, ValueError, "no decoder is left"),
-            ({"decoders": {"context": 1}, "background": None}, ValueError, "no decoder is left"),
-            ({"backbone": "nowhere"}, ValueError, "has no such submodule"),
-            ({"weight": -1}, ValueError, "weight is -1"),
+            (lambda: smp.Unet("tu-test_resnet", encoder_weights=None, classes=CLASSES), 96, None),
+            (lambda: smp.DeepLabV3Plus("resnet18", encoder_weights=None, classes=CLASSES), 512, None),
+            (lambda: lraspp_mobilenet_v3_large(weights_backbone=None, num_classes=CLASSES), 960, None),
+            (lambda: PSPNet("resnet18", num_classes=CLASSES), 512, None),
+            (lambda: PSPNet("resnet18", num_classes=CLASSES), 128, "fuse"),
         ],
     )
-    def test_mistakes_are_named(self, options, error, message):
-        with pytest.raises(error, match=message):
-            CCT(Plain(), num_classes=CLASSES, **options)
+    def test_takes_the_networks_of_others_at_any_size(self, network, channels, features):
+        options = {"channels": channels, "features": features, "decoders": {"cutout": 1, "adversarial": 1}}
+        method = CCT(network(), num_classes=CLASSES, **options).train()
+        losses = method(batch(2, 41))
+        losses.total.backward()
+        assert all(value.isfinite() for value in losses.logged.values())
 
-    def test_networks_without_features_are_refused(self):
-        with pytest.raises(NetworkError, match=r"has no encoder or backbone; .* CCT\(network, backbone=...\)"):
-            CCT(Segmenter(nn.Conv2d(3, CLASSES, 1)), num_classes=CLASSES)
+    def test_takes_a_network_that_returns_an_object(self):
+        class Output:
+            """Like those of Hugging Face."""
 
-    def test_another_number_of_classes_is_refused(self):
-        with pytest.raises(ValueError, match="num_classes is 5, but the network gives 3 classes"):
-            CCT(Plain(), num_classes=5, decoders={"noise": 1})(batch())
+            def __init__(self, logits):
+                self.logits = logits
+
+        network = Plain()
+        network.forward = lambda x: Output(network.head(network.encoder(x).relu()))
+        method = CCT(network, num_classes=CLASSES, channels=6, decoders={"cutout": 1})
+        assert method(batch()).total.isfinite()
+
+    def test_takes_features_by_name(self):
+        network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1))
+        method = CCT(network, num_classes=3, channels=4, upsampling=1, features="0")
+        assert method(batch()).total.isfinite()
+
+    def test_names_the_network_without_a_backbone(self):
+        method = CCT(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)), num_classes=3, channels=4)
+        with pytest.raises(stseg.NetworkError, match=r"\(Sequential\), as it has no .*, as in features='0'"):
+            method(batch())
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"weight": -1}, "weight is -1; expected 0 or more"),
+            ({"rampup": -1}, "rampup is -1; expected 0 or more"),
+            ({"upsampling": 6}, "upsampling is 6; expected a power of 2"),
+            ({"decoders": {"noise": 1}}, "decoders has the key 'noise'; expected some of feature_noise, feature_drop"),
+            ({"decoders": {"dropout": -1}}, r"decoders\['dropout'\] is -1; expected a number, 0 or more"),
+            ({"decoders": {"dropout": 1.5}}, r"decoders\['dropout'\] is 1.5; expected a number, 0 or more"),
+            ({"decoders": {}}, "expected at least one decoder"),
+            ({"decoders": {"cutout": 1}, "background": None}, "expected at least one decoder"),
+        ],
+    )
+    def test_refuses_settings_out_of_range(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            CCT(Plain(), **{"num_classes": CLASSES, "channels": 6, **options})
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_classes": 4}, "num_classes is 4, but the network gives 3 classes"),
+            ({"channels": 5}, "channels is 5, but the network gives 6 channels"),
+        ],
+    )
+    def test_tells_what_the_network_gives(self, options, message):
+        method = CCT(Plain(), **{"num_classes": CLASSES, "channels": 6, **options})
+        with pytest.raises(ValueError, match=message):
+            method(batch())

@@ -6,155 +6,182 @@ import naive
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 from tester import CLASSES, MethodTester, Network, Plain, batch, rows_seen
+from torch import nn
 
 from stseg import TrainConfig
-from stseg.functional import clean_flaws, gaussian_blur, true_flaws
+from stseg.engine.optimizers import parameter_groups
+from stseg.functional import flaw_target, less_flawed_target, refine_flaws
 from stseg.methods import GCT
 from stseg.modules import FlawDetector
 
 
-def blur(maps: np.ndarray, size: int) -> np.ndarray:
-    half = (size - 1) // 2
-    sigma = 0.3 * (half - 1) + 0.8
-    kernel = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * sigma**2))
-    kernel /= kernel.sum()
-    for axis in (1, 2):
-        maps = ndimage.convolve1d(maps, kernel, axis=axis, mode="mirror")
-    return maps
+class Pointwise(nn.Module):
+    """A detector whose flaws differ from pixel to pixel even in small images."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.layer = nn.Conv2d(3 + CLASSES, 1, 1)
+            nn.init.normal_(self.layer.weight, std=3.0)
+            nn.init.constant_(self.layer.bias, 3.0)
+
+    def forward(self, images, probabilities):
+        return self.layer(torch.cat([images, probabilities], 1))
 
 
-def scaled(maps: np.ndarray) -> np.ndarray:
-    low, high = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
-    return (maps - low) / np.maximum(high - low, 1e-3)
+def small():
+    torch.manual_seed(5)
+    return FlawDetector(3 + CLASSES, width=4)
+
+
+def mean_square(one: np.ndarray, other: np.ndarray, where: np.ndarray) -> float:
+    values = [
+        float(((one[b, :, i, j] - other[b, :, i, j]) ** 2).mean())
+        for b, i, j in np.ndindex(*where.shape)
+        if where[b, i, j]
+    ]
+    return sum(values) / max(1, len(values))
 
 
 class TestGCT(MethodTester):
     def make(self):
-        torch.manual_seed(5)
-        return GCT(Network(0), Network(1), num_classes=CLASSES, consistency=1.0, detector_width=8)
+        return GCT(Network(0), Network(1), num_classes=CLASSES, detector=small())
 
     def plain(self):
-        torch.manual_seed(5)  # the detector normalizes over a batch
-        return GCT(Plain(0), Plain(1), num_classes=CLASSES, correction=0.0, consistency=0.0, detector_width=8)
+        return GCT(Plain(0), Plain(1), num_classes=CLASSES, detector=small())
 
-    def test_loss_is_the_formula(self):
-        torch.manual_seed(5)
-        method = GCT(Plain(0), Plain(1), num_classes=CLASSES, correction=0.3, consistency=7.0, rampup=1, threshold=0.4)
-        one = batch(size=96, step=3, steps=6)
+    @pytest.mark.parametrize("threshold", [0.0, 0.4])
+    def test_loss_is_the_formula(self, threshold):
+        method = GCT(Plain(0), Plain(1), num_classes=CLASSES, detector=Pointwise())
+        method.threshold, method.rampup = threshold, 0.75
+        method.correction, method.consistency, method.detection = 0.7, 20.0, 3.0
+        one = batch(step=3, steps=8)  # half of the ramp-up
+        valid = torch.cat([torch.ones_like(one.valid), one.valid])
         images = torch.cat([one.images, one.unlabeled])
-        method.train()
         with torch.no_grad():
             logits = [network(images) for network in (method.model, method.other)]
-            flaws = [method.detector(torch.cat([images, z.softmax(1)], 1)).numpy() for z in logits]
-            on_labeled = [method.detector(torch.cat([one.images, z[:2].softmax(1)], 1)).numpy() for z in logits]
-        p = [z.softmax(1).numpy() for z in logits]
-        known, masks = (one.masks != 255).numpy(), one.masks.numpy()
-        where = np.concatenate([np.ones_like(known), one.valid.numpy()])
-        clean = []
-        for each in flaws:
-            blurred = blur(np.maximum(each.astype(np.float64), 0), 7)
-            found = scaled(blurred) * (blurred.max((1, 2), keepdims=True) > 0.1)
-            clean.append(np.where(found > 0.4, 1.0, found))
-        bad = (clean[0] > 0.4) & (clean[1] > 0.4) & where
-        correction, consistency = 0.0, 0.0
-        for mine, other, p_mine, p_other, raw in (
-            (clean[0], clean[1], p[0], p[1], flaws[0]),
-            (clean[1], clean[0], p[1], p[0], flaws[1]),
-        ):
-            correction += (raw**2)[bad].sum() / where.sum()
-            target = np.where((other >= mine)[:, None], p_mine, p_other)
-            consistency += ((p_mine - target) ** 2).mean(1)[where].sum() / where.sum()
-        detector = 0.0
-        for z, found in zip(p, on_labeled, strict=True):
-            onehot = np.eye(256)[masks][..., :CLASSES].transpose(0, 3, 1, 2)
-            difference = 0.5 * np.abs(onehot - z[:2]).sum(1) * known
-            first = blur(difference, 13)
-            dilated = ndimage.maximum_filter(first, (1, 3, 3), mode="mirror")
-            truth = scaled(blur(dilated, 25))
-            detector += 0.5 * 10 * ((found - truth) ** 2)[known].mean()
-        supervised = sum(naive.supervised(z[:2].numpy(), masks) for z in logits)
-        torch.manual_seed(5)
+            p = [each.softmax(1) for each in logits]
+            flaws = [method.detector(images * valid[:, None], each * valid[:, None])[:, 0] for each in p]
+            refined = [refine_flaws(each, where=valid) for each in flaws]
+            target, bad = less_flawed_target(*p, *refined, threshold=threshold)
+            target_of_other, _ = less_flawed_target(*reversed(p), *reversed(refined), threshold=threshold)
+            wanted = [flaw_target(each[:2], one.masks) for each in p]
+        assert (target != p[0]).float().mean() + (target_of_other != p[1]).float().mean() > 0
+        assert 0 < bad[valid].float().mean() < 1
+        where, known = valid.numpy(), (one.masks != 255).numpy()
+        parts = {
+            "supervised": sum(naive.supervised(z[:2].numpy(), one.masks.numpy()) for z in logits),
+            "correction": sum(mean_square((f * bad)[:, None].numpy(), np.zeros((4, 1, 8, 8)), where) for f in flaws),
+            "consistency": mean_square(p[0].numpy(), target.numpy(), where)
+            + mean_square(p[1].numpy(), target_of_other.numpy(), where),
+            "detector": sum(
+                mean_square(f[:2, None].numpy(), w[:, None].numpy(), known) / 2
+                for f, w in zip(flaws, wanted, strict=True)
+            ),
+            "bad": float((bad & valid).sum() / valid.sum()),
+        }
         losses = method(one)
-        parts = {"supervised": supervised, "correction": correction, "consistency": consistency, "detector": detector}
-        assert consistency > 0
-        for name, value in {**parts, "bad": bad.sum() / where.sum()}.items():
-            assert float(losses.logged[name]) == pytest.approx(value, rel=1e-3, abs=1e-7), name
-        weight = 7 * math.exp(-5 * (1 - 3 / 6) ** 2)
-        total = supervised + 0.3 * correction + weight * consistency + detector
-        assert float(losses.total.detach()) == pytest.approx(total, rel=1e-3)
+        for name, value in parts.items():
+            assert float(losses.logged[name]) == pytest.approx(value, rel=1e-4), name
+        ramp = math.exp(-5 * (1 - 3 / 6) ** 2)
+        total = (
+            parts["supervised"] + 0.7 * parts["correction"] + 20 * ramp * parts["consistency"] + 3 * parts["detector"]
+        )
+        assert float(losses.total.detach()) == pytest.approx(total, rel=1e-4)
+
+    def gradients(self, **weights):
+        method = GCT(Plain(0), Plain(1), num_classes=CLASSES, rampup=0, threshold=0.3, detector=Pointwise())
+        for name, value in {"correction": 0.0, "consistency": 0.0, "detection": 0.0, **weights}.items():
+            setattr(method, name, value)
+        method(batch()).total.backward()
+        return {name: p.grad for name, p in method.named_parameters()}
 
     def test_the_detector_learns_from_its_own_loss_alone(self):
-        gradients = []
-        for weight in (0.0, 5.0):
-            torch.manual_seed(1)
-            method = GCT(Plain(0), Plain(1), num_classes=CLASSES, correction=weight, consistency=weight)
-            method(batch(size=16)).total.backward()
-            gradients.append([p.grad.clone() for p in method.detector.parameters()])
-        assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+        without = self.gradients()
+        alone = self.gradients(detection=10.0)
+        everything = self.gradients(detection=10.0, correction=5.0, consistency=50.0)
+        for name, gradient in alone.items():
+            if name.startswith("detector."):
+                assert not without[name].any()
+                assert gradient.any()
+                assert torch.equal(gradient, everything[name])
+            else:
+                assert torch.equal(gradient, without[name])  # the networks do not learn from its loss
 
-    def test_each_network_sees_all_images_in_one_pass_and_learns(self):
+    @pytest.mark.parametrize("term", ["correction", "consistency"])
+    def test_each_term_reaches_the_networks(self, term):
+        without, with_it = self.gradients(), self.gradients(**{term: 100.0})
+        changed = {name.split(".")[0] for name, g in without.items() if not torch.equal(g, with_it[name])}
+        assert changed == {"model", "other"}
+
+    def test_a_network_that_is_less_flawed_everywhere_learns_nothing_from_the_other(self):
+        method = self.plain().train()
+        method.detector.forward = lambda images, p: torch.zeros(len(p), 1, 8, 8)  # as flawed as the other
+        losses = method(batch())
+        assert float(losses.logged["consistency"]) == 0
+        assert float(losses.logged["correction"]) == 0
+
+    def test_each_network_sees_both_streams_together(self):
         method = self.make().train()
-        seen = rows_seen(method.other.network.encoder)
-        method(batch(3, 16)).total.backward()
-        assert seen == [6]
-        assert all(n.network.head.weight.grad.abs().sum() > 0 for n in (method.model, method.other))
+        seen = [rows_seen(network.network.encoder) for network in (method.model, method.other)]
+        judged = rows_seen(method.detector)
+        method(batch(3))
+        assert seen == [[6], [6]]
+        assert judged == [6] * 4
 
-    def test_has_one_optimizer_for_both_networks_and_an_adam(self):
+    def test_has_an_adam_for_the_detector(self):
         method = self.make()
-        networks, detector = method.optimizers(TrainConfig(steps=1, lr=0.1, head_lr_factor=10))
-        assert {group["lr"] for group in networks.param_groups} == {0.1, 1.0}
-        assert detector.param_groups[0]["lr"] == 1e-4
-        held = [id(p) for o in (networks, detector) for group in o.param_groups for p in group["params"]]
-        assert sorted(held) == sorted(id(p) for p in method.parameters())
+        networks, detector = method.optimizers(TrainConfig(steps=1, lr=0.01))
+        assert isinstance(detector, torch.optim.Adam)
+        assert (detector.param_groups[0]["lr"], detector.param_groups[0]["betas"]) == (1e-4, (0.9, 0.99))
+        held = {id(p) for group in detector.param_groups for p in group["params"]}
+        assert held == {id(p) for p in method.detector.parameters()}
+        others = {id(p) for group in networks.param_groups for p in group["params"]}
+        assert others == {id(p) for each in (method.model, method.other) for p in each.parameters()}
+
+    def test_both_backbones_learn_at_the_base_rate(self):
+        method = self.make()
+        networks, _ = method.optimizers(TrainConfig(steps=1, lr=0.1, head_lr_factor=10))
+        base = {id(p) for p in networks.param_groups[0]["params"]}
+        assert base == {id(p) for each in (method.model, method.other) for p in each.network.encoder.parameters()}
+        assert [group["lr"] for group in networks.param_groups] == [0.1, 1.0]
+        assert parameter_groups(method, TrainConfig(steps=1))
+
+    def test_the_detector_has_as_many_parameters_as_the_authors(self):
+        detector = GCT(Plain(0), Plain(1), num_classes=21).detector
+        assert sum(p.numel() for p in detector.parameters()) == 8_294_017
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"threshold": 1.5}, r"threshold is 1.5; expected a probability in \[0, 1\]"),
+            ({"correction": -1}, "correction is -1; expected 0 or more"),
+            ({"consistency": -1}, "consistency is -1; expected 0 or more"),
+            ({"rampup": -1}, "rampup is -1; expected 0 or more"),
+            ({"detection": -1}, "detection is -1; expected 0 or more"),
+        ],
+    )
+    def test_refuses_settings_out_of_range(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            GCT(Plain(0), Plain(1), num_classes=CLASSES, **options)
 
     def test_one_network_twice_is_refused(self):
         network = Plain()
-        with pytest.raises(ValueError, match="share parameters"):
+        with pytest.raises(ValueError, match="share parameters; expected two networks with weights of their own"):
             GCT(network, network, num_classes=CLASSES)
 
-
-class TestFlaws:
-    @pytest.mark.parametrize("size", [1, 3, 5, 21])
-    def test_blur_is_that_of_scipy(self, size):
-        maps = torch.rand(2, 24, 31)
-        torch.testing.assert_close(
-            gaussian_blur(maps, size), torch.from_numpy(blur(maps.double().numpy(), size)).float()
-        )
-
-    def test_blur_with_a_kernel_beyond_the_image_is_one_of_a_smaller_kernel(self):
-        assert gaussian_blur(torch.ones(1, 4, 3), 65).allclose(torch.ones(1, 4, 3))
-
-    def test_of_right_predictions_are_none(self):
-        masks = torch.randint(3, (2, 32, 32))
-        right = torch.nn.functional.one_hot(masks, 3).movedim(-1, 1).float()
-        assert true_flaws(right, masks).max() == 0
-        masks[0, :9] = 255
-        assert true_flaws(right, masks).max() == 0
-
-    def test_are_where_predictions_are_wrong(self):
-        masks = torch.zeros(1, 64, 64, dtype=torch.int64)
-        wrong = torch.zeros(1, 2, 64, 64)
-        wrong[:, 0] = 1
-        wrong[:, :, 10:20, 40:50] = torch.tensor([0.0, 1.0])[None, :, None, None]
-        flaws = true_flaws(wrong, masks)
-        assert (flaws.min(), flaws.max()) == (0, pytest.approx(1, abs=1e-4))
-        top, left = divmod(int(flaws.argmax()), 64)
-        assert 10 <= top < 20
-        assert 40 <= left < 50
-
-    def test_that_are_small_are_cleaned_away(self):
-        assert clean_flaws(torch.rand(2, 16, 16) * 0.05).max() == 0
-        cleaned = clean_flaws(torch.linspace(-1, 1, 256).reshape(1, 16, 16))
-        assert ((cleaned <= 0.6) | (cleaned == 1)).all()
-        assert cleaned.min() == 0
-
-    def test_kernels_are_those_of_the_authors(self):
-        for side, expected in ((513, (33, 65, 129)), (321, (21, 41, 81))):
-            from stseg.functional.flaws import odd
-
-            assert (odd(side // 16), odd(side // 8), odd(side // 4)) == expected
-
-    def test_the_detector_has_as_many_parameters_as_the_authors(self):
-        assert sum(p.numel() for p in FlawDetector(24).parameters()) == 8_294_017
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_classes": 4}, "num_classes is 4, but the networks give 3 and 3 classes"),
+            (
+                {"num_classes": 3, "detector": FlawDetector(7, width=4)},
+                "images have 3 channels and probabilities 3; the detector expects 7 together",
+            ),
+        ],
+    )
+    def test_tells_what_it_is_given(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            GCT(Plain(0), Plain(1), **options)(batch())

@@ -15,7 +15,15 @@ from torch import nn
 
 import stseg
 from stseg.models import DeepLabV3Plus, backbone_of
-from stseg.modules import captured, channel_dropout, map_features, perturbed_features, rewritten
+from stseg.modules import (
+    captured,
+    changed_features,
+    channel_dropout,
+    deepest_features,
+    map_features,
+    perturbed_features,
+    rewritten,
+)
 
 few = settings(max_examples=25, deadline=None)
 
@@ -302,3 +310,101 @@ class TestBackboneOf:
         assert backbone_of(nn.Conv2d(3, 2, 1)) is None
         with pytest.raises(ValueError, match="has no such submodule"):
             backbone_of(nn.Conv2d(3, 2, 1), "encoder")
+
+
+class TestDeepestFeatures:
+    class Levels(nn.Module):
+        """A backbone that returns the image and three levels, two of them of one size."""
+
+        def __init__(self, wrap=list):
+            super().__init__()
+            self.wrap = wrap
+            self.one, self.two = nn.Conv2d(3, 4, 2, stride=2), nn.Conv2d(4, 5, 2, stride=2)
+            self.three = nn.Conv2d(5, 6, 1)
+
+        def forward(self, x):
+            one = self.one(x)
+            two = self.two(one)
+            return self.wrap([x, one, two, self.three(two)])
+
+    class Decoded(nn.Module):
+        def __init__(self, backbone):
+            super().__init__()
+            self.backbone, self.head, self.up = backbone, nn.Conv2d(6, 2, 1), nn.Upsample(scale_factor=4)
+
+        def forward(self, x):
+            found = self.backbone(x)
+            return self.up(self.head([*(found.values() if isinstance(found, dict) else found)][-1]))
+
+    @pytest.mark.parametrize("wrap", [list, tuple, lambda maps: {str(i): each for i, each in enumerate(maps)}])
+    def test_are_the_last_of_the_smallest_and_cover_the_padded_image(self, wrap):
+        model = stseg.Segmenter(self.Decoded(self.Levels(wrap)))
+        with deepest_features(model) as found:
+            logits = model(torch.rand(2, 3, 9, 14))
+            model(torch.rand(1, 3, 8, 8))
+        assert logits.shape == (2, 2, 9, 14)
+        assert [(tuple(each.maps.shape), each.size) for each in found] == [
+            ((2, 6, 3, 4), (12, 16)),
+            ((1, 6, 2, 2), (8, 8)),
+        ]
+        assert found[0].maps.requires_grad
+        model(torch.rand(1, 3, 8, 8))
+        assert len(found) == 2
+
+    def test_reach_into_a_compiled_network(self):
+        network = self.Decoded(self.Levels())
+        model = stseg.Segmenter(torch.compile(network, backend="eager"))
+        with deepest_features(model) as found:
+            model(torch.rand(2, 3, 8, 8))
+        assert len(found) == 1
+        assert len(model._outer) == 1
+
+    def test_changed_ones_reach_into_a_compiled_network(self):
+        model = stseg.Segmenter(torch.compile(self.Decoded(self.Levels()), backend="eager"))
+        images = torch.rand(2, 3, 8, 8)
+        before = model(images)
+        with changed_features(model, torch.zeros_like):
+            assert not torch.allclose(model(images), before)
+        assert torch.equal(model(images), before)
+
+    def test_are_taken_from_a_submodule_by_name(self):
+        model = stseg.Segmenter(self.Decoded(self.Levels()))
+        with deepest_features(model, features="backbone.one") as found:
+            model(torch.rand(2, 3, 8, 8))
+        assert found[0].maps.shape == (2, 4, 4, 4)
+
+    def test_name_the_network_that_has_none(self):
+        with (
+            pytest.raises(stseg.NetworkError, match=r"\(Conv2d\), as it has no"),
+            deepest_features(stseg.Segmenter(nn.Conv2d(3, 2, 1))),
+        ):
+            pass
+        with pytest.raises(TypeError, match="the model is Conv2d"), deepest_features(nn.Conv2d(3, 2, 1)):
+            pass
+
+    def test_name_what_is_not_called_as_a_module(self):
+        network = self.Decoded(self.Levels())
+        network.backbone, levels = nn.Identity(), network.backbone
+        network.forward = lambda x: network.up(network.head(levels(x)[-1]))
+        model = stseg.Segmenter(network)
+        with (
+            pytest.raises(stseg.NetworkError, match=r"the Identity of the network .* is not called as a module"),
+            deepest_features(model),
+        ):
+            model(torch.rand(2, 3, 8, 8))
+
+    def test_name_what_returns_no_maps(self):
+        class Tokens(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.encoder, self.head = nn.Flatten(2), nn.Conv2d(3, 2, 1)
+
+            def forward(self, x):
+                return self.head(self.encoder(x).view(x.shape))
+
+        model = stseg.Segmenter(Tokens())
+        with (
+            pytest.raises(stseg.NetworkError, match=r"the Flatten of the network \(Tokens\) returned no map"),
+            deepest_features(model),
+        ):
+            model(torch.rand(2, 3, 8, 8))
