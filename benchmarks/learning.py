@@ -33,6 +33,7 @@ import stseg
 from stseg import methods
 from stseg.augment import BoxMix, CropPair
 from stseg.data import SyntheticScenes
+from stseg.modules import FlawDetector
 
 CLASSES, SIZE = len(SyntheticScenes.classes), 32
 LABELED, UNLABELED, HELD_OUT = 20, 200, 200
@@ -62,10 +63,10 @@ METHODS: dict[str, Callable[[], stseg.Method]] = {
     "ClassMix": lambda: methods.ClassMix(net(), threshold=0.8),
     "CPS": lambda: methods.CPS(net(), net(), weight=0.5),
     "CPS with CutMix": lambda: methods.CPS(net(), net(), weight=0.5, mix=BoxMix(area=(0.25, 0.5), boxes=3)),
-    "GCT": lambda: methods.GCT(net(), net(), num_classes=CLASSES),
-    "CCT": lambda: methods.CCT(net(), num_classes=CLASSES, channels=32),
+    "GCT": lambda: methods.GCT(net(), net(), num_classes=CLASSES, detector=FlawDetector(3 + CLASSES, width=16)),
+    "CCT": lambda: methods.CCT(net(), num_classes=CLASSES, channels=48),
     "DCC": lambda: methods.DCC(net(), channels=16, pairs=CropPair(24, base_size=SIZE, scale=(0.8, 2.0)), memory=256),
-    "U2PL": lambda: methods.U2PL(net(), num_classes=CLASSES),
+    "U2PL": lambda: methods.U2PL(net(), num_classes=CLASSES, channels=16, width=32, start=0.5, memory=2000, keys=64),
     "AdvSSL": lambda: methods.AdvSSL(net(), num_classes=CLASSES),
     "S4GAN": lambda: methods.S4GAN(net(), num_classes=CLASSES),
     "ECS": lambda: methods.ECS(net(), net(3 + CLASSES, CLASSES + 1)),
