@@ -67,7 +67,8 @@ class CCT(Method):
     - Objects are found on the grid of the features: connected positions that are not background. The authors trace
       contours of more than 50 points on the prediction; here a rectangle of less than half a position is none.
     - The adversarial direction is computed exactly; see :func:`stseg.modules.adversarial_perturbation`.
-    - The share of ``feature_drop`` is drawn from 0.7 to 0.9, as in the paper; one version of the code has 0.6.
+    - Versions of the authors' code differ: here the share of ``feature_drop`` is drawn from 0.7 (elsewhere 0.6) to 0.9,
+      and the length of the adversarial change is 2 (elsewhere 10).
 
     Args:
         network: a network, bare or in a :class:`stseg.Segmenter`.
