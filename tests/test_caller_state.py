@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 import stseg
 from stseg import functional as F
 from stseg.augment import (
+    BoxMix,
     as_batch_augmentation,
     as_pair_transform,
     from_albumentations,
@@ -29,13 +30,28 @@ from stseg.augment import (
     strong_view,
 )
 from stseg.data import ClassMap, FilePair, ListedFiles, MixedDataset, SegmentationFolder, SyntheticScenes, split_ids
-from stseg.methods import CPS, ST, AdvSSL, FixMatch, Labeling, MeanTeacher, STPlusPlus, Supervised, UniMatch
+from stseg.methods import (
+    CPS,
+    ST,
+    AdvSSL,
+    ClassMix,
+    CutMixSeg,
+    FixMatch,
+    Labeling,
+    MeanTeacher,
+    STPlusPlus,
+    Supervised,
+    UniMatch,
+    UniMatchV2,
+)
 from stseg.models import DeepLabV2, DeepLabV3Plus, PSPNet, as_segmenter, backbone_of
 from stseg.modules import (
     EMA,
     ConvCritic,
     captured,
+    changed_features,
     channel_dropout,
+    complementary_dropout,
     conv_critic,
     frozen,
     map_features,
@@ -205,6 +221,8 @@ MIRRORED = albumentations.Compose([albumentations.HorizontalFlip(p=1)])
 FUNCTIONAL = {
     "adversarial_loss": lambda scores, where: F.adversarial_loss(scores, real=True, where=where),
     "box_mask": lambda boxes: F.box_mask(boxes, 8, 10),
+    "class_mask": lambda classes, vectors: F.class_mask(classes, vectors),
+    "confident_share": lambda scores, where: F.confident_share(scores[:, 0], threshold=0.5, where=where),
     "confusion_matrix": lambda classes, masks: F.confusion_matrix(classes, masks, CLASSES, ignore_index=255),
     "consistency_loss": lambda logits, masks: F.consistency_loss(logits, masks),
     "consistency_target": lambda logits, where: F.consistency_target(logits, threshold=0.4, valid=where),
@@ -247,6 +265,8 @@ RANDOM = {  # these draw from torch's global generator
     "Cutout": lambda images, bytes_, rows: stseg.Cutout(p=0.5)(images, bytes_, rows),
     "Cutout, never": lambda images, bytes_: stseg.Cutout(p=0)(images, bytes_),
     "CutMix": lambda images, masks, where: stseg.CutMix()(images, masks, where),
+    "BoxMix": lambda images, masks, where: BoxMix(boxes=3)(images, masks, where),
+    "ClassMix": lambda images, classes, where: stseg.ClassMix(CLASSES)(images, classes, where),
     "CutMix, never": lambda images, masks: stseg.CutMix(p=0)(images, masks),
     "strong_view": lambda images, masks: strong_view(images, masks, STRONG, stseg.CutMix()),
     "strong_view, of nothing": lambda images, masks: strong_view(images, masks),
@@ -267,6 +287,8 @@ RANDOM = {  # these draw from torch's global generator
     "channel_dropout, tokens, never": lambda tokens: channel_dropout(tokens, 0.0),
     "channel_dropout, vectors": lambda vectors: channel_dropout(vectors, 0.5),
     "channel_dropout, vectors, never": lambda vectors: channel_dropout(vectors, 0.0),
+    "complementary_dropout": lambda images, tokens, vectors: complementary_dropout([images, tokens, vectors]),
+    "complementary_dropout, never": lambda images: complementary_dropout([images], 0.0),
     "StrongParameters": lambda images, masks: STRONG.transform(images, masks, STRONG.draw(images)),
 }
 
@@ -469,6 +491,8 @@ class TestNetworks:
                 model(images)
             with perturbed_features(model, partial(channel_dropout, p=0.5), backbone="0"):
                 model(images)
+            with changed_features(model, complementary_dropout, backbone="0"):
+                model(images)
 
     def test_stay_as_they_are_when_frozen(self):
         critic = ConvCritic(2)
@@ -495,8 +519,12 @@ METHODS = {
     "FixMatch": lambda net: FixMatch(net, threshold=0.4),
     "FixMatch, no augmentation": lambda net: FixMatch(net, threshold=0.4, strong=None, mix=None),
     "UniMatch": lambda net: UniMatch(net, threshold=0.4, backbone="0"),
+    "UniMatchV2": lambda net: UniMatchV2(net, threshold=0.4, backbone="0"),
     "MeanTeacher": MeanTeacher,
+    "CutMixSeg": lambda net: CutMixSeg(net, threshold=0.4),
+    "ClassMix": lambda net: ClassMix(net, threshold=0.4),
     "CPS": lambda net: CPS(net, network(1)),
+    "CPS, CutMix": lambda net: CPS(net, network(1), mix=BoxMix()),
     "AdvSSL": lambda net: AdvSSL(net, num_classes=2),
 }
 

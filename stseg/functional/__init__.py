@@ -16,7 +16,7 @@ from stseg.functional.losses import (
     supervised_loss,
     without_ignored,
 )
-from stseg.functional.mixing import box_mask, paste
+from stseg.functional.mixing import box_mask, class_mask, paste
 from stseg.functional.pseudo_label import PseudoLabels, pseudo_label
 from stseg.functional.ramps import linear_rampup, polynomial_decay, sigmoid_rampup
 from stseg.functional.reliability import pixel_agreement, stability, weighted_stability
@@ -26,6 +26,7 @@ __all__ = [
     "PseudoLabels",
     "adversarial_loss",
     "box_mask",
+    "class_mask",
     "clean_flaws",
     "confident_share",
     "confusion_matrix",
