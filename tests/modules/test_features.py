@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import segmentation_models_pytorch as smp
+import timm
 import torch
 import torchvision
 from hypothesis import given, settings
@@ -76,6 +77,19 @@ class LikeHuggingFace(nn.Module):
         return SimpleNamespace(logits=self.head(self.segformer(pixel_values=pixel_values).hidden_states[-1]))
 
 
+class PlainViT(nn.Module):
+    """Tokens of a ViT of timm, and one layer."""
+
+    def __init__(self):
+        super().__init__()
+        settings = {"patch_size": 8, "img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        self.backbone = timm.create_model("test_vit", num_classes=0, global_pool="", dynamic_img_size=True, **settings)
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        return self.head(self.backbone(x)[:, 1:].mT.unflatten(2, (x.shape[2] // 8, x.shape[3] // 8)))
+
+
 NETWORKS = {
     "smp.Unet": lambda: smp.Unet("resnet18", encoder_weights=None, classes=5),
     "smp.FPN": lambda: smp.FPN("tu-mobilenetv3_small_050", encoder_weights=None, classes=5),
@@ -90,6 +104,7 @@ NETWORKS = {
     "DeepLabV3Plus": lambda: DeepLabV3Plus("resnet18", num_classes=5),
     "one's own": Plain,
     "Hugging Face": LikeHuggingFace,
+    "ViT": PlainViT,
 }
 
 
