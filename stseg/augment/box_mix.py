@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -61,13 +60,12 @@ class BoxMix:
             Rectangles ``(B, boxes, 4)`` int64, half-open: top, left, bottom, right.
         """
         batch, _, height, width = images.shape
-        place: dict[str, Any] = {"generator": generator, "device": images.device}
-        area = uniform(torch.rand(batch, self.boxes, **place), *self.area)
-        tall = area ** torch.rand(batch, self.boxes, **place)
-        room = torch.tensor([height, width], device=images.device)
-        sides = (torch.stack((tall, area / tall), 2) * math.sqrt(1 / self.boxes) * room).round()
-        corner = ((room - sides) * torch.rand(batch, self.boxes, 2, **place)).round()
-        return torch.cat((corner, corner + sides), 2).long()
+        draws = torch.rand(4, batch, self.boxes, generator=generator, device=images.device)
+        area, (part, down, across) = uniform(draws[0], *self.area), draws[1:]
+        tall, side = area**part, math.sqrt(1 / self.boxes)
+        rows, columns = (tall * side * height).round(), (area / tall * side * width).round()
+        top, left = ((height - rows) * down).round(), ((width - columns) * across).round()
+        return torch.stack([top, left, top + rows, left + columns], 2).long()
 
     def transform(self, boxes: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Paste the rectangles of the next image; deterministic."""

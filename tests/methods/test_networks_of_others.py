@@ -160,6 +160,20 @@ def test_a_step_trains_every_parameter(name, family):
         assert method.eval().model(torch.rand(2, 3, 33, 45)).shape == (2, CLASSES, 33, 45)
 
 
+def on(device: str, value):
+    if isinstance(value, dict):
+        return {key: on(device, each) for key, each in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+# CCT labels the objects until nothing changes; GCT and DCC turn off autocast, which this device lacks.
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("CCT", "GCT", "DCC")])
+def test_a_step_reads_no_value_back_from_the_device(name):
+    method = METHODS[name](lambda: stseg.Segmenter(fcn(), stride=8), "torchvision").train()
+    one = stseg.Batch(*(on("meta", value) for value in training_batch(method)))
+    method.to("meta")(one).total.backward()
+
+
 @pytest.mark.parametrize("name", ["UniMatch", "UniMatchV2", "CCT", "DCC"])
 def test_features_are_reached_in_a_compiled_network(name):
     method = METHODS[name](lambda: torch.compile(LikeHuggingFace(), backend="eager"), "Hugging Face").train()
