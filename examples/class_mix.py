@@ -1,8 +1,9 @@
-"""ClassMix (Olsson et al., WACV 2021), on synthetic scenes, compared with supervised training.
+"""ClassMix (Olsson et al., WACV 2021) on synthetic scenes, compared with supervised training.
 
     python examples/class_mix.py
 
-A student learns the labels of its average on images into which the pixels of whole classes are pasted.
+Half of the classes that the averaged network predicts in each image are pasted into another one, and the network learns
+from the mixture.
 
 For your own data put ``SegmentationFolder("images", "masks")`` and ``SegmentationFolder("more_images")`` of
 ``stseg.data`` in place of ``labeled`` and ``unlabeled``; for your own network, any module from images to logits in
@@ -47,7 +48,7 @@ def main() -> None:
     result = stseg.fit(method, labeled, config, unlabeled=unlabeled)
     for name, model in {"supervised": supervised.model, "ClassMix": result.model}.items():
         metric = stseg.evaluate(model, held_out, num_classes=CLASSES, progress=False)
-        print(f"{name:11} mIoU {100 * metric.compute():.1f}")
+        print(f"{name:10} mIoU {100 * metric.compute():.1f}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""CutMix-Seg (French et al., BMVC 2020), on synthetic scenes, compared with supervised training.
+"""CutMix-Seg (French et al., BMVC 2020) on synthetic scenes, compared with supervised training.
 
     python examples/cutmix_seg.py
 
-A student agrees with the average of its past weights on images mixed from boxes.
+Mean Teacher on mixed images: the student learns to predict the mixture of two predictions of the averaged network,
+which is returned.
 
 For your own data put ``SegmentationFolder("images", "masks")`` and ``SegmentationFolder("more_images")`` of
 ``stseg.data`` in place of ``labeled`` and ``unlabeled``; for your own network, any module from images to logits in
@@ -43,11 +44,11 @@ def main() -> None:
     )
     torch.manual_seed(0)
     supervised = stseg.fit(make_network(), labeled, config)
-    method = stseg.methods.CutMixSeg(make_network(), threshold=0.8, weight=10.0, decay=0.98)
+    method = stseg.methods.CutMixSeg(make_network(), threshold=0.8, weight=3.0)
     result = stseg.fit(method, labeled, config, unlabeled=unlabeled)
     for name, model in {"supervised": supervised.model, "CutMix-Seg": result.model}.items():
         metric = stseg.evaluate(model, held_out, num_classes=CLASSES, progress=False)
-        print(f"{name:11} mIoU {100 * metric.compute():.1f}")
+        print(f"{name:10} mIoU {100 * metric.compute():.1f}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""UniMatch V2 (Yang et al., TPAMI 2025), on synthetic scenes, compared with supervised training.
+"""UniMatch V2 (Yang et al., TPAMI 2025) on synthetic scenes, compared with supervised training.
 
     python examples/unimatch_v2.py
 
-Two strong views with complementary channels learn the labels of an average of past weights.
+The averaged network labels the weak view, and the network learns from two strong views that share the channels of their
+features. The network needs a backbone: a submodule ``encoder`` or ``backbone``, or the one that
+``UniMatchV2(..., backbone=)`` names. On real data: ``smp.DPT`` on a pretrained ViT, and ``TrainConfig.unimatch_v2()``.
 
 For your own data put ``SegmentationFolder("images", "masks")`` and ``SegmentationFolder("more_images")`` of
 ``stseg.data`` in place of ``labeled`` and ``unlabeled``; for your own network, any module from images to logits in
@@ -43,7 +45,7 @@ def main() -> None:
     )
     torch.manual_seed(0)
     supervised = stseg.fit(make_network(), labeled, config)
-    method = stseg.methods.UniMatchV2(make_network(), threshold=0.8, decay=0.99)
+    method = stseg.methods.UniMatchV2(make_network(), threshold=0.8, decay=0.98)
     result = stseg.fit(method, labeled, config, unlabeled=unlabeled)
     for name, model in {"supervised": supervised.model, "UniMatch V2": result.model}.items():
         metric = stseg.evaluate(model, held_out, num_classes=CLASSES, progress=False)

@@ -22,6 +22,9 @@ PairTransform: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
 BatchAugmentation: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """``(images, masks, where) -> (images, masks)``, a whole batch on the device."""
 
+BatchMixing: TypeAlias = Callable[..., tuple[Tensor, ...]]
+"""``(images, masks, ...) -> (images, masks, ...)``, which mixes the rows of any number of tensors alike."""
+
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """``(logits, masks) -> loss``, a scalar: a function, or a module such as ``torch.nn.CrossEntropyLoss()``."""
 

@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 import stseg
 from stseg import functional as F
 from stseg.augment import (
+    BoxMix,
     CropPair,
     as_batch_augmentation,
     as_pair_transform,
@@ -38,12 +39,15 @@ from stseg.methods import (
     ST,
     U2PL,
     AdvSSL,
+    ClassMix,
+    CutMixSeg,
     FixMatch,
     Labeling,
     MeanTeacher,
     STPlusPlus,
     Supervised,
     UniMatch,
+    UniMatchV2,
 )
 from stseg.models import DeepLabV2, DeepLabV3Plus, PSPNet, as_segmenter, backbone_of
 from stseg.modules import (
@@ -52,7 +56,9 @@ from stseg.modules import (
     ImageCritic,
     Ring,
     captured,
+    changed_features,
     channel_dropout,
+    complementary_dropout,
     conv_critic,
     decoder_of,
     frozen,
@@ -227,6 +233,8 @@ MIRRORED = albumentations.Compose([albumentations.HorizontalFlip(p=1)])
 FUNCTIONAL = {
     "adversarial_loss": lambda scores, where: F.adversarial_loss(scores, real=True, where=where),
     "box_mask": lambda boxes: F.box_mask(boxes, 8, 10),
+    "class_mask": lambda classes, vectors: F.class_mask(classes, vectors),
+    "confident_share": lambda scores, where: F.confident_share(scores[:, 0], threshold=0.5, where=where),
     "confusion_matrix": lambda classes, masks: F.confusion_matrix(classes, masks, CLASSES, ignore_index=255),
     "connected_components": lambda where: F.connected_components(where),
     "consistency_loss": lambda logits, masks: F.consistency_loss(logits, masks),
@@ -281,6 +289,8 @@ RANDOM = {  # these draw from torch's global generator
     "Cutout": lambda images, bytes_, rows: stseg.Cutout(p=0.5)(images, bytes_, rows),
     "Cutout, never": lambda images, bytes_: stseg.Cutout(p=0)(images, bytes_),
     "CutMix": lambda images, masks, where: stseg.CutMix()(images, masks, where),
+    "BoxMix": lambda images, masks, where: BoxMix(boxes=3)(images, masks, where),
+    "ClassMix": lambda images, classes, where: stseg.ClassMix(CLASSES)(images, classes, where),
     "CutMix, never": lambda images, masks: stseg.CutMix(p=0)(images, masks),
     "CropPair": lambda image: CropPair(8, base_size=12)(image),
     "CropPair, bytes": lambda bytes_image: CropPair(16)(bytes_image),
@@ -308,6 +318,8 @@ RANDOM = {  # these draw from torch's global generator
     "feature_drop": lambda images: stseg.modules.feature_drop(images),
     "guided_cutout": lambda images, where: stseg.modules.guided_cutout(images, F.connected_components(where)),
     "adversarial_perturbation": lambda images: stseg.modules.adversarial_perturbation(CONVOLUTION, images),
+    "complementary_dropout": lambda images, tokens, vectors: complementary_dropout([images, tokens, vectors]),
+    "complementary_dropout, never": lambda images: complementary_dropout([images], 0.0),
     "StrongParameters": lambda images, masks: STRONG.transform(images, masks, STRONG.draw(images)),
 }
 
@@ -525,6 +537,8 @@ class TestNetworks:
                 model(images)
             with stseg.modules.deepest_features(model, features="0"):
                 model(images)
+            with changed_features(model, complementary_dropout, backbone="0"):
+                model(images)
 
     def test_stay_as_they_are_when_frozen(self):
         critic = ConvCritic(2)
@@ -558,8 +572,12 @@ METHODS = {
         net, network(1), num_classes=2, detector=stseg.modules.FlawDetector(5, width=4)
     ),
     "S4L": lambda net: stseg.methods.S4L(net, num_classes=2),
+    "UniMatchV2": lambda net: UniMatchV2(net, threshold=0.4, backbone="0"),
     "MeanTeacher": MeanTeacher,
+    "CutMixSeg": lambda net: CutMixSeg(net, threshold=0.4),
+    "ClassMix": lambda net: ClassMix(net, threshold=0.4),
     "CPS": lambda net: CPS(net, network(1)),
+    "CPS, CutMix": lambda net: CPS(net, network(1), mix=BoxMix()),
     "AdvSSL": lambda net: AdvSSL(net, num_classes=2),
     "S4GAN": lambda net: S4GAN(net, num_classes=2, threshold=0),
     "ECS": lambda net: ECS(net, nn.Conv2d(5, 3, 1)),

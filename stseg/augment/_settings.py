@@ -40,3 +40,9 @@ def check_batch(images: Tensor, masks: Tensor, where: Tensor | None, checked_on:
         raise ValueError(f"where has shape {tuple(where.shape)}; expected ({len(images)},), one for each image")
     if checked_on is not None:
         check_image_range(images, checked_on, rows=where)
+
+
+def check_images(tensors: tuple[Tensor, ...]) -> None:
+    if not tensors or tensors[0].ndim != 4 or 0 in tensors[0].shape[2:]:
+        came = f"tensors of the shapes {[tuple(x.shape) for x in tensors]}" if tensors else "nothing"
+        raise ValueError(f"got {came}; expected images (B, C, H, W), with pixels, and tensors of equal B, H and W")

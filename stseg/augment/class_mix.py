@@ -3,67 +3,86 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from stseg.checks import check_probability
-from stseg.functional.mixing import paste
+from stseg.augment._settings import check_images
+from stseg.functional.mixing import class_mask, paste
 
 
 @dataclass(frozen=True)
 class ClassMix:
-    """ClassMix (Olsson et al., WACV 2021, section 3.1): paste the pixels of half of an image's classes into another.
+    """ClassMix: paste half of the predicted classes of each image into another one (Olsson et al., WACV 2021).
 
-    Of the n classes that are present in the labels of image i, ``floor(share * n)`` are drawn without replacement, and
-    their pixels replace those of image i + 1 (the last one is pasted into the first). With one class, nothing is
-    pasted. Ignored pixels are never pasted.
+    Of the n classes in the label map of image i, ``n // 2`` are chosen at random. Their pixels are pasted into image
+    i + 1 (those of the last image into the first), which becomes row i of the result. A map with a single class thus
+    gives all of image i + 1.
 
     Args:
-        share: share of the classes of an image that is pasted, in [0, 1].
+        num_classes: number of classes; labels from it on, such as the unsure pixels of
+            :func:`stseg.functional.consistency_target`, are not chosen. None finds the largest label in each batch,
+            which synchronizes with the device.
+        ignore_index: label that is not a class. Nor are negative ones.
 
     Shape:
-        labels ``(B, H, W)`` integers and any number of tensors ``(B, C, H, W)`` or ``(B, H, W)`` -> as many tensors of
-        the same shapes and dtypes: row i holds the chosen classes of image i on image i + 1. Labels are mixed only if
-        they are among the tensors.
+        Images ``(B, C, H, W)``, label maps ``(B, H, W)`` of integers, and any number of tensors ``(B, C, H, W)`` or
+        ``(B, H, W)`` -> as many tensors of the same shapes and dtypes. The input is not modified.
 
     Raises:
-        ValueError: if ``share`` is out of its range; when called, if the shapes do not match.
+        ValueError: if ``num_classes`` is below 1; when called, if the shapes do not match.
+        TypeError: when called, if the label maps are not integers.
 
     Example:
-        >>> labels = torch.tensor([[[0, 0, 1, 1]], [[2, 2, 3, 3]]])
-        >>> (mixed,) = ClassMix()(labels, labels)
-        >>> mixed.shape, bool(((mixed == labels) | (mixed == labels.roll(-1, 0))).all())
-        (torch.Size([2, 1, 4]), True)
+        >>> images, labels = torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
+        >>> labels[:, :2] = 1
+        >>> new_images, new_labels = ClassMix()(images, labels)
+        >>> bool((new_labels == labels).all()), bool((new_images == images).all())
+        (True, False)
     """
 
-    share: float = 0.5
+    num_classes: int | None = None
+    ignore_index: int = 255
 
     def __post_init__(self) -> None:
-        check_probability("share", self.share)
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(f"num_classes is {self.num_classes}; expected 1 or more")
 
     def __call__(
-        self, labels: Tensor, *tensors: Tensor, ignore_index: int = 255, generator: Generator | None = None
+        self, images: Tensor, labels: Tensor, *tensors: Tensor, generator: Generator | None = None
     ) -> tuple[Tensor, ...]:
-        """Draw classes by the labels and mix all tensors in the same way."""
-        return self.transform(self.draw(labels, ignore_index=ignore_index, generator=generator), *tensors)
+        """Choose classes by the label maps and mix all tensors in the same way."""
+        check_images((images, labels))
+        return self.transform(self.draw(labels, generator), images, labels, *tensors)
 
-    def draw(self, labels: Tensor, *, ignore_index: int = 255, generator: Generator | None = None) -> Tensor:
-        """Draw masks ``(B, H, W)`` bool for labels ``(B, H, W)``: the pixels of the chosen classes."""
-        if labels.ndim != 3 or labels.is_floating_point():
-            raise ValueError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected integers (B, H, W)")
-        flat = labels.long().flatten(1)
-        counts = flat != ignore_index
-        classes = int(torch.where(counts, flat, 0).amax()) + 1 if flat.numel() else 1
-        indices = torch.where(counts, flat, classes)  # ignored pixels in a column of their own
-        present = torch.zeros(len(flat), classes + 1, dtype=torch.bool, device=flat.device)
-        present.scatter_(1, indices, torch.ones_like(counts))
-        present[:, classes] = False
-        draws = torch.rand(present.shape, generator=generator, device=flat.device).masked_fill(~present, -1.0)
-        rank = draws.argsort(1, descending=True).argsort(1)
-        chosen = present & (rank < (present.sum(1, keepdim=True) * self.share + 1e-6).floor())
-        return chosen.gather(1, indices).reshape(labels.shape)
+    def draw(
+        self,
+        labels: Tensor,
+        generator: Generator | None = None,
+        *,
+        num_classes: int | None = None,
+        ignore_index: int | None = None,
+    ) -> Tensor:
+        """Choose classes of label maps ``(B, H, W)``, from ``generator`` or the default one of the device.
+
+        Args:
+            labels: the maps.
+            generator: source of random numbers.
+            num_classes: in place of the setting.
+            ignore_index: in place of the setting.
+
+        Returns:
+            ``(B, H, W)`` bool: the pixels of the chosen classes.
+        """
+        num_classes = self.num_classes if num_classes is None else num_classes
+        ignore_index = self.ignore_index if ignore_index is None else ignore_index
+        if num_classes is None:
+            num_classes = max(1, int(labels.max()) + 1) if labels.numel() else 1
+        place: dict[str, Any] = {"generator": generator, "device": labels.device}
+        order = torch.rand(len(labels), num_classes, **place)
+        return class_mask(labels, order, ignore_index=ignore_index)
 
     def transform(self, where: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Paste the pixels of the masks into the next images of the batch; deterministic."""
+        """Paste pixels into the next image; deterministic."""
         return tuple(paste(where, tensor.roll(-1, 0), tensor) for tensor in tensors)

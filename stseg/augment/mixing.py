@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 
 from stseg.augment._boxes import draw_boxes
-from stseg.augment._settings import ordered_range
+from stseg.augment._settings import check_images, ordered_range
 from stseg.checks import check_probability
 from stseg.functional.mixing import box_mask, paste
 
@@ -55,9 +55,7 @@ class CutMix:
 
     def __call__(self, *tensors: Tensor, generator: Generator | None = None) -> tuple[Tensor, ...]:
         """Draw rectangles for the first tensor and mix all tensors in the same way."""
-        if not tensors or tensors[0].ndim != 4 or 0 in tensors[0].shape[2:]:
-            came = f"tensors of the shapes {[tuple(x.shape) for x in tensors]}" if tensors else "nothing"
-            raise ValueError(f"got {came}; expected images (B, C, H, W), with pixels, and tensors of equal B, H and W")
+        check_images(tensors)
         return self.transform(self.draw(tensors[0], generator), *tensors)
 
     def draw(self, images: Tensor, generator: Generator | None = None) -> Tensor:

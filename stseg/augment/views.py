@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stseg.augment.mixing import CutMix
-from stseg.types import BatchAugmentation
+from stseg.types import BatchAugmentation, BatchMixing
 
 
 @torch.no_grad()
 def strong_view(
-    images: Tensor, target: Tensor, strong: BatchAugmentation | None = None, mix: CutMix | None = None
+    images: Tensor, target: Tensor, strong: BatchAugmentation | None = None, mix: BatchMixing | None = None
 ) -> tuple[Tensor, Tensor]:
     """Augment a batch strongly, then mix it, treating the target as a mask.
 
@@ -19,12 +18,13 @@ def strong_view(
         images: ``(B, C, H, W)`` float in [0, 1].
         target: ``(B, H, W)`` int64, such as :func:`stseg.functional.consistency_target` returns.
         strong: augmentation of the batch; None for none.
-        mix: mixing of the images of the batch; None for none.
+        mix: mixing of the images of the batch, such as :class:`stseg.CutMix`; None for none.
 
     Returns:
         New images and targets of the same shapes.
 
     Example:
+        >>> from stseg import CutMix
         >>> images, target = strong_view(torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long), mix=CutMix())
         >>> images.shape, target.shape
         (torch.Size([2, 3, 8, 8]), torch.Size([2, 8, 8]))

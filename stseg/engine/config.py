@@ -142,7 +142,8 @@ class TrainConfig:
             >>> TrainConfig.pascal(batch_size=8).lr
             0.0005
         """
-        return cls._paper(batch_size, changes, epochs=80, lr=0.001, weak=WeakAugment(321, base_size=400))
+        weak = WeakAugment(321, base_size=400)
+        return cls._paper(changes, epochs=80, batch_size=batch_size, lr=0.001 * batch_size / 16, weak=weak)
 
     @classmethod
     def cityscapes(cls, *, batch_size: int = 16, **changes: Any) -> TrainConfig:
@@ -152,36 +153,34 @@ class TrainConfig:
             >>> TrainConfig.cityscapes().weak.crop_size
             (721, 721)
         """
-        return cls._paper(batch_size, changes, epochs=240, lr=0.004, weak=WeakAugment(721, base_size=2048))
+        weak = WeakAugment(721, base_size=2048)
+        return cls._paper(changes, epochs=240, batch_size=batch_size, lr=0.004 * batch_size / 16, weak=weak)
 
     @classmethod
-    def unimatch_v2(cls, *, batch_size: int = 16, **changes: Any) -> TrainConfig:
-        """Return the settings of UniMatch V2 for Pascal VOC 2012 (Yang et al., TPAMI 2025), for DINOv2 encoders.
+    def unimatch_v2(cls, **changes: Any) -> TrainConfig:
+        """Return the settings of UniMatch V2 for Pascal VOC 2012, with a ViT (Yang et al., TPAMI 2025).
 
-        60 passes over the unlabeled images, AdamW, a learning rate of 5e-6 for the encoder and 40 times as much for the
-        decoder, crops of 518 pixels, a multiple of 14.
+        AdamW with a learning rate of 5e-6 for the backbone and 40 times that for the rest, 60 epochs, 16 + 16 crops of
+        518. The learning rate is the same for any batch size: for Cityscapes ``epochs=180, batch_size=8,
+        weak=WeakAugment(798)``.
 
         Args:
-            batch_size: labeled and as many unlabeled images; the learning rate stays.
-            changes: other settings, such as ``weak=WeakAugment(798)`` for Cityscapes.
+            changes: other settings.
 
         Example:
-            >>> config = TrainConfig.unimatch_v2()
-            >>> config.lr, config.head_lr_factor, config.weak.crop_size
-            (5e-06, 40.0, (518, 518))
+            >>> config = TrainConfig.unimatch_v2(batch_size=8)
+            >>> config.optimizer, config.lr, config.head_lr_factor * config.lr, config.weight_decay
+            ('adamw', 5e-06, 0.0002, 0.01)
         """
-        if changes.get("steps") is None:
-            changes = {"epochs": 60, **changes}
-        settings: dict[str, Any] = {"batch_size": batch_size, "weak": WeakAugment(518), "optimizer": "adamw"}
-        settings |= {"lr": 5e-6, "head_lr_factor": 40.0, "weight_decay": 0.01, **changes}
-        return cls(**settings)
+        weak = WeakAugment(518)
+        optimization = {"optimizer": "adamw", "lr": 5e-6, "head_lr_factor": 40.0, "weight_decay": 0.01}
+        return cls._paper(changes, epochs=60, batch_size=16, weak=weak, **optimization)
 
     @classmethod
-    def _paper(cls, batch_size: int, changes: dict[str, Any], *, lr: float, **settings: Any) -> TrainConfig:
+    def _paper(cls, changes: dict[str, Any], **settings: Any) -> TrainConfig:
         if changes.get("steps") is not None:
             settings["epochs"] = None
-        settings |= {"batch_size": batch_size, "lr": lr * batch_size / 16, **changes}
-        return cls(**settings)
+        return cls(**{**settings, **changes})
 
     def provenance(self) -> dict[str, Any]:
         """Return the settings that the result depends on, JSON-serializable."""

@@ -18,7 +18,7 @@ from stseg.functional.losses import (
     without_ignored,
 )
 from stseg.functional.matching import feature_matching
-from stseg.functional.mixing import box_mask, paste
+from stseg.functional.mixing import box_mask, class_mask, paste
 from stseg.functional.pseudo_label import PseudoLabels, pseudo_label
 from stseg.functional.quantiles import quantile_over_processes
 from stseg.functional.ramps import linear_rampup, polynomial_decay, sigmoid_rampup
@@ -29,6 +29,7 @@ __all__ = [
     "PseudoLabels",
     "adversarial_loss",
     "box_mask",
+    "class_mask",
     "confident_share",
     "confusion_matrix",
     "connected_components",

@@ -1,4 +1,4 @@
-"""Consistency of two views by confident labels: target, loss, and share of pixels used."""
+"""Consistency of two views by confident labels: target, loss, and shares of pixels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stseg.distributed import all_reduce_sum
+from stseg.functional._checks import check_same_shape
 from stseg.functional.classes import check_classes
 from stseg.functional.losses import mean_over_processes
 
@@ -90,28 +91,30 @@ def sure_share(target: Tensor, num_classes: int, *, ignore_index: int = 255) -> 
     return mean_over_processes(_sure(target, num_classes).sum().float(), (target != ignore_index).sum())
 
 
-@torch.no_grad()
-def confident_share(probabilities: Tensor, threshold: float, *, where: Tensor | None = None) -> Tensor:
-    """Compute the share of pixels whose highest probability is at least a threshold.
-
-    A weight of CutMix-Seg (French et al., BMVC 2020, section 3.3) and ClassMix (Olsson et al., WACV 2021): one number
-    for the whole batch.
+def confident_share(confidence: Tensor, *, threshold: float, where: Tensor | None = None) -> Tensor:
+    """Compute the share of confident pixels, by which CutMix-Seg and ClassMix weight the consistency of a whole batch.
 
     Args:
-        probabilities: ``(B, K, H, W)`` floats.
-        threshold: the threshold, from 0 to 1.
+        confidence: ``(B, H, W)`` floats, the probability of the most probable class.
+        threshold: least confidence of a confident pixel.
         where: ``(B, H, W)`` bool, the pixels that count; None for all.
 
     Returns:
-        float32 scalar: the share of the pixels of all processes, the same in each; 0 if none counts.
+        float32 scalar without a gradient, the same in all processes: the share of all their pixels; 0 if none counts.
+
+    Raises:
+        ValueError: if the shape of ``where`` does not match.
 
     Example:
-        >>> confident_share(torch.tensor([[0.9, 0.6], [0.1, 0.4]]).reshape(1, 2, 1, 2), 0.8)
+        >>> where = torch.tensor([[[True, True, False]]])
+        >>> confident_share(torch.tensor([[[0.99, 0.5, 0.99]]]), threshold=0.97, where=where)
         tensor(0.5000)
     """
-    sure = probabilities.float().amax(1) >= threshold
-    where = torch.ones_like(sure) if where is None else where
-    return all_reduce_sum((sure & where).sum().float()) / all_reduce_sum(where.sum().float()).clamp(min=1)
+    where = torch.ones_like(confidence, dtype=torch.bool) if where is None else where
+    check_same_shape("where", where, "confidence", confidence)
+    confident, count = all_reduce_sum(torch.stack([((confidence >= threshold) & where).sum(), where.sum()]))
+    share: Tensor = confident / count.clamp(min=1)
+    return share
 
 
 def _sure(target: Tensor, num_classes: int) -> Tensor:

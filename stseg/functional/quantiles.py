@@ -34,6 +34,6 @@ def quantile_over_processes(values: Tensor, share: float, *, where: Tensor) -> T
     # Not torch.quantile, which takes at most 16 million values.
     ranked = all_gather_rows(values.masked_fill(~where, torch.inf).flatten()).sort().values
     place = share * (ranked.isfinite().sum() - 1).clamp(min=0).double()
-    low, high = ranked[place.floor().long()], ranked[place.ceil().long()]
+    low, high = ranked.take(place.floor().long()), ranked.take(place.ceil().long())
     between = torch.where(low.isfinite() & high.isfinite(), (high - low) * place.frac().to(low.dtype), 0.0)
     return low + between

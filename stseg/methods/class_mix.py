@@ -11,36 +11,40 @@ from stseg.augment import ClassMix as Mixer
 from stseg.augment import as_batch_augmentation, strong_view
 from stseg.checks import check_choice, check_nonnegative, check_probability
 from stseg.engine.method import Batch, Losses, Method
-from stseg.functional import confident_share, consistency_loss, supervised_loss
+from stseg.functional import confident_share, consistency_loss, consistency_target, supervised_loss
 from stseg.models.segmenter import as_segmenter
 from stseg.modules import EMA
 from stseg.types import BatchAugmentation, Criterion
 
 
 class ClassMix(Method):
-    """ClassMix (Olsson et al., WACV 2021, section 3): images mixed along the boundaries of predicted classes.
+    """ClassMix (Olsson et al., WACV 2021, section 3): images mixed along the borders of predicted classes.
 
-    ``L = Ls + weight * q * Lu``. The teacher, the average of the student's past weights, labels each unlabeled image;
-    the pixels of half of its classes are pasted into the next image of the batch, and the labels with them. Lu is the
-    cross-entropy with the mixed labels, averaged over all pixels: none is left out. q, one number for the whole batch,
-    is the share of pixels whose confidence is at least ``threshold``.
+    The teacher, the average of the student's past weights, labels the unlabeled images. Half of the classes of each
+    label map are cut out and pasted into the next image and its labels, from which the student learns:
 
-    As in the authors' code the teacher predicts in training mode with batch statistics of its own, only its weights are
-    averaged, and the student is what is validated and returned. Unlike there, padded pixels are ignored. For
-    Cityscapes the authors augment the mixed images by color jitter and blur: ``strong=StrongAugment(cutout=None)``;
-    theirs is weaker.
+    ``L = Ls + weight * q * Lu``, where Lu is the mean cross-entropy over all valid pixels of the mixed images, and q is
+    the share of their pixels for which the teacher's confidence is at least ``threshold``: one number for the whole
+    batch. No pixel is left out for its confidence, and there is no ramp-up.
+
+    As in the authors' code, the teacher runs in training mode with its own batch statistics and only its weights are
+    averaged; the student sees labeled and mixed images in separate forward passes; and it is the student that is
+    validated and returned. Unlike there, padded pixels are neither pasted nor learned from, and means are over all
+    processes. The mixing alone is :class:`stseg.ClassMix`, for other methods too:
+    ``FixMatch(network, mix=stseg.ClassMix(num_classes=21))``.
 
     Args:
         network: the student, bare or in a :class:`stseg.Segmenter`; the teacher is a copy.
-        decay: decay of the average after its warm-up, ``min(1 - 1 / (t + 1), decay)``.
+        threshold: confidence from which a pixel counts as confident.
         weight: weight of the consistency.
-        threshold: confidence from which a pixel counts for q.
-        mix: how images are mixed; None for not at all.
-        strong: augmentation of the mixed images, which must not move pixels; None, as for Pascal VOC, for none.
+        decay: decay of the average, from 0 to 1: ``min(1 - 1 / (t + 1), decay)`` after step t.
+        mix: choice of the classes; None for no mixing.
+        strong: augmentation of the mixed images, which must not move pixels; None for none, as on Pascal VOC. On
+            Cityscapes: ``StrongAugment(jitter=(0.25,) * 4, gray_p=0, blur_sigma=(0.15, 1.15), cutout=None)``.
         deploy: which of the two is validated and returned: ``"student"`` or ``"teacher"``.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 
-    Logged: ``supervised``, ``consistency`` (q Lu), ``sure`` (q).
+    Logged: ``supervised``, ``consistency`` (Lu), and ``sure`` (q).
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -57,50 +61,47 @@ class ClassMix(Method):
         self,
         network: nn.Module,
         *,
-        decay: float = 0.99,
-        weight: float = 1.0,
         threshold: float = 0.968,
+        weight: float = 1.0,
+        decay: float = 0.99,
         mix: Mixer | None = Mixer(),  # noqa: B008  frozen
         strong: BatchAugmentation | None = None,
-        deploy: Literal["student", "teacher"] = "student",
+        deploy: Literal["teacher", "student"] = "student",
         loss: Criterion | None = None,
     ) -> None:
         super().__init__()
-        check_choice("deploy", deploy, "student", "teacher")
-        check_nonnegative("weight", weight)
         check_probability("threshold", threshold)
+        check_nonnegative("weight", weight)
+        check_choice("deploy", deploy, "teacher", "student")
         self.student = as_segmenter(network)
         self.teacher = EMA(self.student, decay, warmup=True, buffers="own")
-        self.weight, self.threshold, self.mix = weight, threshold, mix
+        self.threshold, self.weight, self.mix = threshold, weight, mix
         self.strong = as_batch_augmentation(strong)
         self.deploy, self.loss = deploy, loss
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]  # an alias, not another submodule
         """Student or teacher, according to ``deploy``."""
-        return self.student if self.deploy == "student" else self.teacher.model
+        return self.teacher.model if self.deploy == "teacher" else self.student
 
     def forward(self, batch: Batch) -> Losses:
         """Compute the losses; see the class."""
         ignore = batch.ignore_index
-        labeled = self.student(batch.images)
-        supervised = supervised_loss(labeled, batch.masks, loss=self.loss, ignore_index=ignore)
+        supervised = supervised_loss(self.student(batch.images), batch.masks, loss=self.loss, ignore_index=ignore)
 
         with torch.no_grad():
-            logits = self.teacher(batch.unlabeled).float()
-        labels, probabilities = logits.argmax(1), logits.softmax(1)
-        if batch.valid is not None:
-            labels = torch.where(batch.valid, labels, ignore)
-        images, target = batch.unlabeled, labels
+            teacher = self.teacher(batch.unlabeled)
+        images, confidence = batch.unlabeled, teacher.softmax(1).amax(1)
+        target = consistency_target(teacher, threshold=0.0, valid=batch.valid, ignore_index=ignore)
         if self.mix is not None:
-            mixed = self.mix(labels, images, target, probabilities, ignore_index=ignore)
-            images, target, probabilities = mixed
-        sure = confident_share(probabilities, self.threshold, where=target != ignore)
+            where = self.mix.draw(target, num_classes=teacher.shape[1], ignore_index=ignore)
+            images, target, confidence = self.mix.transform(where, images, target, confidence)
         images, target = strong_view(images, target, self.strong)
-        consistency = sure * consistency_loss(self.student(images), target, ignore_index=ignore)
 
-        logged = {"supervised": supervised.detach(), "consistency": consistency.detach(), "sure": sure}
-        return Losses(supervised + self.weight * consistency, logged)
+        consistency = consistency_loss(self.student(images), target, ignore_index=ignore)
+        confident = confident_share(confidence, threshold=self.threshold, where=target != ignore)
+        logged = {"supervised": supervised.detach(), "consistency": consistency.detach(), "sure": confident}
+        return Losses(supervised + self.weight * confident * consistency, logged)
 
     def after_step(self, batch: Batch) -> None:
         """Move the teacher towards the student."""

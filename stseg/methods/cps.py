@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from stseg.augment import BoxMix
 from stseg.checks import check_nonnegative
 from stseg.engine.method import Batch, Losses, Method
 from stseg.functional import consistency_loss, consistency_target, supervised_loss
 from stseg.models.segmenter import as_segmenter
-from stseg.types import Criterion
+from stseg.types import BatchMixing, Criterion
 
 
 class CPS(Method):
     """CPS (Chen et al., CVPR 2021): two networks that learn from each other's hard labels.
 
+    Without CutMix (section 3 of the paper),
+
     ``L = Ls(1) + Ls(2) + weight * (CE(z1, argmax z2) + CE(z2, argmax z1))``, the last two over labeled and unlabeled
-    images together (section 3). There is no threshold and no teacher; the labels come from the same forward passes, in
-    training mode.
+    images together. There is no threshold and no teacher; the labels come from the same forward passes, in training
+    mode.
 
-    With ``mix``, "CPS with CutMix" (section 4.3), they are over unlabeled images alone, which are mixed: both networks
-    label them before, without gradients, the labels are mixed in the same way, and each network learns those of the
-    other on the mixed images. Three boxes an image, as the authors draw them, are
-    ``mix=BoxMix(area=(0.25, 0.5), boxes=3)``.
+    With CutMix, as in the paper's experiments, each network labels the unlabeled images without gradients, images and
+    labels are mixed, and each learns the mixed labels of the other from the mixed images; the last two terms are then
+    over the unlabeled images alone. The labeling passes are in training mode too, so that batch normalization sees
+    labeled, unlabeled and mixed images separately.
 
-    As in the authors' code each network sees labeled and unlabeled images in separate forward passes, so that batch
-    normalization sees them separately, and the first network alone is validated and returned. Unlike there, padded
-    pixels of unlabeled images are ignored, and the two images of a mixed pair are different ones, of the same batch (in
-    the authors' code they turned out to be two crops of one image).
+    As in the authors' code each network sees labeled and unlabeled images in separate forward passes, and the first
+    network alone is validated and returned. Unlike there, padded pixels of unlabeled images are ignored, and the
+    partner of an image in CutMix is the next one of the same batch: the authors draw it from a second loader with the
+    same order, so it is another crop of the same image, which they say was not intended.
 
     Args:
         network: the first network, bare or in a :class:`stseg.Segmenter`.
         other: the second network, with the same architecture and different initial weights.
-        weight: weight of the cross pseudo supervision: 1.5 for Pascal VOC and 6 for Cityscapes, with ``mix`` 1 and 5.
-        mix: how unlabeled images are mixed; None for not at all.
+        weight: weight of the cross pseudo supervision. None for that of Pascal VOC: 1.5, with ``mix`` 1. On Cityscapes
+            6, with ``mix`` 5.
+        mix: mixing of the unlabeled images: ``BoxMix(area=(0.25, 0.5), boxes=3)`` is the authors' CutMix; None for CPS
+            without CutMix.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 
     Logged: ``supervised`` and ``cross``, each the sum over both networks.
@@ -51,6 +53,9 @@ class CPS(Method):
         >>> batch = Batch(images, masks, torch.zeros(2, dtype=torch.bool), unlabeled=torch.rand(2, 3, 8, 8))
         >>> sorted(method(batch).logged)
         ['cross', 'supervised']
+        >>> from stseg.augment import BoxMix
+        >>> CPS(nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1), mix=BoxMix(area=(0.25, 0.5), boxes=3)).weight
+        1.0
     """
 
     def __init__(
@@ -58,49 +63,40 @@ class CPS(Method):
         network: nn.Module,
         other: nn.Module,
         *,
-        weight: float = 1.5,
-        mix: BoxMix | None = None,
+        weight: float | None = None,
+        mix: BatchMixing | None = None,
         loss: Criterion | None = None,
     ) -> None:
         super().__init__()
         if {id(p) for p in network.parameters()} & {id(p) for p in other.parameters()}:
             raise ValueError("network and other share parameters; expected two networks with weights of their own")
+        if weight is None:
+            weight = 1.5 if mix is None else 1.0
         check_nonnegative("weight", weight)
         self.model, self.other = as_segmenter(network), as_segmenter(other)
         self.weight, self.mix, self.loss = weight, mix, loss
 
     def forward(self, batch: Batch) -> Losses:
         """Compute the losses; see the class."""
-        ignore = batch.ignore_index
-        labeled = [network(batch.images) for network in (self.model, self.other)]
+        ignore, networks = batch.ignore_index, (self.model, self.other)
+        hard_label = partial(consistency_target, threshold=0.0, ignore_index=ignore)
+        labeled = [network(batch.images) for network in networks]
         first, second = (supervised_loss(z, batch.masks, loss=self.loss, ignore_index=ignore) for z in labeled)
-        (one, label_one), (two, label_two) = self._on_all(batch, labeled) if self.mix is None else self._on_mixed(batch)
+        if self.mix is None:
+            unlabeled = [network(batch.unlabeled) for network in networks]
+            one, two = (torch.cat(pair) for pair in zip(labeled, unlabeled, strict=True))
+            label_one, label_two = (
+                torch.cat([hard_label(z), hard_label(u, valid=batch.valid)])
+                for z, u in zip(labeled, unlabeled, strict=True)
+            )
+        else:
+            with torch.no_grad():
+                unlabeled = [network(batch.unlabeled) for network in networks]
+            labels = [hard_label(u, valid=batch.valid) for u in unlabeled]
+            images, label_one, label_two = self.mix(batch.unlabeled, *labels)
+            one, two = (network(images) for network in networks)
         cross = consistency_loss(one, label_two, ignore_index=ignore)
         cross = cross + consistency_loss(two, label_one, ignore_index=ignore)
         supervised = first + second
         logged = {"supervised": supervised.detach(), "cross": cross.detach()}
         return Losses(supervised + self.weight * cross, logged)
-
-    def _on_all(self, batch: Batch, labeled: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield logits and labels of each network on labeled and unlabeled images."""
-        for network, known in zip((self.model, self.other), labeled, strict=True):
-            unlabeled = network(batch.unlabeled)
-            label = hard_label(unlabeled, valid=batch.valid, ignore_index=batch.ignore_index)
-            yield torch.cat([known, unlabeled]), torch.cat([hard_label(known), label])
-
-    def _on_mixed(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield logits of each network on mixed unlabeled images, and its labels of them, made before and mixed."""
-        assert self.mix is not None
-        networks = (self.model, self.other)
-        with torch.no_grad():
-            labels = [
-                hard_label(network(batch.unlabeled), valid=batch.valid, ignore_index=batch.ignore_index)
-                for network in networks
-            ]
-        images, *mixed = self.mix(batch.unlabeled, *labels)
-        for network, label in zip(networks, mixed, strict=True):
-            yield network(images), label
-
-
-hard_label = partial(consistency_target, threshold=0.0)
-"""The most probable class of every pixel that is valid."""

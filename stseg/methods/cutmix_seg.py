@@ -14,34 +14,39 @@ from stseg.functional import confident_share, squared_difference, supervised_los
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import evaluating
 from stseg.modules import EMA
-from stseg.types import BatchAugmentation, Criterion
+from stseg.types import BatchAugmentation, BatchMixing, Criterion
 
 
 class CutMixSeg(Method):
-    """CutMix-Seg (French et al., BMVC 2020, section 3.3): a student that agrees with its average on mixed images.
+    """CutMix-Seg (French et al., BMVC 2020, section 3): Mean Teacher on mixed images.
 
-    ``L = Ls + weight * c * Lu``. A box of half the area of each unlabeled image is replaced by that of another one.
-    The teacher, the average of the student's past weights, predicts the images before they are mixed; its predictions
-    are mixed in the same way. Lu is the squared difference of the probabilities, summed over classes and averaged over
-    pixels; c, one number for the whole batch, is the share of pixels whose confidence is at least ``threshold``.
+    The teacher, the average of the student's past weights, predicts the unmixed images; its predictions are mixed as
+    the images are, and the student learns to predict them from the mixed image:
 
-    As in the authors' code the average has no warm-up and covers the running statistics, and the teacher is what is
-    returned. Unlike there, the second image of a pair is another one of the same batch, not of a second loader; the
-    teacher predicts in evaluation mode, where the authors freeze the statistics of both networks (do so by
-    ``network.eval()`` on pretrained layers); and padded pixels are ignored. The color augmentation that later papers
-    add to it is ``strong=StrongAugment(cutout=None)``.
+    ``L = Ls + weight * c * Lu``, where Lu is the squared difference of the probabilities of student and teacher, summed
+    over classes and averaged over all valid pixels, and c is the share of the pixels of the batch for which the
+    teacher's confidence is at least ``threshold``: one number for the whole batch. There is no ramp-up.
+
+    The teacher starts as a copy of the student; its weights and running statistics are averages, and it predicts in
+    evaluation mode. The student sees labeled and mixed images in separate forward passes, in training mode; the authors
+    froze its batch normalization, as setting those layers to evaluation mode before the training does here.
+
+    Unlike in the authors' code, the partner of an image is the next one of the same batch, not one of a second batch:
+    a step takes as many unlabeled images as there are mixed ones. Padded pixels do not count, neither in Lu nor in c;
+    in the authors' code the mean is over all pixels and padding adds 0. Both are means over all processes.
 
     Args:
         network: the student, bare or in a :class:`stseg.Segmenter`; the teacher is a copy.
-        decay: decay of the average.
+        threshold: confidence from which a pixel counts as confident.
         weight: weight of the consistency.
-        threshold: confidence from which a pixel counts for c.
-        mix: how images are mixed; None for not at all.
-        strong: augmentation of the student's images, which must not move pixels; None, as in the paper, for none.
+        decay: decay of the average, from 0 to 1.
+        mix: mixing of the images; None for none.
+        strong: augmentation of the student's unlabeled images before they are mixed, which must not move pixels; None
+            for none, as in the paper.
         deploy: which of the two is validated and returned: ``"teacher"`` or ``"student"``.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 
-    Logged: ``supervised``, ``consistency`` (c Lu), ``sure`` (c).
+    Logged: ``supervised``, ``consistency`` (Lu), and ``sure`` (c).
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -58,21 +63,21 @@ class CutMixSeg(Method):
         self,
         network: nn.Module,
         *,
-        decay: float = 0.99,
-        weight: float = 1.0,
         threshold: float = 0.97,
-        mix: BoxMix | None = BoxMix(),  # noqa: B008  frozen
+        weight: float = 1.0,
+        decay: float = 0.99,
+        mix: BatchMixing | None = BoxMix(),  # noqa: B008  frozen
         strong: BatchAugmentation | None = None,
         deploy: Literal["teacher", "student"] = "teacher",
         loss: Criterion | None = None,
     ) -> None:
         super().__init__()
-        check_choice("deploy", deploy, "teacher", "student")
-        check_nonnegative("weight", weight)
         check_probability("threshold", threshold)
+        check_nonnegative("weight", weight)
+        check_choice("deploy", deploy, "teacher", "student")
         self.student = as_segmenter(network)
         self.teacher = EMA(self.student, decay, warmup=False, buffers="average")
-        self.weight, self.threshold, self.mix = weight, threshold, mix
+        self.threshold, self.weight, self.mix = threshold, weight, mix
         self.strong = as_batch_augmentation(strong)
         self.deploy, self.loss = deploy, loss
 
@@ -83,23 +88,23 @@ class CutMixSeg(Method):
 
     def forward(self, batch: Batch) -> Losses:
         """Compute the losses; see the class."""
-        labeled = self.student(batch.images)
-        supervised = supervised_loss(labeled, batch.masks, loss=self.loss, ignore_index=batch.ignore_index)
+        ignore = batch.ignore_index
+        supervised = supervised_loss(self.student(batch.images), batch.masks, loss=self.loss, ignore_index=ignore)
 
         with torch.no_grad(), evaluating(self.teacher):
-            target = self.teacher(batch.unlabeled).float().softmax(1)
+            target = self.teacher(batch.unlabeled).softmax(1)
         valid = torch.ones_like(target[:, 0], dtype=torch.bool) if batch.valid is None else batch.valid
-        sure = confident_share(target, self.threshold, where=valid)
-        images = batch.unlabeled
+        # The map of valid pixels goes through the augmentation as a mask: 1, or 0 or the ignore index.
+        images, visible = strong_view(batch.unlabeled, valid.long(), self.strong)
         if self.mix is not None:
-            images, target, valid = self.mix(images, target, valid)
-        images, _ = strong_view(images, torch.zeros_like(valid, dtype=torch.int64), self.strong)
-        prediction = self.student(images).softmax(1)
-        difference = target.shape[1] * squared_difference(prediction, target, where=valid)  # summed over classes
+            images, visible, target = self.mix(images, visible, target)
+        where = visible == 1
 
-        consistency = sure * difference
-        logged = {"supervised": supervised.detach(), "consistency": consistency.detach(), "sure": sure}
-        return Losses(supervised + self.weight * consistency, logged)
+        prediction = self.student(images).softmax(1)
+        consistency = squared_difference(prediction, target, where=where) * target.shape[1]
+        confident = confident_share(target.amax(1), threshold=self.threshold, where=where)
+        logged = {"supervised": supervised.detach(), "consistency": consistency.detach(), "sure": confident}
+        return Losses(supervised + self.weight * confident * consistency, logged)
 
     def after_step(self, batch: Batch) -> None:
         """Move the teacher towards the student."""

@@ -10,7 +10,7 @@ from stseg.checks import check_probability
 from stseg.engine.method import Batch, Losses, Method
 from stseg.functional import consistency_loss, consistency_target, supervised_loss, sure_share
 from stseg.models.segmenter import as_segmenter
-from stseg.types import BatchAugmentation, Criterion
+from stseg.types import BatchAugmentation, BatchMixing, Criterion
 
 
 class FixMatch(Method):
@@ -31,7 +31,7 @@ class FixMatch(Method):
         network: a network, bare or in a :class:`stseg.Segmenter`.
         threshold: least confidence of a target pixel; 0.95 for Pascal VOC, 0 for Cityscapes.
         strong: augmentation of the unlabeled images; None for none.
-        mix: mixing of boxes; None for none.
+        mix: mixing of the images, such as :class:`stseg.CutMix`; None for none.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
 
     Logged: ``supervised``, ``consistency``, and ``sure``, the share of valid pixels that are targets.
@@ -50,7 +50,7 @@ class FixMatch(Method):
         *,
         threshold: float = 0.95,
         strong: BatchAugmentation | None = StrongAugment(cutout=None),  # noqa: B008  it has no state
-        mix: CutMix | None = CutMix(),  # noqa: B008  frozen
+        mix: BatchMixing | None = CutMix(),  # noqa: B008  frozen
         loss: Criterion | None = None,
     ) -> None:
         super().__init__()

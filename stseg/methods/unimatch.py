@@ -18,7 +18,7 @@ from stseg.functional import (
 )
 from stseg.models.segmenter import as_segmenter
 from stseg.modules import channel_dropout, perturbed_features
-from stseg.types import BatchAugmentation, Criterion
+from stseg.types import BatchAugmentation, BatchMixing, Criterion
 
 
 class UniMatch(Method):
@@ -41,7 +41,7 @@ class UniMatch(Method):
         threshold: least confidence of a target pixel; 0.95 for Pascal VOC, 0 for Cityscapes.
         dropout: probability that a channel is dropped.
         strong: augmentation of the two strong views; None for none.
-        mix: mixing of boxes; None for none.
+        mix: mixing of the images, such as :class:`stseg.CutMix`; None for none.
         backbone: name of the submodule of the network whose output is perturbed; None uses ``encoder``, ``backbone``
             or the one that ``base_model_prefix`` names.
         loss: supervised loss, ``(logits, masks) -> scalar``; None for cross-entropy.
@@ -68,7 +68,7 @@ class UniMatch(Method):
         threshold: float = 0.95,
         dropout: float = 0.5,
         strong: BatchAugmentation | None = StrongAugment(cutout=None),  # noqa: B008  it has no state
-        mix: CutMix | None = CutMix(),  # noqa: B008  frozen
+        mix: BatchMixing | None = CutMix(),  # noqa: B008  frozen
         backbone: str | None = None,
         loss: Criterion | None = None,
     ) -> None:

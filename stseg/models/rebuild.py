@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
-import segmentation_models_pytorch as smp
 from torch import nn
 
 from stseg.models.segmenter import Segmenter
@@ -17,6 +17,7 @@ def describe_network(model: nn.Module) -> dict[str, Any] | None:
     None for other networks, and for those with settings that are functions.
 
     Example:
+        >>> import segmentation_models_pytorch as smp
         >>> network = smp.Unet("resnet18", encoder_weights=None, classes=3)
         >>> describe_network(Segmenter(network))["class"], describe_network(nn.Conv2d(3, 3, 1))
         ('Unet', None)
@@ -24,6 +25,7 @@ def describe_network(model: nn.Module) -> dict[str, Any] | None:
     if not isinstance(model, Segmenter) or model.select is not None:
         return None
     kind, arguments = type(model.network), getattr(model.network, "_hub_mixin_config", None)
+    smp = sys.modules.get("segmentation_models_pytorch")  # imported by whoever made a network of it
     if getattr(smp, kind.__name__, None) is not kind or not isinstance(arguments, dict):
         return None
     wrapper = {"mean": model.mean, "std": model.std, "stride": model.stride}
@@ -40,8 +42,11 @@ def make_network(record: dict[str, Any]) -> Segmenter:
     """Make a network again from its record, with random weights.
 
     Example:
+        >>> import segmentation_models_pytorch as smp
         >>> record = describe_network(Segmenter(smp.Unet("resnet18", encoder_weights=None, classes=3)))
         >>> type(make_network(record).network).__name__
         'Unet'
     """
+    import segmentation_models_pytorch as smp
+
     return Segmenter(getattr(smp, record["class"])(**record["arguments"]), **record["segmenter"])

@@ -116,6 +116,7 @@ class Segmenter(nn.Module):
         self._trying = False
         self._checked_on: set[str] = set()  # devices other than the CPU
         self._rows_per_image = 1  # more inside stseg.modules.perturbed_features
+        self._hooks = _count_hooks(bare)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(B, C, H, W)`` to logits ``(B, K, H, W)``."""
@@ -189,8 +190,10 @@ class Segmenter(nn.Module):
         return values.to(images)[:, None, None]
 
     def _logits(self, x: Tensor) -> Tensor:
-        # Hooks on the features do not reach compiled or replicated networks.
-        network = self._outer[0] if self._outer and self._rows_per_image == 1 and not self._trying else self.network
+        network = self.network
+        # Hooks that were added later, such as those of stseg.modules.captured, do not reach what is compiled.
+        if self._outer and not self._trying and _count_hooks(network) == self._hooks:
+            network = self._outer[0]
         output = network(x)
         logits = self.select(output) if self.select is not None else _logits_in(output)
         rows = len(x) * (1 if self._trying else self._rows_per_image)
@@ -229,6 +232,10 @@ def as_segmenter(model: nn.Module) -> nn.Module:
 def takes_images(model: nn.Module) -> bool:
     inner = getattr(model, "module", model)  # DistributedDataParallel and DataParallel keep it there
     return getattr(inner, "takes_images", False) is True
+
+
+def _count_hooks(network: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in network.modules())
 
 
 def _padded(x: Tensor, sides: Sides) -> Tensor:

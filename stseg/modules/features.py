@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stseg.checks import check_probability
 from stseg.errors import NetworkError
 from stseg.models.backbone import backbone_of
 from stseg.models.segmenter import Segmenter
@@ -132,91 +134,53 @@ def channel_dropout(features: Tensor, p: float) -> Tensor:
     )
 
 
-def complementary_dropout(features: Tensor, factor: Tensor) -> Tensor:
-    """Scale the channels of two views of a batch by complementary factors, as UniMatch V2 does.
+def complementary_dropout(features: Sequence[Tensor], share: float = 0.5) -> list[Tensor]:
+    """Split the channels of images at random between two views of them: each channel is in one view, doubled.
+
+    The feature perturbation of UniMatch V2 (Yang et al., TPAMI 2025). The same images lose no channel in both views.
 
     Args:
-        features: maps ``(2B, C, H, W)``, tokens ``(2B, N, C)`` or vectors ``(2B, C)``: the first view of B images, then
-            the second one.
-        factor: ``(B, C)`` from :func:`complementary_factor`: the first view is multiplied by it, the second by
-            ``2 - factor``.
+        features: maps ``(2B, C, H, W)``, tokens ``(2B, N, C)`` or vectors ``(2B, C)``, such as the levels of a
+            backbone; first the rows of one view, then those of the other. Those of the same number of channels C have
+            the same channels split in the same way, those of others independently.
+        share: share of the B images whose channels are split, from 0 to 1, rounded up to whole images.
 
     Returns:
-        New features of the same shape.
+        New features of the same shapes.
 
     Raises:
-        ValueError: if the shapes do not match.
+        ValueError: if the features have any other number of dimensions or an odd number of rows, or ``share`` is not
+            in [0, 1].
 
     Example:
-        >>> factor = torch.tensor([[0.0, 2.0, 1.0]])
-        >>> complementary_dropout(torch.ones(2, 3), factor)
-        tensor([[0., 2., 1.],
-                [2., 0., 1.]])
+        >>> (features,) = complementary_dropout([torch.ones(2, 100, 4, 4)], share=1.0)
+        >>> sorted({*features.flatten().tolist()}), sorted({*features.sum(0).flatten().tolist()})
+        ([0.0, 2.0], [2.0])
     """
-    factors = torch.cat([factor, 2 - factor]).to(features.dtype)
-    channels_last = features.ndim == 3
-    if features.ndim not in (2, 3, 4) or features.shape[:: 2 if channels_last else 1][:2] != factors.shape:
+    check_probability("share", share)
+    shapes = [tuple(feature.shape) for feature in features]
+    if any(len(shape) not in (2, 3, 4) or shape[0] % 2 or shape[0] != shapes[0][0] for shape in shapes):
         raise ValueError(
-            f"features have shape {tuple(features.shape)} and factor {tuple(factor.shape)}; expected (2B, C, H, W), "
-            "(2B, N, C) or (2B, C), and (B, C)"
+            f"features have the shapes {shapes}; expected maps (2B, C, H, W), tokens (2B, N, C) or vectors (2B, C)"
         )
-    if channels_last:
-        return features * factors[:, None]
-    return features * factors.reshape(*factors.shape, *[1] * (features.ndim - 2))
+    if not shapes:
+        return []
+    images, device = shapes[0][0] // 2, features[0].device
+    split = torch.rand(images, device=device).argsort() < math.ceil(images * share)
+    factors: dict[int, Tensor] = {}
 
+    def changed(feature: Tensor) -> Tensor:
+        channels = feature.shape[-1] if feature.ndim == 3 else feature.shape[1]
+        if channels not in factors:
+            first = torch.randint(2, (images, channels), device=device) * 2
+            first = torch.where(split[:, None], first, 1)
+            factors[channels] = torch.cat([first, 2 - first])
+        factor = factors[channels].to(feature.dtype)
+        return feature * (
+            factor[:, None] if feature.ndim == 3 else factor.view(factor.shape + (1,) * (feature.ndim - 2))
+        )
 
-def complementary_factor(
-    images: int, channels: int, untouched: Tensor, *, device: torch.device | None = None
-) -> Tensor:
-    """Draw factors for :func:`complementary_dropout`: 0 or 2 for each channel of an image with equal probability.
-
-    Args:
-        images: number of images B.
-        channels: number of channels C.
-        untouched: indices of images whose factors are 1.
-        device: device of the factors.
-
-    Returns:
-        ``(B, C)`` float32.
-
-    Example:
-        >>> factor = complementary_factor(3, 100, torch.tensor([1]))
-        >>> factor[1].unique(), factor[[0, 2]].unique()
-        (tensor([1.]), tensor([0., 2.]))
-    """
-    factor = 2 * torch.randint(2, (images, channels), device=device).float()
-    factor[untouched] = 1.0
-    return factor
-
-
-@contextmanager
-def changed_features(
-    model: nn.Module, change: Callable[[Tensor], Tensor], *, backbone: str | None = None
-) -> Iterator[None]:
-    """Run the decoder of a network on changed features.
-
-    Inside, every feature ``f`` of the backbone becomes ``change(f)``, of the same shape. If a backbone returns the
-    image among its features, it is passed on.
-
-    Args:
-        model: a wrapped network.
-        change: from features to features of the same shape. It is called once for each tensor that the backbone
-            returns.
-        backbone: dotted name of the submodule that returns the features; None finds it by
-            :func:`stseg.models.backbone_of`.
-
-    Raises:
-        TypeError, NetworkError, ValueError: as :func:`perturbed_features`.
-
-    Example:
-        >>> network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1, bias=False))
-        >>> model = Segmenter(network)
-        >>> with changed_features(model, torch.zeros_like, backbone="0"):
-        ...     print(model(torch.rand(1, 3, 8, 8)).abs().max().item())
-        0.0
-    """
-    with _hooked(model, change, backbone):
-        yield
+    return [changed(feature) for feature in features]
 
 
 @contextmanager
@@ -252,29 +216,78 @@ def perturbed_features(
         >>> clean.shape, dropped.shape
         (torch.Size([4, 2, 16, 16]), torch.Size([4, 2, 16, 16]))
     """
-    with _hooked(model, lambda feature: torch.cat([feature, perturb(feature)]), backbone, twice=True):
+
+    def doubled(output: Any, passed_on: Callable[[Tensor], bool]) -> Any:
+        return map_features(lambda f: torch.cat([f, f if passed_on(f) else perturb(f)]), output)
+
+    with _changed_output(model, doubled, backbone, name="perturbed_features", rows_per_image=2):
         yield
 
 
 @contextmanager
-def _hooked(
-    model: nn.Module, change: Callable[[Tensor], Tensor], backbone: str | None, *, twice: bool = False
+def changed_features(
+    model: nn.Module, change: Callable[[list[Tensor]], Sequence[Tensor]], *, backbone: str | None = None
 ) -> Iterator[None]:
-    """Change the features of a backbone; images among them are passed on, ``twice`` if features get twice the rows."""
-    model, module, way_out = _found_backbone(model, backbone, "perturbed_features(model, perturb, backbone={!r})")
+    """Replace the features in a network by a function of them.
+
+    Inside, the decoder of the network sees the result instead of the features of the backbone. If a backbone returns
+    the image among its features, it is not changed.
+
+    Args:
+        model: a wrapped network.
+        change: from all tensors that the backbone returns to as many of the same shapes, such as
+            :func:`complementary_dropout`.
+        backbone: dotted name of the submodule that returns the features; None finds it by
+            :func:`stseg.models.backbone_of`.
+
+    Raises:
+        TypeError: if the model is not wrapped.
+        NetworkError: if no backbone is found; when the model is called, if the backbone does not return
+            features with a row for each image, or is not called as a module.
+        ValueError: if the network has no submodule called ``backbone``; when the model is called, if ``change`` returns
+            another number of features.
+
+    Example:
+        >>> model = Segmenter(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)))
+        >>> with changed_features(model, complementary_dropout, backbone="0"):
+        ...     one, two = model(torch.rand(4, 3, 16, 16)).chunk(2)
+        >>> one.shape
+        torch.Size([2, 2, 16, 16])
+    """
+
+    def changed(output: Any, passed_on: Callable[[Tensor], bool]) -> Any:
+        features: list[Tensor] = []
+        map_features(lambda f: None if passed_on(f) else features.append(f), output)
+        new = list(change(features))
+        if len(new) != len(features):
+            raise ValueError(f"{change!r} returned {len(new)} features; expected {len(features)}")
+        rest = iter(new)
+        return map_features(lambda f: f if passed_on(f) else next(rest), output)
+
+    with _changed_output(model, changed, backbone, name="changed_features", rows_per_image=1):
+        yield
+
+
+@contextmanager
+def _changed_output(
+    model: nn.Module,
+    change: Callable[[Any, Callable[[Tensor], bool]], Any],
+    backbone: str | None,
+    *,
+    name: str,
+    rows_per_image: int,
+) -> Iterator[None]:
+    """Replace the output of the backbone of a wrapped network; ``change`` is told which tensors are the images."""
+    model, module, way_out = _found_backbone(model, backbone, f"{name}(..., backbone={{!r}})")
     network = type(model.network).__name__
+    calls: list[nn.Module] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if model._trying:  # which sizes the network takes
             return output
+        calls.append(module)
         images = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         shapes: list[tuple[int, ...]] = []
-
-        def changed(feature: Tensor) -> Tensor:
-            if any(feature is image for image in images):
-                return torch.cat([feature, feature]) if twice else feature
-            return change(feature)
-
         map_features(lambda feature: shapes.append(tuple(feature.shape)), output)
         rows = len(images[0]) if images else 0
         if not shapes or any(shape[:1] != (rows,) for shape in shapes):
@@ -283,17 +296,24 @@ def _hooked(
                 f"the {type(module).__name__} of the network ({network}) returned {found} for {rows} images; expected "
                 f"features with a row for each image; {way_out}"
             )
-        return map_features(changed, output)
+        return change(output, lambda feature: any(feature is image for image in images))
 
-    before, outer = model._rows_per_image, model._outer
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    model._rows_per_image = 2 if twice else before
-    model._outer = ()  # hooks do not reach compiled or replicated networks
+    def check(*_: Any) -> None:
+        if not calls:
+            raise NetworkError(
+                f"the {type(module).__name__} of the network ({network}) is not called as a module, so that its "
+                f"features cannot be changed (self.encoder(x), not self.encoder.forward_features(x)); {way_out}"
+            )
+
+    before = model._rows_per_image
+    handles = [module.register_forward_hook(hook, with_kwargs=True), model.register_forward_hook(check)]
+    model._rows_per_image = rows_per_image
     try:
         yield
     finally:
-        model._rows_per_image, model._outer = before, outer
-        handle.remove()
+        model._rows_per_image = before
+        for handle in handles:
+            handle.remove()
 
 
 class DeepFeatures(NamedTuple):
@@ -355,7 +375,6 @@ def deepest_features(model: nn.Module, *, features: str | None = None) -> Iterat
         deepest = min(reversed(maps), key=lambda each: each.shape[2] * each.shape[3])
         found.append(DeepFeatures(deepest, (images.shape[2], images.shape[3])))
 
-    outer, model._outer = model._outer, ()  # hooks do not reach compiled or replicated networks
     handles = [model.network.register_forward_pre_hook(note), module.register_forward_hook(hook)]
     try:
         yield found
@@ -364,7 +383,6 @@ def deepest_features(model: nn.Module, *, features: str | None = None) -> Iterat
                 f"the {type(module).__name__} of the network ({network}) is not called as a module; {way_out}"
             )
     finally:
-        model._outer = outer
         for handle in handles:
             handle.remove()
 

@@ -24,6 +24,16 @@ class TestPresets:
         assert (config.epochs, config.lr) == (240, 0.004)
         assert config.weak == WeakAugment(721, base_size=2048)
 
+    def test_unimatch_v2_is_that_of_the_paper(self):
+        config = TrainConfig.unimatch_v2()
+        assert (config.epochs, config.batch_size, config.unlabeled_batch_size) == (60, 16, None)
+        assert config.weak == WeakAugment(518, base_size=None, scale=(0.5, 2.0), flip=0.5)
+        assert (config.optimizer, config.lr, config.head_lr_factor, config.weight_decay) == ("adamw", 5e-6, 40, 0.01)
+        assert (config.power, config.schedule) == (0.9, None)
+        assert TrainConfig.unimatch_v2(batch_size=8).lr == 5e-6
+        changed = TrainConfig.unimatch_v2(steps=7, weak=WeakAugment(798), seed=3)
+        assert (changed.epochs, changed.steps, changed.weak.crop_size) == (None, 7, (798, 798))
+
     @pytest.mark.parametrize("preset", [TrainConfig.pascal, TrainConfig.cityscapes])
     def test_learning_rate_follows_the_batch(self, preset):
         assert preset(batch_size=8).lr == preset().lr / 2

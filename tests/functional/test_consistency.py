@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from stseg.functional import (
     adversarial_loss,
+    confident_share,
     consistency_loss,
     consistency_target,
     cross_entropy,
@@ -123,3 +124,22 @@ def test_no_loss_reads_a_value_back_from_the_device():
         sure_share(target, 3)
         with pytest.raises(DataDependentOutputException):
             losses[0].item()
+
+
+class TestConfidentShare:
+    @few
+    @given(st.integers(0, 99), st.floats(0, 1))
+    def test_is_counted_over_the_pixels_that_count(self, seed, threshold):
+        confidence, where = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(seed)), validity(seed)
+        counted = [float(confidence[b, y, x]) for b, y, x in pixels(2, 4, 5) if where[b, y, x]]
+        wanted = int((torch.tensor(counted) >= threshold).sum()) / max(1, len(counted))
+        assert float(confident_share(confidence, threshold=threshold, where=where)) == pytest.approx(wanted)
+
+    def test_is_zero_where_nothing_counts(self):
+        confidence = torch.ones(1, 2, 2)
+        assert confident_share(confidence, threshold=0, where=torch.zeros(1, 2, 2, dtype=torch.bool)) == 0
+        assert confident_share(confidence, threshold=1.0) == 1
+
+    def test_refuses_another_shape(self):
+        with pytest.raises(ValueError, match=r"where has shape \(1, 2\) and confidence \(1, 2, 2\)"):
+            confident_share(torch.ones(1, 2, 2), threshold=0, where=torch.ones(1, 2, dtype=torch.bool))

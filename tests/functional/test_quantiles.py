@@ -25,3 +25,8 @@ def test_checks_its_arguments():
         quantile_over_processes(torch.zeros(2), 2, where=torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match="where has shape"):
         quantile_over_processes(torch.zeros(2), 1, where=torch.ones(3, dtype=torch.bool))
+
+
+def test_reads_no_value_back_from_the_device():
+    values = torch.zeros(9, device="meta")
+    assert quantile_over_processes(values, 0.4, where=values == 0).shape == ()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from stseg.functional import (
     adversarial_loss,
+    confident_share,
     consistency_loss,
     cross_entropy,
     entropy,
@@ -26,6 +27,7 @@ from stseg.functional import (
 
 def losses(logits: torch.Tensor, masks: torch.Tensor) -> dict[str, torch.Tensor]:
     where = masks != 255
+    confidence = logits.softmax(1).amax(1).detach()
     return {
         "cross-entropy": cross_entropy(logits, masks),
         "weighted": cross_entropy(logits, masks, weight=torch.tensor(0.5)),
@@ -34,6 +36,7 @@ def losses(logits: torch.Tensor, masks: torch.Tensor) -> dict[str, torch.Tensor]
         "entropy": entropy(logits),
         "adversarial": adversarial_loss(logits[:, :1], real=True, where=where),
         "consistency": consistency_loss(logits, torch.where(masks == 2, 3, masks)),
+        "confident": confident_share(confidence, threshold=0.5, where=where),
         "share": sure_share(torch.where(masks == 2, 3, masks), 3),
     }
 

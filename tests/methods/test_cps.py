@@ -60,38 +60,17 @@ class TestCPS(MethodTester):
         assert {name.split(".")[0] for name in base} == {name.split(".")[0] for name in head} == {"model", "other"}
         assert (groups[0]["lr"], groups[1]["lr"]) == (0.1, 1.0)
 
-    @pytest.mark.parametrize("boxes", [1, 3])
-    def test_loss_on_mixed_images_is_the_formula(self, boxes):
-        mix = BoxMix(area=(0.25, 0.5), boxes=boxes)
-        method, one = CPS(Plain(0), Plain(1), weight=2.0, mix=mix), batch()
-        torch.manual_seed(4)
-        where = mix.draw(one.unlabeled)
-        images = torch.where(where[:, None], one.unlabeled.flip(0), one.unlabeled)
-        networks = (method.model, method.other)
-        with torch.no_grad():
-            labels = [naive.targets(network(one.unlabeled).numpy())[0] for network in networks]
-            logits = [network(images).numpy() for network in networks]
-            supervised = sum(naive.supervised(n(one.images).numpy(), one.masks.numpy()) for n in networks)
-        for label in labels:
-            label[~one.valid.numpy()] = 255
-        mixed = [np.where(where.numpy(), label[::-1], label) for label in labels]
-        cross = naive.supervised(logits[0], mixed[1]) + naive.supervised(logits[1], mixed[0])
-        torch.manual_seed(4)
-        losses = method(one)
-        assert float(losses.logged["cross"]) == pytest.approx(cross, rel=1e-5)
-        assert float(losses.total.detach()) == pytest.approx(supervised + 2 * cross, rel=1e-5)
-
-    def test_mixed_images_are_labeled_before_in_training_mode(self):
-        method = CPS(Network(0), Network(1), mix=BoxMix()).train()
-        seen = rows_seen(method.model.network.encoder)
-        method(batch(3)).total.backward()
-        assert seen == [3, 3, 3]
-        assert method.other.network.head.weight.grad.abs().sum() > 0
-
     def test_one_network_twice_is_refused(self):
         network = Plain()
         with pytest.raises(ValueError, match="share parameters; expected two networks with weights of their own"):
             CPS(network, network)
+
+
+class FixedBoxes(BoxMix):
+    """Two boxes that overlap, for images of 8 x 8."""
+
+    def draw(self, images, generator=None):
+        return torch.tensor([[1, 1, 5, 5], [3, 3, 8, 8]]).expand(len(images), 2, 4)
 
 
 class TestCPSWithCutMix(MethodTester):
@@ -99,10 +78,54 @@ class TestCPSWithCutMix(MethodTester):
         return CPS(Network(0), Network(1), mix=BoxMix(area=(0.25, 0.5), boxes=3))
 
     def plain(self):
-        return CPS(Plain(0), Plain(1), mix=BoxMix())
+        return CPS(Plain(0), Plain(1), mix=lambda *tensors: tuple(x.clone() for x in tensors))
 
-    def test_ignores_what_is_not_valid(self):
-        pytest.skip("boxes are random; see the formula")
+    @pytest.mark.parametrize("weight", [0.0, 1.0, 5.0])
+    @pytest.mark.parametrize("rows", [2, 3])
+    def test_loss_is_the_formula(self, weight, rows):
+        method, one = CPS(Plain(0), Plain(1), weight=weight, mix=FixedBoxes()), batch(rows)
+        with torch.no_grad():
+            labeled = [network(one.images).numpy() for network in (method.model, method.other)]
+            labels = [naive.targets(network(one.unlabeled).numpy())[0] for network in (method.model, method.other)]
+        plain, valid = one.unlabeled.numpy(), one.valid.numpy()
+        mixed, seen, wanted = plain.copy(), valid.copy(), [label.copy() for label in labels]
+        for b, i, j in np.ndindex(rows, 8, 8):
+            if (1 <= i < 5 and 1 <= j < 5) != (i >= 3 and j >= 3):
+                source = (b + 1) % rows
+                mixed[b, :, i, j], seen[b, i, j] = plain[source, :, i, j], valid[source, i, j]
+                for label, original in zip(wanted, labels, strict=True):
+                    label[b, i, j] = original[source, i, j]
+        with torch.no_grad():
+            logits = [network(torch.from_numpy(mixed)).numpy() for network in (method.model, method.other)]
+        supervised = sum(naive.supervised(z, one.masks.numpy()) for z in labeled)
+        cross = sum(
+            naive.supervised(z, np.where(seen, label, 255)) for z, label in zip(logits, wanted[::-1], strict=True)
+        )
+        losses = method(one)
+        assert float(losses.logged["supervised"]) == pytest.approx(supervised, rel=1e-5)
+        assert float(losses.logged["cross"]) == pytest.approx(cross, rel=1e-5)
+        assert float(losses.total.detach()) == pytest.approx(supervised + weight * cross, rel=1e-5)
 
-    def test_takes_another_ignore_index(self):
-        pytest.skip("boxes are random; see the formula")
+    def test_labeled_unlabeled_and_mixed_images_have_batch_statistics_of_their_own(self):
+        method = self.make().train()
+        seen = [rows_seen(network.network.encoder) for network in (method.model, method.other)]
+        method(batch(3)._replace(images=torch.rand(2, 3, 8, 8), masks=torch.zeros(2, 8, 8, dtype=torch.long)))
+        assert seen == [[2, 3, 3], [2, 3, 3]]
+
+    def test_both_networks_learn_from_the_mixed_images_alone(self):
+        method = CPS(Plain(0), Plain(1), mix=FixedBoxes())
+        method(batch()._replace(masks=torch.full((2, 8, 8), 255))).total.backward()
+        assert all(network.network.encoder.weight.grad.abs().sum() > 0 for network in (method.model, method.other))
+
+    def test_labeled_images_teach_by_their_masks_alone(self):
+        method = CPS(Plain(0), Plain(1), mix=FixedBoxes())
+        one = batch()
+        other = one._replace(images=torch.rand(2, 3, 8, 8))
+        assert torch.equal(method(one).logged["cross"], method(other).logged["cross"])
+
+    def test_the_weight_is_that_of_the_authors(self):
+        assert CPS(Plain(0), Plain(1)).weight == 1.5
+        assert self.make().weight == 1.0
+        assert CPS(Plain(0), Plain(1), mix=BoxMix(), weight=5).weight == 5
+        with pytest.raises(ValueError, match="weight is -1; expected 0 or more"):
+            CPS(Plain(0), Plain(1), weight=-1)

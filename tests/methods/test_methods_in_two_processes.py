@@ -40,6 +40,7 @@ TESTERS = [
     test_unimatch.TestUniMatch,
     test_mean_teacher.TestMeanTeacher,
     test_cps.TestCPS,
+    test_cps.TestCPSWithCutMix,
     test_adv_ssl.TestAdvSSL,
     test_cutmix_seg.TestCutMixSeg,
     test_class_mix.TestClassMix,

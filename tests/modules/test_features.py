@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import segmentation_models_pytorch as smp
+import timm
 import torch
 import torchvision
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from stseg.modules import (
     captured,
     changed_features,
     channel_dropout,
+    complementary_dropout,
     deepest_features,
     map_features,
     perturbed_features,
@@ -76,6 +78,19 @@ class LikeHuggingFace(nn.Module):
         return SimpleNamespace(logits=self.head(self.segformer(pixel_values=pixel_values).hidden_states[-1]))
 
 
+class PlainViT(nn.Module):
+    """Tokens of a ViT of timm, and one layer."""
+
+    def __init__(self):
+        super().__init__()
+        settings = {"patch_size": 8, "img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        self.backbone = timm.create_model("test_vit", num_classes=0, global_pool="", dynamic_img_size=True, **settings)
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        return self.head(self.backbone(x)[:, 1:].mT.unflatten(2, (x.shape[2] // 8, x.shape[3] // 8)))
+
+
 NETWORKS = {
     "smp.Unet": lambda: smp.Unet("resnet18", encoder_weights=None, classes=5),
     "smp.FPN": lambda: smp.FPN("tu-mobilenetv3_small_050", encoder_weights=None, classes=5),
@@ -90,6 +105,7 @@ NETWORKS = {
     "DeepLabV3Plus": lambda: DeepLabV3Plus("resnet18", num_classes=5),
     "one's own": Plain,
     "Hugging Face": LikeHuggingFace,
+    "ViT": PlainViT,
 }
 
 
@@ -234,6 +250,18 @@ class TestHooks:
         network(torch.rand(3, 3, 4, 4))
         assert [len(output) for output in outputs] == [1, 2]
 
+    def test_hooks_reach_the_network_inside_a_compiled_one(self):
+        compiled = []
+        network = torch.compile(Plain(), backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+        model = stseg.Segmenter(network)
+        images = torch.rand(2, 3, 8, 8)
+        with captured(model.network.encoder) as outputs:
+            model(images)
+        assert len(outputs[-1]) == 2
+        assert compiled == []
+        model(images)
+        assert len(compiled) == 1
+
     def test_rewritten_replaces_what_the_next_module_sees(self):
         network = Plain().eval()
         x = torch.rand(1, 3, 4, 4)
@@ -357,15 +385,6 @@ class TestDeepestFeatures:
         with deepest_features(model) as found:
             model(torch.rand(2, 3, 8, 8))
         assert len(found) == 1
-        assert len(model._outer) == 1
-
-    def test_changed_ones_reach_into_a_compiled_network(self):
-        model = stseg.Segmenter(torch.compile(self.Decoded(self.Levels()), backend="eager"))
-        images = torch.rand(2, 3, 8, 8)
-        before = model(images)
-        with changed_features(model, torch.zeros_like):
-            assert not torch.allclose(model(images), before)
-        assert torch.equal(model(images), before)
 
     def test_are_taken_from_a_submodule_by_name(self):
         model = stseg.Segmenter(self.Decoded(self.Levels()))
@@ -406,5 +425,140 @@ class TestDeepestFeatures:
         with (
             pytest.raises(stseg.NetworkError, match=r"the Flatten of the network \(Tokens\) returned no map"),
             deepest_features(model),
+        ):
+            model(torch.rand(2, 3, 8, 8))
+
+
+class TestComplementaryDropout:
+    def test_gives_every_channel_to_one_of_two_views(self):
+        """As in the paper on a batch of 4: 2 images are untouched, the others' views add up to twice the features."""
+        features = torch.rand(8, 50, 3, 4) + 1
+        (found,) = complementary_dropout([features])
+        factors = found / features
+        assert all(factors[i, c].std() < 1e-6 for i in range(8) for c in range(50))  # one for all pixels
+        first, second = factors[:, :, 0, 0].split(4)
+        torch.testing.assert_close(first + second, torch.full((4, 50), 2.0))
+        untouched = [i for i in range(4) if torch.allclose(first[i], torch.ones(50))]
+        assert len(untouched) == 2
+        for i in set(range(4)) - set(untouched):
+            assert {round(float(v)) for v in first[i]} == {0, 2}
+        split = [i for i in range(4) if i not in untouched]
+        assert not torch.allclose(first[split[0]], first[split[1]])
+
+    @pytest.mark.parametrize(
+        ("rows", "share", "split"),
+        [(1, 0.5, 1), (2, 0.5, 1), (3, 0.5, 2), (5, 0.5, 3), (4, 0, 0), (4, 1, 4), (4, 0.3, 2)],
+    )
+    def test_splits_a_share_of_the_images_rounded_up(self, rows, share, split):
+        (found,) = complementary_dropout([torch.ones(2 * rows, 40)], share)
+        changed = (found != 1).any(1)
+        assert torch.equal(*changed.chunk(2))
+        assert int(changed.sum()) == 2 * split
+
+    def test_splits_tokens_maps_and_vectors_of_equal_width_alike(self):
+        maps, tokens, vectors = complementary_dropout(
+            [torch.ones(6, 30, 2, 2), torch.ones(6, 5, 30), torch.ones(6, 30)], share=1.0
+        )
+        for token in range(5):
+            assert torch.equal(tokens[:, token], maps[:, :, 0, 0])
+        assert torch.equal(vectors, maps[:, :, 1, 1])
+
+    def test_splits_levels_of_other_widths_independently_in_the_same_images(self):
+        one, other = complementary_dropout([torch.ones(8, 64, 1, 1), torch.ones(8, 65, 1, 1)])
+        assert not torch.equal(one[:, :64], other[:, :64])
+        assert torch.equal((one != 1).any(1), (other != 1).any(1))
+
+    def test_draws_channels_and_images_evenly(self):
+        count, untouched = torch.zeros(10), torch.zeros(4)
+        for _ in range(400):
+            first = complementary_dropout([torch.ones(8, 10)])[0][:4]
+            count += (first == 2).sum(0)
+            untouched += (first == 1).all(1)
+        assert (count / 800 - 0.5).abs().max() < 0.08
+        assert (untouched / 400 - 0.5).abs().max() < 0.11
+
+    def test_keeps_dtype_and_gradient(self):
+        features = torch.rand(4, 8, 3, dtype=torch.bfloat16, requires_grad=True)
+        (found,) = complementary_dropout([features], 1.0)
+        assert found.dtype == torch.bfloat16
+        found.sum().backward()
+        assert set(features.grad.flatten().tolist()) == {0.0, 2.0}
+
+    def test_of_nothing_is_nothing(self):
+        assert complementary_dropout([]) == []
+
+    @pytest.mark.parametrize("shapes", [[(3, 4)], [(4, 3), (2, 3)], [(2, 3, 4, 5, 6)], [(2,)]])
+    def test_refuses_what_is_not_two_views(self, shapes):
+        with pytest.raises(ValueError, match=r"features have the shapes .*; expected maps \(2B, C, H, W\)"):
+            complementary_dropout([torch.zeros(shape) for shape in shapes])
+
+    def test_refuses_other_shares(self):
+        with pytest.raises(ValueError, match="share is 2"):
+            complementary_dropout([torch.zeros(2, 3)], 2)
+
+
+class TestChangedFeatures:
+    def test_change_all_but_the_image(self, model):
+        images = torch.rand(2, 3, 64, 64)
+
+        def shifted(features):
+            return map_features(lambda f: f if f.shape[1] == 3 else f + 1, features)
+
+        with torch.no_grad():
+            wanted = model(images)
+            with rewritten(backbone_of(model.network), shifted):
+                wanted_changed = model(images)
+            with changed_features(model, lambda features: [f + 1 for f in features]):
+                changed = model(images)
+            after = model(images)
+        assert torch.equal(changed, wanted_changed)
+        assert torch.equal(after, wanted)
+        assert not torch.equal(changed, wanted)
+
+    def test_reach_the_network_inside_a_compiled_one(self):
+        model = stseg.Segmenter(torch.compile(Plain(), backend="eager"))
+        images = torch.rand(2, 3, 8, 8)
+        with torch.no_grad():
+            before = model(images)
+            with changed_features(model, lambda features: [0 * f for f in features]):
+                changed = model(images)
+        assert changed.std((0, 2, 3)).max() < 1e-6
+        assert before.std((0, 2, 3)).max() > 1e-3
+
+    def test_of_another_number_are_refused(self):
+        model = stseg.Segmenter(Plain())
+        with (
+            pytest.raises(ValueError, match="returned 0 features; expected 1"),
+            changed_features(model, lambda features: []),
+        ):
+            model(torch.rand(2, 3, 8, 8))
+
+    def test_leave_nothing_behind_even_after_an_error(self):
+        model = stseg.Segmenter(Plain())
+        with pytest.raises(KeyError), changed_features(model, list):
+            raise KeyError
+        assert not model.network.encoder._forward_hooks
+        assert not model._forward_hooks
+
+    def test_need_a_backbone_that_is_found_and_called(self):
+        with (
+            pytest.raises(stseg.NetworkError, match=r"changed_features\(\.\.\., backbone='trunk'\)"),
+            changed_features(stseg.Segmenter(Plain(backbone="trunk")), list),
+        ):
+            pass
+        with (
+            pytest.raises(TypeError, match=r"the model is Plain; expected stseg\.Segmenter"),
+            changed_features(Plain(), list),
+        ):
+            pass
+
+        class Direct(Plain):
+            def forward(self, x):
+                return self.head(self.encoder.forward(x))
+
+        model = stseg.Segmenter(Direct())
+        with (
+            pytest.raises(stseg.NetworkError, match=r"Sequential of the network \(Direct\) is not called as a module"),
+            changed_features(model, list),
         ):
             model(torch.rand(2, 3, 8, 8))
