@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,14 +172,16 @@ def adversarial_perturbation(decoder: Callable[[Tensor], Tensor], features: Tens
     if not length >= 0:
         raise ValueError(f"length is {length}; expected 0 or more")
     with torch.autocast(features.device.type, enabled=False):
-        origin = features.detach().float().contiguous()  # forward derivatives take no expanded tensors
+        origin = features.detach().float().requires_grad_()
         direction = _unit(torch.rand_like(origin) - 0.5)
-        derivative: Any = torch.func.jvp(decoder, (origin,), (direction,))
-        logits, change = derivative
-        probability = logits.softmax(1)
+        with torch.enable_grad():
+            logits = decoder(origin)
+            anything = torch.zeros_like(logits, requires_grad=True)
+            (transposed,) = torch.autograd.grad(logits, origin, anything, create_graph=True)  # J' of it
+        (change,) = torch.autograd.grad(transposed, anything, direction, retain_graph=True)  # J d
+        probability = logits.detach().softmax(1)
         change = probability * (change - (probability * change).sum(1, keepdim=True))
-        transposed = torch.func.vjp(decoder, origin)[1]
-        (gradient,) = transposed(change)
+        (gradient,) = torch.autograd.grad(logits, origin, change)
         return (length * _unit(gradient)).to(features.dtype)
 
 
