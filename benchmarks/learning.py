@@ -16,7 +16,7 @@ import argparse
 import importlib
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -180,11 +180,11 @@ def table(found: dict[str, dict[int, float]]) -> str:
                 f"{statistics.fmean(wrong.values()):.1f}",
                 f"{sum(wrong[seed] < own[seed] for seed in wrong if seed in own)} of {len(wrong)}",
             ]
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+        lines.append(f"| {' | '.join(cells)} |".replace("|  ", "| "))
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--skip-wrong", action="store_true", help="no runs with wrong targets")
     parser.add_argument("--page", type=Path, help="a Markdown page with the marks learning-table")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     kinds = (False,) if options.skip_wrong else (False, True)
     ways = [(SUPERVISED, False), *((name, wrong) for name in options.methods for wrong in kinds)]
     for seed in options.seeds:
