@@ -3,11 +3,10 @@
     python benchmarks/learning.py --out runs/learning
 
 Networks, data and settings are those of the examples, in bfloat16: 20 scenes with masks and 200 without, equal steps
-from random weights. In a run with wrong targets, what a method learns on unlabeled images is exchanged: the next class
-in place of each class, other places in place of the same, turns drawn anew. A method that gains by what it is meant to
-gain by is worse then. A killed run resumes when the same command is given again; with ``--methods`` several
-commands share the work; each prints a table of all that has been done, which ``--page`` puts between the page's
-``learning-table`` marks.
+from random weights. In a run with wrong targets, what a method learns on unlabeled images is exchanged: each class for
+the next, images and places for others, turns for others. A method that gains by what it is meant to gain by is worse
+then. A killed run resumes when the same command is given again; with ``--methods`` several commands share the work; each
+prints a table of all that has been done, which ``--page`` puts between the page's ``learning-table`` marks.
 """
 
 from __future__ import annotations
@@ -90,6 +89,11 @@ def wrong_probabilities(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda prediction, target, **options: loss(prediction, target.roll(1, 1), **options)
 
 
+def wrong_images(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the loss with the probabilities of another image: a decoder of its own would learn to rename classes."""
+    return lambda prediction, target, **options: loss(prediction, target.roll(1, 0), **options)
+
+
 def wrong_places(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the contrast with features of another place in place of those of the same."""
     return lambda one, other, *rest, **options: loss(one, other.roll(len(other) // 2 + 1, 0), *rest, **options)
@@ -114,7 +118,7 @@ WRONG: dict[str, tuple[str, Callable[..., Callable[..., Tensor]]]] = {
     "CPS": ("cps.consistency_loss", wrong_classes),
     "CPS with CutMix": ("cps.consistency_loss", wrong_classes),
     "GCT": ("gct.squared_difference", wrong_probabilities),
-    "CCT": ("cct.squared_difference", wrong_probabilities),
+    "CCT": ("cct.squared_difference", wrong_images),
     "DCC": ("dcc.directional_contrast", wrong_places),
     "U2PL": ("u2pl.cross_entropy", wrong_classes),
     "AdvSSL": ("adv_ssl.cross_entropy", wrong_classes),
