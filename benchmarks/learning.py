@@ -5,8 +5,8 @@
 Networks, data and settings are those of the examples, in bfloat16: 20 scenes with masks and 200 without, equal steps
 from random weights. In a run with wrong targets, what a method learns on unlabeled images is exchanged: each class for
 the next, images and places for others, turns for others. A method that gains by what it is meant to gain by is worse
-then. A killed run resumes when the same command is given again; with ``--methods`` several commands share the work; each
-prints a table of all that has been done, which ``--page`` puts between the page's ``learning-table`` marks.
+then. A killed run resumes when the same command is given again; with ``--methods`` several commands share the work;
+each prints a table of all that has been done, which ``--page`` puts between the page's ``learning-table`` marks.
 """
 
 from __future__ import annotations
