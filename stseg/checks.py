@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _MARGIN = 0.1  # beyond [0, 1], for interpolation and small perturbations
 
@@ -31,6 +31,21 @@ def check_nonnegative(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; expected 0 or more")
 
 
+def check_positive(name: str, value: float) -> None:
+    """Raise a ``ValueError`` unless the value is a finite number above 0."""
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; expected a number above 0")
+
+
+def check_count(name: str, value: int, *, least: int = 1) -> None:
+    """Raise an error unless the value is an integer, ``least`` or more."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected an integer")
+    if value < least:
+        raise ValueError(f"{name} is {value}; expected {least} or more")
+
+
 def check_choice(name: str, value: object, *choices: object) -> None:
     """Raise a ``ValueError`` unless the value is one of the choices.
 
@@ -42,6 +57,17 @@ def check_choice(name: str, value: object, *choices: object) -> None:
     if value not in choices:
         *others, last = (repr(choice) for choice in choices)
         raise ValueError(f"{name} is {value!r}; expected {', '.join(others)} or {last}")
+
+
+def check_mixing(mix: object) -> None:
+    """Raise a ``TypeError`` unless it is None or a function that mixes batches."""
+    if mix is not None and (not callable(mix) or isinstance(mix, (type, nn.Module))):
+        came = f"the class {mix.__name__}" if isinstance(mix, type) else repr(mix)
+        came = f"a {type(mix).__name__}" if isinstance(mix, nn.Module) else came
+        raise TypeError(
+            f"mix is {came}; expected None or a function (images, masks, ...) -> (images, masks, ...), such as "
+            "stseg.CutMix() or stseg.ClassMix()"
+        )
 
 
 def check_log(log: object) -> None:

@@ -15,6 +15,7 @@ from stseg.description import describe
 from stseg.engine.checkpoint import Row
 from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult
+from stseg.engine.method import Method
 from stseg.functional.classes import check_classes
 from stseg.inference.preflight import refuse_common_ids
 from stseg.methods.st import ST, Baseline, STPlusPlus
@@ -145,6 +146,8 @@ class SelfTrainer:
             raise ValueError("keep='best' needs a validation set (val) to tell which weights are best")
         if unlabeled is None and recipe.uses_unlabeled:
             raise ValueError(f"{type(recipe).__name__} learns from unlabeled images; expected fit(labeled, unlabeled)")
+        if isinstance(teacher, Method):
+            raise TypeError(f"teacher is the method {type(teacher).__name__}; expected its network: teacher.model")
         if isinstance(teacher, nn.Module):
             teacher = FitResult(as_segmenter(teacher).eval(), (), (), 0.0)
         if teacher is not None and not isinstance(teacher, FitResult):

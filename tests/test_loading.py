@@ -10,7 +10,7 @@ from torch import nn
 
 import stseg
 from stseg import DamagedFileError, DataError, TrainConfig, WorkdirMismatchError
-from stseg.methods import ST, FixMatch, MeanTeacher, STPlusPlus
+from stseg.methods import ST, U2PL, FixMatch, MeanTeacher, STPlusPlus
 
 CONFIG = TrainConfig(steps=3, batch_size=2, weak=stseg.WeakAugment(16))
 IMAGES = [image for image, _ in pairs(6, seed=1)]
@@ -51,6 +51,14 @@ class TestRuns:
         result = run(tmp_path / "run")
         shutil.move(tmp_path / "run", tmp_path / "elsewhere")
         assert equal(stseg.load(tmp_path / "elsewhere", network()), result.model)
+
+    @pytest.mark.parametrize("deploy", ["teacher", "student"])
+    def test_of_a_network_inside_another_module_do_too(self, tmp_path, deploy):
+        def method(make):
+            return U2PL(make(), num_classes=2, channels=4, features="0", width=4, memory=9, deploy=deploy)
+
+        result = run(tmp_path, method=method)
+        assert equal(stseg.load(tmp_path, network()), result.model)
 
     def test_that_are_not_finished_name_what_there_is(self, tmp_path):
         run(tmp_path)
@@ -147,6 +155,15 @@ class TestTeachers:
             run(None, method=STPlusPlus(), teacher=network())
         ranker = stseg.ConfidenceRanker(net := network(), num_classes=2, progress=False)
         assert run(None, method=STPlusPlus(ranker=ranker), teacher=net).ranking
+
+    def test_that_are_methods_name_their_network(self):
+        with pytest.raises(TypeError, match=r"teacher is the method FixMatch; expected its network: teacher\.model"):
+            run(None, method=ST(), teacher=FixMatch(network()))
+
+    def test_that_students_cannot_start_from_are_refused_before_labeling(self, monkeypatch):
+        monkeypatch.setattr(stseg.PseudoLabeler, "label", None)
+        with pytest.raises(ValueError, match="student_init is 'teacher', but its weights do not fit"):
+            run(None, method=ST(student_init="teacher"), teacher=fpn())
 
     @pytest.mark.parametrize("teacher", ["runs/first", 3, nn.Conv2d])
     def test_that_are_no_networks_are_refused(self, teacher):

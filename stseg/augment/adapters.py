@@ -144,13 +144,13 @@ def as_pair_transform(transform: Any, *, ignore_index: int = 255) -> PairTransfo
     return function
 
 
-def as_batch_augmentation(augmentation: Any, *, ignore_index: int = 255) -> BatchAugmentation | None:
+def as_batch_augmentation(augmentation: Any, *, ignore_index: int | None = None) -> BatchAugmentation | None:
     """Convert the ``strong`` argument to an augmentation of batches.
 
     Args:
         augmentation: None; a function ``(images, masks, where) -> (images, masks)``, such as
             :class:`stseg.StrongAugment`; or a kornia augmentation, which is adapted.
-        ignore_index: mask value of ignored pixels in the data.
+        ignore_index: mask value of ignored pixels in the data; None if it is not known yet: that of the augmentation.
 
     Returns:
         None or a function.
@@ -167,13 +167,15 @@ def as_batch_augmentation(augmentation: Any, *, ignore_index: int = 255) -> Batc
     if augmentation is None:
         return None
     if _is_kornia(augmentation):
-        return from_kornia(augmentation, ignore_index=ignore_index)
+        return from_kornia(augmentation, ignore_index=255 if ignore_index is None else ignore_index)
     _refuse_albumentations(augmentation)
     if _is_torchvision(augmentation) or _comes_from(augmentation, "torchvision.transforms"):
         raise TypeError(
             f"strong is {_described(augmentation)}, which augments one sample: expected weak={_name(augmentation)}(...)"
         )
     function: BatchAugmentation = _function("strong", augmentation, "StrongAugment")
+    if ignore_index is None:
+        return function
     name = "from_kornia" if isinstance(augmentation, _FromKornia) else _name(augmentation)
     cutout = getattr(augmentation, "cutout", None)
     for what, owner, expected in (

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Generator, Tensor
 
 from stseg.augment._settings import check_images
 from stseg.functional.mixing import class_mask, paste
+from stseg.types import BatchMixing
+
+Mixing = TypeVar("Mixing", bound=BatchMixing)
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class ClassMix:
     Args:
         num_classes: number of classes; labels from it on, such as the unsure pixels of
             :func:`stseg.functional.consistency_target`, are not chosen. None finds the largest label in each batch,
-            which synchronizes with the device.
+            which synchronizes with the device; methods give their own number then.
         ignore_index: label that is not a class. Nor are negative ones.
 
     Shape:
@@ -86,3 +89,18 @@ class ClassMix:
     def transform(self, where: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Paste pixels into the next image; deterministic."""
         return tuple(paste(where, tensor.roll(-1, 0), tensor) for tensor in tensors)
+
+
+def for_classes(mix: Mixing, num_classes: int) -> Mixing:
+    """Return the mixing for targets of so many classes: only classes are chosen by ``ClassMix``, not unsure pixels.
+
+    Raises:
+        ValueError: if it is a ``ClassMix`` for another number of classes.
+    """
+    if not isinstance(mix, ClassMix):
+        return mix
+    if mix.num_classes not in (None, num_classes):
+        raise ValueError(
+            f"mix is for {mix.num_classes} classes, but the network gives {num_classes}; expected ClassMix()"
+        )
+    return cast("Mixing", replace(mix, num_classes=num_classes))

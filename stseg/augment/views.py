@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stseg.augment.class_mix import for_classes
 from stseg.types import BatchAugmentation, BatchMixing
 
 
 @torch.no_grad()
 def strong_view(
-    images: Tensor, target: Tensor, strong: BatchAugmentation | None = None, mix: BatchMixing | None = None
+    images: Tensor,
+    target: Tensor,
+    strong: BatchAugmentation | None = None,
+    mix: BatchMixing | None = None,
+    *,
+    num_classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Augment a batch strongly, then mix it, treating the target as a mask.
 
@@ -19,6 +25,7 @@ def strong_view(
         target: ``(B, H, W)`` int64, such as :func:`stseg.functional.consistency_target` returns.
         strong: augmentation of the batch; None for none.
         mix: mixing of the images of the batch, such as :class:`stseg.CutMix`; None for none.
+        num_classes: number of classes; other values of the target are none that :class:`stseg.ClassMix` may choose.
 
     Returns:
         New images and targets of the same shapes.
@@ -34,5 +41,5 @@ def strong_view(
     if strong is not None:
         images, target = strong(images, target, None)
     if mix is not None:
-        images, target = mix(images, target)
+        images, target = (mix if num_classes is None else for_classes(mix, num_classes))(images, target)
     return images, target

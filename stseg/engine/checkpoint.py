@@ -369,13 +369,26 @@ def read_result(folder: Path, network: nn.Module | None = None) -> nn.Module:
         _bare(model).load_state_dict(tensors)
     except RuntimeError as error:
         difference = " ".join(str(error).split())[:400]
-        raise WorkdirMismatchError(f"{folder} was trained with another network: {difference}") from None
+        way_out = (
+            ""
+            if network is not None
+            else (f" (the network was changed after it was made: expected stseg.load({str(folder)!r}, network))")
+        )
+        raise WorkdirMismatchError(f"{folder} was trained with another network{way_out}: {difference}") from None
     if fingerprint(model, weights=False) not in record["network"].values():
         raise WorkdirMismatchError(
             f"the weights in {folder} fit the network, but it is not the one that was trained: its layers, or the "
-            f"settings of its stseg.Segmenter, differ; the network is now\n{model}"
+            f"settings of its stseg.Segmenter, differ; they are {_settings_of(model)}"
         )
     return model.eval()
+
+
+def _settings_of(model: nn.Module) -> str:
+    """Describe the wrapper of a network."""
+    if not isinstance(model, Segmenter):
+        return type(model).__name__
+    settings = {name: getattr(model, name) for name in ("mean", "std", "stride", "select")}
+    return f"now {', '.join(f'{name}={value}' for name, value in settings.items())} of a {type(model.network).__name__}"
 
 
 def _read_progress(folder: Path, owner: str) -> dict[str, Any]:

@@ -138,10 +138,11 @@ def provenance_of(method: Method) -> dict[str, dict[str, Any]]:
         for name, value in {**vars(method), **dict(method.named_children())}.items()
         if name not in networks and not name.startswith("_") and name != "training"
     }
-    return {
-        "method": {"type": type(method).__qualname__, **settings},
-        "network": {name: fingerprint(network, weights=False) for name, network in networks.items()},
-    }
+    found = {name: fingerprint(network, weights=False) for name, network in networks.items()}
+    model = fingerprint(method.model, weights=False)
+    if model not in found.values():  # it is a part of one of them
+        found["model"] = model
+    return {"method": {"type": type(method).__qualname__, **settings}, "network": found}
 
 
 def view_of(method: Method) -> Callable[[Tensor, PairTransform], tuple[Any, Tensor | None]]:

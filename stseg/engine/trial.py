@@ -20,6 +20,7 @@ from stseg.engine.method import Losses, Method
 from stseg.engine.optimizers import keep_initial_rates, set_learning_rates
 from stseg.engine.plan import Plan
 from stseg.errors import MethodError, NetworkError, StsegError
+from stseg.functional.classes import check_classes
 from stseg.functional.losses import check_ignores
 from stseg.models.precision import autocast
 from stseg.models.segmenter import takes_images
@@ -36,7 +37,8 @@ def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]
         Names of the trainable parameters that got no gradient.
 
     Raises:
-        MethodError: if the step fails, or the method does not implement the interface; says where and why.
+        MethodError: if the step fails, as it does if the ignore index is a class of the model, or the method does not
+            implement the interface; says where and why.
         ValueError: if the method's ``strong`` writes a different ignore index into masks than the config's.
     """
     name = type(method).__name__
@@ -68,6 +70,7 @@ def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]
             handle.remove()
             _check_losses(losses, name)
             _check_training_logits(outputs)
+            _check_ignore_index(outputs, config.ignore_index)
             losses.total.backward()
             set_learning_rates(optimizers, config, 0, batch.steps)
             for optimizer in optimizers:
@@ -133,6 +136,13 @@ def _check_training_logits(outputs: Sequence[Any]) -> None:
                     "the network returns values that sum to 1 at every pixel in training mode, as probabilities do; "
                     "expected logits (leave out the softmax at its end)"
                 )
+
+
+def _check_ignore_index(outputs: Sequence[Any], ignore_index: int) -> None:
+    """Raise an error if the ignore index is a class of the model."""
+    for logits in outputs:
+        if isinstance(logits, Tensor) and logits.ndim == 4:
+            check_classes(max(2, logits.shape[1]), ignore_index)
 
 
 def _check_losses(losses: object, name: str) -> None:

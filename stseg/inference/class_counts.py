@@ -96,7 +96,7 @@ class ClassCounts:
             warn(
                 f"no mask of the {self.name} data set holds the class{'es' if len(missing) > 1 else ''} {shown} "
                 f"({len(missing)} of {self.num_classes}; "
-                + ("the network cannot learn them: " if of_training else "the mIoU leaves them out: ")
+                + ("the network cannot learn what no mask holds: " if of_training else "the mIoU leaves them out: ")
                 + "check num_classes and class_map)"
             )
 

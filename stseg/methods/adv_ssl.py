@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from stseg.checks import check_probability
+from stseg.checks import check_count, check_nonnegative, check_positive, check_probability
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, Losses, Method
 from stseg.engine.optimizers import build_optimizer
@@ -67,6 +69,12 @@ class AdvSSL(Method):
         super().__init__()
         check_probability("threshold", threshold)
         check_probability("semi_from", semi_from)
+        check_count("num_classes", num_classes, least=2)
+        if not (isinstance(adversarial, Sequence) and len(adversarial) == 2):
+            raise TypeError(f"adversarial is {adversarial!r}; expected the weights of labeled and of unlabeled images")
+        for name, value in (("adversarial", adversarial[0]), ("adversarial", adversarial[1]), ("semi", semi)):
+            check_nonnegative(name, value)
+        check_positive("critic_lr", critic_lr)
         self.model = as_segmenter(network)
         self.critic = conv_critic(num_classes)
         self.num_classes, self.adversarial, self.semi = num_classes, tuple(adversarial), semi

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stseg.checks import check_nonnegative
+from stseg.checks import check_count, check_nonnegative
 from stseg.engine.method import Batch, Losses, Method
 from stseg.functional import connected_components, sigmoid_rampup, squared_difference, supervised_loss
 from stseg.models.segmenter import as_segmenter
@@ -67,8 +67,8 @@ class CCT(Method):
     - Objects are found on the grid of the features: connected positions that are not background. The authors trace
       contours of more than 50 points on the prediction; here a rectangle of less than half a position is none.
     - The adversarial direction is computed exactly; see :func:`stseg.modules.adversarial_perturbation`.
-    - Versions of the authors' code differ: here the share of ``feature_drop`` is drawn from 0.7 (elsewhere 0.6) to 0.9,
-      and the length of the adversarial change is 2 (elsewhere 10).
+    - The share of ``feature_drop`` is drawn from 0.7 to 0.9, and the length of the adversarial change is 2; versions of
+      the authors' code with other values are known (from 0.6, and 10: not checked).
 
     Args:
         network: a network, bare or in a :class:`stseg.Segmenter`.
@@ -115,9 +115,12 @@ class CCT(Method):
         loss: Criterion | None = None,
     ) -> None:
         super().__init__()
+        check_count("num_classes", num_classes, least=2)
+        check_count("channels", channels)
+        check_count("upsampling", upsampling)
         check_nonnegative("weight", weight)
         check_nonnegative("rampup", rampup)
-        self.kinds = _kinds(decoders, background)
+        self.kinds = _kinds(decoders, background, num_classes)
         self.model = as_segmenter(network)
         self.decoders = nn.ModuleList(PixelShuffleDecoder(channels, num_classes, upsampling) for _ in self.kinds)
         self.num_classes, self.channels, self.features, self.background = num_classes, channels, features, background
@@ -191,8 +194,14 @@ def _on_images(logits: Tensor, size: tuple[int, int], images: Tensor) -> Tensor:
     return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)[..., :height, :width]
 
 
-def _kinds(decoders: Mapping[str, int], background: int | None) -> tuple[str, ...]:
+def _kinds(decoders: Mapping[str, int], background: int | None, num_classes: int) -> tuple[str, ...]:
     """Return the perturbation of each decoder."""
+    if background is not None:
+        check_count("background", background, least=0)
+        if background >= num_classes:
+            raise ValueError(f"background is {background}; expected one of the {num_classes} classes, or None")
+    if not isinstance(decoders, Mapping):
+        raise TypeError(f"decoders is {decoders!r}; expected the number of decoders by perturbation, as in DECODERS")
     for name, number in decoders.items():
         if name not in DECODERS:
             raise ValueError(f"decoders has the key {name!r}; expected some of {', '.join(DECODERS)}")

@@ -9,6 +9,7 @@ from torch import nn
 
 from stseg.augment import ClassMix as Mixer
 from stseg.augment import as_batch_augmentation, strong_view
+from stseg.augment.class_mix import for_classes
 from stseg.checks import check_choice, check_nonnegative, check_probability
 from stseg.engine.method import Batch, Losses, Method
 from stseg.functional import confident_share, consistency_loss, consistency_target, supervised_loss
@@ -71,6 +72,8 @@ class ClassMix(Method):
     ) -> None:
         super().__init__()
         check_probability("threshold", threshold)
+        if not (mix is None or isinstance(mix, Mixer)):
+            raise TypeError(f"mix is {mix!r}; expected stseg.ClassMix() or None (other mixing: CutMixSeg, FixMatch)")
         check_nonnegative("weight", weight)
         check_choice("deploy", deploy, "teacher", "student")
         self.student = as_segmenter(network)
@@ -94,7 +97,9 @@ class ClassMix(Method):
         images, confidence = batch.unlabeled, teacher.softmax(1).amax(1)
         target = consistency_target(teacher, threshold=0.0, valid=batch.valid, ignore_index=ignore)
         if self.mix is not None:
-            where = self.mix.draw(target, num_classes=teacher.shape[1], ignore_index=ignore)
+            where = for_classes(self.mix, teacher.shape[1]).draw(
+                target, num_classes=teacher.shape[1], ignore_index=ignore
+            )
             images, target, confidence = self.mix.transform(where, images, target, confidence)
         images, target = strong_view(images, target, self.strong)
 

@@ -7,10 +7,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from stseg.checks import check_nonnegative
+from stseg.augment.class_mix import for_classes
+from stseg.checks import check_mixing, check_nonnegative
 from stseg.engine.method import Batch, Losses, Method
 from stseg.functional import consistency_loss, consistency_target, supervised_loss
 from stseg.models.segmenter import as_segmenter
+from stseg.models.state import check_apart
 from stseg.types import BatchMixing, Criterion
 
 
@@ -68,11 +70,11 @@ class CPS(Method):
         loss: Criterion | None = None,
     ) -> None:
         super().__init__()
-        if {id(p) for p in network.parameters()} & {id(p) for p in other.parameters()}:
-            raise ValueError("network and other share parameters; expected two networks with weights of their own")
+        check_apart(network=network, other=other)
         if weight is None:
             weight = 1.5 if mix is None else 1.0
         check_nonnegative("weight", weight)
+        check_mixing(mix)
         self.model, self.other = as_segmenter(network), as_segmenter(other)
         self.weight, self.mix, self.loss = weight, mix, loss
 
@@ -81,6 +83,9 @@ class CPS(Method):
         ignore, networks = batch.ignore_index, (self.model, self.other)
         hard_label = partial(consistency_target, threshold=0.0, ignore_index=ignore)
         labeled = [network(batch.images) for network in networks]
+        if labeled[0].shape[1] != labeled[1].shape[1]:
+            one, two = (logits.shape[1] for logits in labeled)
+            raise ValueError(f"network gives {one} classes and other {two}; expected equal numbers")
         first, second = (supervised_loss(z, batch.masks, loss=self.loss, ignore_index=ignore) for z in labeled)
         if self.mix is None:
             unlabeled = [network(batch.unlabeled) for network in networks]
@@ -93,7 +98,7 @@ class CPS(Method):
             with torch.no_grad():
                 unlabeled = [network(batch.unlabeled) for network in networks]
             labels = [hard_label(u, valid=batch.valid) for u in unlabeled]
-            images, label_one, label_two = self.mix(batch.unlabeled, *labels)
+            images, label_one, label_two = for_classes(self.mix, labeled[0].shape[1])(batch.unlabeled, *labels)
             one, two = (network(images) for network in networks)
         cross = consistency_loss(one, label_two, ignore_index=ignore)
         cross = cross + consistency_loss(two, label_one, ignore_index=ignore)

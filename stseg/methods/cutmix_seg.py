@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from stseg.augment import BoxMix, as_batch_augmentation, strong_view
-from stseg.checks import check_choice, check_nonnegative, check_probability
+from stseg.augment.class_mix import for_classes
+from stseg.checks import check_choice, check_mixing, check_nonnegative, check_probability
 from stseg.engine.method import Batch, Losses, Method
 from stseg.functional import confident_share, squared_difference, supervised_loss
 from stseg.models.segmenter import as_segmenter
@@ -73,6 +74,7 @@ class CutMixSeg(Method):
     ) -> None:
         super().__init__()
         check_probability("threshold", threshold)
+        check_mixing(mix)
         check_nonnegative("weight", weight)
         check_choice("deploy", deploy, "teacher", "student")
         self.student = as_segmenter(network)
@@ -97,7 +99,8 @@ class CutMixSeg(Method):
         # The map of valid pixels goes through the augmentation as a mask: 1, or 0 or the ignore index.
         images, visible = strong_view(batch.unlabeled, valid.long(), self.strong)
         if self.mix is not None:
-            images, visible, target = self.mix(images, visible, target)
+            labels = torch.where(visible == 1, target.argmax(1), ignore)  # for ClassMix
+            images, _, visible, target = for_classes(self.mix, target.shape[1])(images, labels, visible, target)
         where = visible == 1
 
         prediction = self.student(images).softmax(1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stseg.augment import CropPair, StrongAugment, as_batch_augmentation, strong_view
-from stseg.checks import check_nonnegative, check_probability
+from stseg.checks import check_count, check_nonnegative, check_positive, check_probability
 from stseg.distributed import all_gather_batch
 from stseg.engine.method import Batch, Losses, Method
 from stseg.errors import NetworkError
@@ -104,9 +104,11 @@ class DCC(Method):
         check_nonnegative("weight", weight)
         check_probability("threshold", threshold)
         check_probability("start", start)
-        check_nonnegative("temperature", temperature)
-        if temperature == 0:
-            raise ValueError("temperature is 0; expected a number above 0")
+        check_positive("temperature", temperature)
+        for name, count, least in (("channels", channels, 1), ("width", width, 1), ("memory", memory, 0)):
+            check_count(name, count, least=least)
+        if not callable(pairs):
+            raise TypeError(f"pairs is {pairs!r}; expected stseg.augment.CropPair(...)")
         self.model = as_segmenter(network)
         self.projector = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, width, 1))
         self.memory = Ring(memory, width)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from stseg.checks import check_nonnegative
+from stseg.checks import check_nonnegative, check_positive
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, Losses, Method
 from stseg.engine.optimizers import build_optimizer
+from stseg.errors import NetworkError
 from stseg.functional import cross_entropy, mean_over_processes, sigmoid_rampup, supervised_loss
 from stseg.models.segmenter import Segmenter, as_segmenter, takes_images
+from stseg.models.state import check_apart
 from stseg.modules import frozen
 from stseg.types import Criterion
 
@@ -75,10 +77,10 @@ class ECS(Method):
         loss: Criterion | None = None,
     ) -> None:
         super().__init__()
-        if {id(p) for p in network.parameters()} & {id(p) for p in corrector.parameters()}:
-            raise ValueError("network and corrector share parameters; expected two networks with weights of their own")
+        check_apart(network=network, corrector=corrector)
         for name, value in (("agreement", agreement), ("semi", semi), ("rampup", rampup)):
             check_nonnegative(name, value)
+        check_positive("corrector_lr", corrector_lr)
         self.model = as_segmenter(network)
         self.corrector = corrector if takes_images(corrector) else Segmenter(corrector, mean=None, std=None)
         self.agreement, self.semi, self.rampup = agreement, semi, rampup
@@ -98,7 +100,14 @@ class ECS(Method):
         known = batch.masks != ignore
         valid = torch.ones_like(unlabeled[:, 0], dtype=torch.bool) if batch.valid is None else batch.valid
 
-        judgment = self.corrector(seen.detach())
+        try:
+            judgment = self.corrector(seen.detach())
+        except NetworkError as error:
+            colors = batch.images.shape[1]
+            raise NetworkError(
+                f"the corrector cannot take {colors + num_classes} channels, those of the image ({colors}) and of the "
+                f"classes ({num_classes}); expected a network made with in_channels={colors + num_classes}: {error}"
+            ) from error
         if judgment.shape[1] != num_classes + 1:
             raise ValueError(
                 f"the corrector gives {judgment.shape[1]} classes and the network {num_classes}; expected "

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from stseg.augment import CutMix, StrongAugment, as_batch_augmentation, strong_view
-from stseg.checks import check_probability
+from stseg.checks import check_mixing, check_probability
 from stseg.engine.method import Batch, Losses, Method
 from stseg.functional import consistency_loss, consistency_target, supervised_loss, sure_share
 from stseg.models.segmenter import as_segmenter
@@ -56,6 +56,7 @@ class FixMatch(Method):
         super().__init__()
         self.model = as_segmenter(network)
         check_probability("threshold", threshold)
+        check_mixing(mix)
         self.threshold = threshold
         self.strong = as_batch_augmentation(strong)
         self.mix = mix
@@ -68,7 +69,7 @@ class FixMatch(Method):
             [len(batch.images), len(batch.unlabeled)]
         )
         target = consistency_target(weak, threshold=self.threshold, valid=batch.valid, ignore_index=ignore)
-        images, target = strong_view(batch.unlabeled, target, self.strong, self.mix)
+        images, target = strong_view(batch.unlabeled, target, self.strong, self.mix, num_classes=weak.shape[1])
         prediction = self.model(images)
         supervised = supervised_loss(labeled, batch.masks, loss=self.loss, ignore_index=ignore)
         consistency = consistency_loss(prediction, target, ignore_index=ignore)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stseg.checks import check_nonnegative, check_probability
+from stseg.checks import check_count, check_nonnegative, check_probability
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, Losses, Method
 from stseg.engine.optimizers import build_optimizer
@@ -19,6 +19,7 @@ from stseg.functional import (
     supervised_loss,
 )
 from stseg.models.segmenter import as_segmenter
+from stseg.models.state import check_apart
 from stseg.modules import FlawDetector, frozen
 from stseg.types import Criterion
 
@@ -44,9 +45,11 @@ class GCT(Method):
     As in the authors' code each network, and the detector, sees labeled and unlabeled images together, both terms cover
     both, and the first network alone is validated and returned. What differs:
 
+    - The supervised loss is the mean over the labeled pixels of the batch. In PixelSSL it is the sum over them divided
+      by all pixels of the crop, averaged over the images, which weighs images with few labeled pixels less.
     - Pixels without a label are neither flaws nor targets of the detector; the authors take them as half a flaw.
     - Padding of unlabeled images is hidden from the detector, and does not count.
-    - An image without any flaw is 0 everywhere, as the authors' comment says; their code subtracts its minimum.
+    - An image without any flaw is 0 everywhere, where the authors subtract its minimum (from memory, not checked).
     - Targets come from the forward pass that learns from them, not from one before; so dropout is the same in both.
     - Flaws that differ by less than 0.001 in an image are not stretched to the whole range, which would be noise.
     - The detector sees images in [0, 1], on the scale of the probabilities; the authors' are normalized. Crops of less
@@ -98,8 +101,7 @@ class GCT(Method):
         loss: Criterion | None = None,
     ) -> None:
         super().__init__()
-        if {id(p) for p in network.parameters()} & {id(p) for p in other.parameters()}:
-            raise ValueError("network and other share parameters; expected two networks with weights of their own")
+        check_apart(network=network, other=other)
         for name, value in (
             ("correction", correction),
             ("consistency", consistency),
@@ -109,6 +111,7 @@ class GCT(Method):
         ):
             check_nonnegative(name, value)
         check_probability("threshold", threshold)
+        check_count("num_classes", num_classes, least=2)
         self.model, self.other = as_segmenter(network), as_segmenter(other)
         self.detector = FlawDetector(3 + num_classes) if detector is None else detector
         self.num_classes, self.threshold = num_classes, threshold

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stseg.checks import check_nonnegative, check_probability
+from stseg.checks import check_count, check_nonnegative, check_positive, check_probability
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, Losses, Method
 from stseg.engine.optimizers import build_optimizer
@@ -38,7 +38,8 @@ class S4GAN(Method):
       rescale them by the least and greatest value of a batch, for real ones of the wrong batch;
     - pixels without a label would tell masks from predictions. What the critic sees of unlabeled image i is therefore 0
       also where labeled image i has no label, and of labeled image i also where unlabeled image i is padding (if the
-      numbers differ, the images of the smaller part are repeated; crops of different sizes are left as they are).
+      numbers differ, the images of the smaller part are repeated; crops of different sizes are left as they are). The
+      score by which an image is trusted is that of the pixels seen; where there is none, it is not.
 
     Args:
         network: a network, bare or in a :class:`stseg.Segmenter`.
@@ -84,6 +85,9 @@ class S4GAN(Method):
         check_nonnegative("matching", matching)
         check_nonnegative("semi", semi)
         check_probability("threshold", threshold)
+        check_count("num_classes", num_classes, least=2)
+        check_count("image_channels", image_channels)
+        check_positive("critic_lr", critic_lr)
         self.model = as_segmenter(network)
         self.critic = ImageCritic(num_classes + image_channels, dropout=dropout)
         self.num_classes, self.image_channels = num_classes, image_channels
@@ -102,21 +106,22 @@ class S4GAN(Method):
         self._check(labeled, batch.images)
         known = batch.masks != ignore
         valid = torch.ones_like(unlabeled[:, 0], dtype=torch.bool) if batch.valid is None else batch.valid
-        real = _seen(one_hot(batch.masks, self.num_classes), batch.images, _window(known, valid))
-        fake = _seen(unlabeled.softmax(1), batch.unlabeled, _window(valid, known))
+        at_real, at_fake = _window(known, valid), _window(valid, known)
+        real = _seen(one_hot(batch.masks, self.num_classes), batch.images, at_real)
+        fake = _seen(unlabeled.softmax(1), batch.unlabeled, at_fake)
 
         judge = frozen(self.critic)
         score, predicted = judge(fake)
         with torch.no_grad():
             _, annotated = judge(real)
         matching = feature_matching(annotated, predicted)
-        trusted = score.detach().sigmoid() > self.threshold
+        trusted = (score.detach().sigmoid() > self.threshold) & at_fake.any((1, 2))
         labels = unlabeled.argmax(1).masked_fill(~(valid & trusted[:, None, None]), ignore)
         semi = cross_entropy(unlabeled, labels, ignore_index=ignore)
         supervised = supervised_loss(labeled, batch.masks, loss=self.loss, ignore_index=ignore)
 
-        critic = adversarial_loss(self.critic(fake.detach())[0][:, None, None, None], real=False) / 2
-        critic = critic + adversarial_loss(self.critic(real)[0][:, None, None, None], real=True) / 2
+        critic = _critic_loss(self.critic(fake.detach())[0], at_fake, real=False) / 2
+        critic = critic + _critic_loss(self.critic(real)[0], at_real, real=True) / 2
 
         total = supervised + self.matching * matching + float(batch.step > 0) * self.semi * semi + critic
         parts = {"supervised": supervised, "matching": matching, "semi": semi, "critic": critic}
@@ -135,6 +140,11 @@ def _window(own: Tensor, other: Tensor) -> Tensor:
     if own.shape[1:] != other.shape[1:]:
         return own
     return own & other[torch.arange(len(own), device=own.device) % len(other)]
+
+
+def _critic_loss(scores: Tensor, where: Tensor, *, real: bool) -> Tensor:
+    """Average over the images of which the critic sees a pixel."""
+    return adversarial_loss(scores[:, None, None, None], real=real, where=where.any((1, 2))[:, None, None])
 
 
 def _seen(classes: Tensor, images: Tensor, where: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stseg.checks import check_nonnegative
+from stseg.checks import check_count, check_nonnegative
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, Losses, Method
 from stseg.engine.optimizers import build_optimizer
@@ -32,7 +32,8 @@ class S4L(Method):
     sees all of them, and the head learns at the base rate of the network. Unlike there, the padding of unlabeled
     images, whose place would tell the angle, is hidden: network and head see the pixels that are valid however the
     image is turned, and an image without any does not count. Labeled images are seen whole, for the sake of their
-    masks, so that crops without padding teach more. Crops must be square.
+    masks, so that crops without padding teach more. The supervised losses are means over the labeled pixels of the
+    batch, not over all pixels of each image. Crops must be square.
 
     Args:
         network: a network, bare or in a :class:`stseg.Segmenter`.
@@ -65,6 +66,7 @@ class S4L(Method):
         loss: Criterion | None = None,
     ) -> None:
         super().__init__()
+        check_count("num_classes", num_classes, least=2)
         check_nonnegative("turned", turned)
         check_nonnegative("rotation", rotation)
         self.model = as_segmenter(network)

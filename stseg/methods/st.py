@@ -62,9 +62,14 @@ class Baseline(Recipe):
     def train_teacher(self, stages: Stages, labeled: Items) -> FitResult:
         """Train the step ``"teacher"``, keeping the three checkpoints by which ST++ ranks."""
         repeated = MixedDataset(labeled, repeat=2 if len(labeled) < self.double_below else 1)
-        return stages.train(
+        teacher = stages.train(
             "teacher", self.teacher or self.supervised, repeated, snapshots=thirds(stages.config.length)
         )
+        self.check_trained(stages, teacher)
+        return teacher
+
+    def check_trained(self, stages: Stages, teacher: FitResult) -> None:
+        """Check what can be told of the teacher before the images are labeled."""
 
     def supervised(self, make_model: MakeModel) -> Supervised:
         """Make the default method of the teacher."""
@@ -125,6 +130,12 @@ class ST(Baseline):
         teacher = self.train_teacher(stages, labeled)
         labels = stages.label("labels", teacher, unlabeled, self.labeling)
         return self.train_student(stages, "student", MixedDataset(labeled, labels), teacher)
+
+    def check_trained(self, stages: Stages, teacher: FitResult) -> None:
+        """Check that the students can start from the teacher's weights, if they are to."""
+        if self.student_init == "teacher":
+            with stages.initial_weights("check"):
+                stages.new_model(teacher)
 
     def train_student(self, stages: Stages, step: str, mixed: MixedDataset, teacher: FitResult) -> FitResult:
         """Train a student on annotated and pseudo-masks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stseg.augment import CutMix, strong_view
-from stseg.checks import check_choice, check_nonnegative, check_probability
+from stseg.checks import check_choice, check_count, check_mixing, check_nonnegative, check_positive, check_probability
 from stseg.distributed import all_gather_rows, all_reduce_sum
 from stseg.engine.method import Batch, Losses, Method
 from stseg.functional import (
@@ -50,13 +51,15 @@ class U2PL(Method):
 
     As in the authors' code the labels come from the teacher in evaluation mode, entropies and representations from a
     second pass of it in training mode on labeled and mixed images together, the student sees these together as well,
-    and the teacher's batch normalization tracks its own statistics. After the supervised part the teacher becomes the
-    student. Unlike there:
+    and the teacher's batch normalization tracks its own statistics. Unlike there:
 
     - negatives are those of the paper. In the code they must, moreover, be labeled with the very class that they are
       negatives of: no labeled pixel is, and few others. Where a class is absent from a batch, it also compares the
       anchors of one class with the negatives of another;
-    - in the supervised part both networks see the unlabeled images too, which thus count in the batch statistics;
+    - in the supervised part the teacher's weights are the student's, not those from before the training, so that its
+      statistics are those of these weights and its validation means something; both networks see the unlabeled images
+      too, which thus count in the batch statistics;
+    - the probabilities of a representation are the mean of those of its pixels, not those of the logits of its place;
     - the representation head is given the decoder's last features, as networks have them in common; theirs is given
       what the decoder of DeepLabV3+ starts from (512 channels: the pyramid, and the low-level features);
     - ``1 - r`` follows the step, not the epoch;
@@ -137,14 +140,16 @@ class U2PL(Method):
         super().__init__()
         for name, share in (("start", start), ("unreliable", unreliable), ("confident", confident)):
             check_probability(name, share)
-        for name, value in (("semi", semi), ("contrast", contrast), ("temperature", temperature)):
+        for name, value in (("semi", semi), ("contrast", contrast)):
             check_nonnegative(name, value)
-        if temperature == 0:
-            raise ValueError("temperature is 0; expected a number above 0")
-        for name, count in (("anchors", anchors), ("negatives", negatives), ("keys", keys), ("memory", memory)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} is {count!r}; expected a positive integer")
-        if not 0 < ranks[0] < ranks[1]:
+        check_positive("temperature", temperature)
+        check_count("num_classes", num_classes, least=2)
+        for name, count in (("channels", channels), ("width", width), ("anchors", anchors), ("negatives", negatives)):
+            check_count(name, count)
+        check_count("keys", keys)
+        check_count("memory", memory)
+        check_mixing(mix)
+        if not (isinstance(ranks, Sequence) and len(ranks) == 2 and 0 < ranks[0] < ranks[1]):
             raise ValueError(f"ranks is {ranks}; expected two places, the first above 0 and below the second")
         check_choice("deploy", deploy, "teacher", "student")
         head = representation_head(channels, width, dropout=dropout)
@@ -170,7 +175,7 @@ class U2PL(Method):
         with torch.no_grad(), evaluating(self.teacher):
             weak = cast("nn.ModuleDict", self.teacher.model)["model"](batch.unlabeled)
         target = consistency_target(weak, threshold=0.0, valid=batch.valid, ignore_index=ignore)
-        mixed, target = strong_view(batch.unlabeled, target, mix=self.mix)
+        mixed, target = strong_view(batch.unlabeled, target, mix=self.mix, num_classes=weak.shape[1])
         images = torch.cat([batch.images, mixed])
         logits, representations = self._run(self.student, images)
         with torch.no_grad():
@@ -257,10 +262,8 @@ class U2PL(Method):
             return mean_over_processes(torch.stack(losses).sum(), torch.stack(counts).sum())
 
     def after_step(self, batch: Batch) -> None:
-        """Move the teacher towards the student, from the end of the supervised part on."""
-        first = math.ceil(self.start * batch.steps)
-        if batch.step >= first - 1:
-            self.teacher.update(self.student, max(batch.step - first, 0))
+        """Move the teacher towards the student, to which it is equal until the end of the supervised part."""
+        self.teacher.update(self.student, max(batch.step - math.ceil(self.start * batch.steps), 0))
 
 
 def draw(where: Tensor, count: int) -> tuple[Tensor, Tensor]:

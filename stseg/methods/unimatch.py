@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stseg.augment import CutMix, StrongAugment, as_batch_augmentation, strong_view
-from stseg.checks import check_probability
+from stseg.checks import check_mixing, check_probability
 from stseg.engine.method import Batch, Losses, Method
 from stseg.functional import (
     consistency_loss,
@@ -75,6 +75,7 @@ class UniMatch(Method):
         super().__init__()
         check_probability("threshold", threshold)
         check_probability("dropout", dropout)
+        check_mixing(mix)
         self.model = as_segmenter(network)
         self.threshold, self.dropout, self.backbone = threshold, dropout, backbone
         self.strong = as_batch_augmentation(strong)
@@ -89,7 +90,9 @@ class UniMatch(Method):
             clean, dropped = self.model(torch.cat([batch.images, batch.unlabeled])).chunk(2)
         (labeled, weak), (_, perturbed) = clean.split(rows), dropped.split(rows)
         target = consistency_target(weak, threshold=self.threshold, valid=batch.valid, ignore_index=ignore)
-        (one, first), (two, second) = (strong_view(batch.unlabeled, target, self.strong, self.mix) for _ in range(2))
+        (one, first), (two, second) = (
+            strong_view(batch.unlabeled, target, self.strong, self.mix, num_classes=weak.shape[1]) for _ in range(2)
+        )
         prediction, other = self.model(torch.cat([one, two])).chunk(2)
 
         supervised = supervised_loss(labeled, batch.masks, loss=self.loss, ignore_index=ignore)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stseg.augment import CutMix, StrongAugment, as_batch_augmentation, strong_view
-from stseg.checks import check_choice, check_probability
+from stseg.checks import check_choice, check_mixing, check_probability
 from stseg.engine.method import Batch, Losses, Method
 from stseg.functional import consistency_loss, consistency_target, supervised_loss, sure_share
 from stseg.models.segmenter import as_segmenter
@@ -82,6 +82,7 @@ class UniMatchV2(Method):
         super().__init__()
         check_probability("threshold", threshold)
         check_probability("dropout", dropout)
+        check_mixing(mix)
         check_choice("deploy", deploy, "teacher", "student")
         self.student = as_segmenter(network)
         self.teacher = EMA(self.student, decay, warmup=True, buffers="average")
@@ -101,7 +102,9 @@ class UniMatchV2(Method):
         with torch.no_grad(), evaluating(self.teacher):
             weak = self.teacher(batch.unlabeled)
         target = consistency_target(weak, threshold=self.threshold, valid=batch.valid, ignore_index=ignore)
-        (one, first), (two, second) = (strong_view(batch.unlabeled, target, self.strong, self.mix) for _ in range(2))
+        (one, first), (two, second) = (
+            strong_view(batch.unlabeled, target, self.strong, self.mix, num_classes=weak.shape[1]) for _ in range(2)
+        )
         with changed_features(self.student, partial(complementary_dropout, share=self.dropout), backbone=self.backbone):
             prediction, other = self.student(torch.cat([one, two])).chunk(2)
 

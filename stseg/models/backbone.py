@@ -7,7 +7,7 @@ from torch import nn
 from stseg.models.state import bare_network
 
 
-def backbone_of(network: nn.Module, name: str | None = None) -> nn.Module | None:
+def backbone_of(network: nn.Module, name: str | None = None, *, argument: str = "backbone") -> nn.Module | None:
     """Find the submodule that turns images into features.
 
     Args:
@@ -15,6 +15,7 @@ def backbone_of(network: nn.Module, name: str | None = None) -> nn.Module | None
             counts.
         name: dotted name of the submodule; None tries ``encoder``, ``backbone``, and the one that
             ``base_model_prefix`` names (Hugging Face), and those of the only child of a network that has none of them.
+        argument: what the caller calls ``name``, for the message.
 
     Returns:
         The submodule; None if ``name`` is None and none is found.
@@ -33,7 +34,7 @@ def backbone_of(network: nn.Module, name: str | None = None) -> nn.Module | None
             return network.get_submodule(name)
         except AttributeError:
             raise ValueError(
-                f"backbone is {name!r}; the network ({type(network).__name__}) has no such submodule"
+                f"{argument} is {name!r}; the network ({type(network).__name__}) has no such submodule"
             ) from None
     names = ("encoder", "backbone", getattr(network, "base_model_prefix", None) or "encoder")
     found = (getattr(network, name, None) for name in names)

@@ -119,6 +119,16 @@ def cpu_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def check_apart(**networks: nn.Module) -> None:
+    """Raise an error unless the two arguments, by name, are networks with weights of their own."""
+    for name, network in networks.items():
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{name} is {network!r}; expected a network (torch.nn.Module)")
+    one, other = ({id(p) for p in network.parameters()} for network in networks.values())
+    if one & other:
+        raise ValueError(f"{' and '.join(networks)} share parameters; expected two networks with weights of their own")
+
+
 def fingerprint(model: nn.Module, *, weights: bool = True) -> str:
     """Compute a hash of a model's architecture and weights.
 

@@ -81,8 +81,8 @@ def logits_and_features(
         came = f"a map of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise NetworkError(
             f"the {type(module).__name__} of the network ({type(model.network).__name__}) returned {came} for "
-            f"{len(images)} images; expected a map of {channels} channels (channels=), of the submodule that features= "
-            "names"
+            f"{len(images)} images; expected a map of {channels} channels: give "
+            "its number as channels=, or name another submodule as features="
         )
     rows, columns = (-(-s * f // p) for s, f, p in zip(images.shape[-2:], found.shape[-2:], seen[-1], strict=True))
     return logits, found[..., :rows, :columns]

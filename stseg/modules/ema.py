@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from stseg.checks import check_number
+
 
 class EMA(AveragedModel):
     """Exponential moving average of a network's weights, in a copy without gradients.
@@ -49,6 +51,7 @@ class EMA(AveragedModel):
         warmup: bool = True,
         buffers: Literal["own", "average"] = "own",
     ) -> None:
+        check_number("decay", decay)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay is {decay}; expected a number from 0 to 1")
         if buffers not in ("own", "average"):

@@ -220,7 +220,7 @@ def perturbed_features(
     def doubled(output: Any, passed_on: Callable[[Tensor], bool]) -> Any:
         return map_features(lambda f: torch.cat([f, f if passed_on(f) else perturb(f)]), output)
 
-    with _changed_output(model, doubled, backbone, name="perturbed_features", rows_per_image=2):
+    with _changed_output(model, doubled, backbone, rows_per_image=2):
         yield
 
 
@@ -264,7 +264,7 @@ def changed_features(
         rest = iter(new)
         return map_features(lambda f: f if passed_on(f) else next(rest), output)
 
-    with _changed_output(model, changed, backbone, name="changed_features", rows_per_image=1):
+    with _changed_output(model, changed, backbone, rows_per_image=1):
         yield
 
 
@@ -274,11 +274,10 @@ def _changed_output(
     change: Callable[[Any, Callable[[Tensor], bool]], Any],
     backbone: str | None,
     *,
-    name: str,
     rows_per_image: int,
 ) -> Iterator[None]:
     """Replace the output of the backbone of a wrapped network; ``change`` is told which tensors are the images."""
-    model, module, way_out = _found_backbone(model, backbone, f"{name}(..., backbone={{!r}})")
+    model, module, way_out = _found_backbone(model, backbone, "backbone")
     network = type(model.network).__name__
     calls: list[nn.Module] = []
 
@@ -353,7 +352,7 @@ def deepest_features(model: nn.Module, *, features: str | None = None) -> Iterat
         >>> logits.shape, found[0].maps.shape, found[0].size
         (torch.Size([4, 2, 15, 16]), torch.Size([4, 8, 8, 8]), (16, 16))
     """
-    model, module, way_out = _found_backbone(model, features, "features={!r}")
+    model, module, way_out = _found_backbone(model, features, "features")
     network = type(model.network).__name__
     found: list[DeepFeatures] = []
     seen: list[Tensor] = []
@@ -387,13 +386,13 @@ def deepest_features(model: nn.Module, *, features: str | None = None) -> Iterat
             handle.remove()
 
 
-def _found_backbone(model: nn.Module, name: str | None, call: str) -> tuple[Segmenter, nn.Module, str]:
+def _found_backbone(model: nn.Module, name: str | None, argument: str) -> tuple[Segmenter, nn.Module, str]:
     """Find the backbone of a wrapped network, and say how to name another one."""
     if not isinstance(model, Segmenter):
         raise TypeError(f"the model is {type(model).__name__}; expected stseg.Segmenter(network)")
-    module = backbone_of(model.network, name)
+    module = backbone_of(model.network, name, argument=argument)
     other = next((name for name, child in model.network.named_modules() if name and child is not module), "name")
-    way_out = f"name the submodule that returns them, as in {call.format(other)}"
+    way_out = f"name the submodule that returns them, as in {argument}={other!r}"
     if module is None:
         raise NetworkError(
             f"no features are found in the network ({type(model.network).__name__}), as it has no encoder or backbone; "

@@ -54,7 +54,7 @@ class FlawDetector(nn.Module):
         if images.shape[1] + probabilities.shape[1] != self.in_channels:
             raise ValueError(
                 f"images have {images.shape[1]} channels and probabilities {probabilities.shape[1]}; the detector "
-                f"expects {self.in_channels} together"
+                f"expects {self.in_channels} together: FlawDetector({images.shape[1] + probabilities.shape[1]})"
             )
         height, width = images.shape[-2:]
         both = torch.cat([images, probabilities], 1)

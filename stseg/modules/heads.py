@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ class PixelShuffleDecoder(nn.Sequential):
 
     A 1x1 convolution to the classes, then, for every doubling of the sides, one to four times as many channels, a
     ReLU and a pixel shuffle. The convolutions before a shuffle start with equal weights for the four pixels (ICNR,
-    Aitken et al., 2017), so that there is no checkerboard at the beginning. Unlike in the authors' code there is no
-    ReLU before the last shuffle: with it no logit is negative, and the gradient of a pixel all of whose logits are 0
-    is lost, which with few classes is a whole decoder now and then.
+    Aitken et al., 2017) and biases of 0, so that there is no checkerboard at the beginning. Unlike in the authors' code
+    there is no ReLU before the last shuffle: with it no logit is negative, and the gradient of a pixel all of whose
+    logits are 0 is lost, which with few classes is a whole decoder now and then.
 
     Args:
         in_channels: channels of the features.
@@ -47,6 +48,7 @@ class PixelShuffleDecoder(nn.Sequential):
             one = nn.init.kaiming_normal_(torch.empty(num_classes, num_classes, 1, 1))
             with torch.no_grad():
                 layer.weight.copy_(one.repeat_interleave(4, dim=0))
+            nn.init.zeros_(cast("Tensor", layer.bias))
             layers += [layer, nn.ReLU(), nn.PixelShuffle(2)]
         if upsampling > 1:
             del layers[-2]

@@ -229,7 +229,7 @@ class Stages:
             try:
                 as_segmenter(model).load_state_dict(as_segmenter(init.model).state_dict())
             except RuntimeError as error:
-                first = "; ".join(line.strip() for line in str(error).splitlines()[:2])
+                first = " ".join(line.strip() for line in str(error).splitlines()[:2])
                 raise ValueError(
                     f"student_init is 'teacher', but its weights do not fit the network of make_model: {first[:200]}"
                 ) from None

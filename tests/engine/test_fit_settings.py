@@ -13,7 +13,7 @@ from small import Entropic, network, pairs, same
 from torch import nn
 
 import stseg
-from stseg import MethodError, TrainConfig, WeakAugment, fit
+from stseg import MethodError, TrainConfig, WeakAugment, fit, methods
 from stseg.data import MixedDataset
 from stseg.functional import ohem_cross_entropy, without_ignored
 from stseg.methods import Supervised
@@ -22,6 +22,29 @@ from stseg.methods import Supervised
 def config(**changes) -> TrainConfig:
     settings = {"steps": 4, "batch_size": 4, "weak": None, "lr": 0.05, **changes}
     return TrainConfig(**({**settings, "steps": None} if "epochs" in changes else settings))
+
+
+class TestIgnoreIndex:
+    """Whatever value marks pixels without a label, other than a class."""
+
+    @pytest.mark.parametrize("method", [Supervised, methods.FixMatch, methods.CutMixSeg, methods.UniMatchV2])
+    def test_of_an_augmentation_is_that_of_the_training(self, method):
+        strong = stseg.StrongAugment(cutout=stseg.Cutout(ignore_index=200))
+        options = {"ignore_index": 200} if method is Supervised else {}
+        if method is methods.UniMatchV2:
+            options["backbone"] = "0"
+        few, many = pairs(2), None if method is Supervised else [image for image, _ in pairs(2, seed=1)]
+        made = method(network(), strong=strong, **options)
+        fit(made, few, config(steps=1, batch_size=2, ignore_index=200), unlabeled=many, progress=False)
+        with pytest.raises(ValueError, match="writes 200 into masks, but ignore_index is 255"):
+            fit(made, few, config(steps=1, batch_size=2), unlabeled=many, progress=False)
+
+    @pytest.mark.parametrize("method", [Supervised, methods.CutMixSeg, lambda net: methods.S4GAN(net, num_classes=3)])
+    def test_that_is_a_class_is_refused(self, method):
+        made = method(network(classes=3))
+        many = [image for image, _ in pairs(2, seed=1)] if made.uses_unlabeled else None
+        with pytest.raises(MethodError, match="ignore_index 2 is one of the 3 classes"):
+            fit(made, pairs(2), config(steps=1, batch_size=2, ignore_index=2), unlabeled=many, progress=False)
 
 
 def partly_labeled(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -162,7 +162,8 @@ class TestCCT(MethodTester):
     def test_predictions_lie_on_the_pixels_that_they_belong_to(self):
         """An image of 13 x 14 is padded to 16: the decoders' maps cover the padded one, as the network's do."""
         torch.manual_seed(0)
-        method = CCT(Strided(), num_classes=CLASSES, channels=6, upsampling=1, decoders={"context": 1}, background=7)
+        method = CCT(Strided(), num_classes=CLASSES, channels=6, upsampling=1, decoders={"context": 1})
+        method.background = 7  # all is objects
         network = method.model.network
         network.forward = lambda x: network.up(network.head(network.encoder(x)))
         with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 from tester import MethodTester, Network, Plain, batch, rows_seen
 from torch import nn
 
+from stseg import ClassMix, Segmenter
 from stseg.methods import CutMixSeg
 from stseg.models.state import cpu_state
 
@@ -165,3 +166,17 @@ class TestCutMixSeg(MethodTester):
     def test_refuses_settings_out_of_range(self, options, message):
         with pytest.raises(ValueError, match=message):
             CutMixSeg(Plain(), **options)
+
+
+def test_mixes_by_classes_too():
+    """The halves of an image are two classes; one, pasted into the mirrored image, makes all of it that class."""
+    half = torch.cat([torch.zeros(3, 8, 4), torch.ones(3, 8, 4)], 2)
+    one, seen = batch(2, 8)._replace(unlabeled=torch.stack([half, half.flip(2)]), valid=None), []
+    network = nn.Conv2d(3, 3, 1)
+    with torch.no_grad():
+        network.weight.zero_()[1] = 1.0  # class 1 where the image is 1
+        network.bias.copy_(torch.tensor([0.5, 0.0, -9.0]))
+    method = CutMixSeg(Segmenter(network, mean=None, std=None), mix=ClassMix(), threshold=0.0)
+    method.student.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    method(one)
+    assert all(len(set(row)) == 1 for row in seen[-1].flatten(0, 2).tolist())

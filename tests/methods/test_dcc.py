@@ -243,6 +243,5 @@ class TestDCC(MethodTester):
         "settings", [{"weight": -1}, {"threshold": 1.5}, {"temperature": 0}, {"start": 2}, {"memory": -1}]
     )
     def test_checks_its_settings(self, settings):
-        name = "size" if "memory" in settings else next(iter(settings))
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=next(iter(settings))):
             DCC(Plain(), channels=6, **settings)

@@ -82,6 +82,12 @@ class TestS4GAN(MethodTester):
         total = parts["supervised"] + 0.3 * matching + (0.7 * semi if step else 0) + parts["critic"]
         assert float(losses.total.detach()) == pytest.approx(total, rel=1e-4)
 
+    def test_images_of_which_the_critic_sees_nothing_are_not_trusted(self):
+        method = S4GAN(Plain(), num_classes=CLASSES, threshold=0.0)
+        one = batch()
+        losses = method(one._replace(masks=torch.full_like(one.masks, 255)))
+        assert float(losses.logged["trusted"]) == float(losses.logged["semi"]) == float(losses.logged["critic"]) == 0
+
     def test_the_critic_learns_from_its_own_loss_alone(self):
         gradients = []
         for weight in (0.0, 5.0):
