@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from stseg.augment._settings import check_images, ordered_range, uniform
+from stseg.checks import check_count
 from stseg.functional.mixing import box_mask, paste
 
 
@@ -31,6 +32,7 @@ class BoxMix:
         As for :class:`CutMix`.
 
     Raises:
+        TypeError: if ``boxes`` is not an integer.
         ValueError: if a setting is out of its range; when called, if the shapes do not match.
 
     Example:
@@ -45,8 +47,7 @@ class BoxMix:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "area", ordered_range("area", self.area, low=0.0, high=1.0))
-        if not isinstance(self.boxes, int) or isinstance(self.boxes, bool) or self.boxes < 1:
-            raise ValueError(f"boxes is {self.boxes!r}; expected a positive integer")
+        check_count("boxes", self.boxes)
 
     def __call__(self, *tensors: Tensor, generator: Generator | None = None) -> tuple[Tensor, ...]:
         """Draw rectangles for the first tensor and mix all tensors in the same way."""

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from stseg.augment._settings import check_images
+from stseg.checks import check_count
 from stseg.functional.mixing import class_mask, paste
 from stseg.types import BatchMixing
 
@@ -35,7 +36,7 @@ class ClassMix:
 
     Raises:
         ValueError: if ``num_classes`` is below 1; when called, if the shapes do not match.
-        TypeError: when called, if the label maps are not integers.
+        TypeError: if ``num_classes`` is not an integer; when called, if the label maps are not.
 
     Example:
         >>> images, labels = torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
@@ -49,8 +50,8 @@ class ClassMix:
     ignore_index: int = 255
 
     def __post_init__(self) -> None:
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ValueError(f"num_classes is {self.num_classes}; expected 1 or more")
+        if self.num_classes is not None:
+            check_count("num_classes", self.num_classes)
 
     def __call__(
         self, images: Tensor, labels: Tensor, *tensors: Tensor, generator: Generator | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stseg.augment._settings import ordered_range
 from stseg.augment.weak import WeakAugment
-from stseg.checks import check_probability
+from stseg.checks import check_count, check_probability
 from stseg.types import ImageLike
 
 TRIES = 50
@@ -39,6 +39,7 @@ class CropPair:
         lies below and to the right of the first, before the flips; ``flipped`` ``(2,)`` bool.
 
     Raises:
+        TypeError: if ``stride`` is not an integer.
         ValueError: if a setting is out of its range.
         DataError: when called, if the image has an invalid shape.
 
@@ -59,8 +60,7 @@ class CropPair:
     def __post_init__(self) -> None:
         weak = WeakAugment(self.crop_size, base_size=self.base_size, scale=self.scale)  # checks all three
         assert isinstance(weak.crop_size, tuple)
-        if not isinstance(self.stride, int) or self.stride < 1:
-            raise ValueError(f"stride is {self.stride!r}; expected a positive integer")
+        check_count("stride", self.stride)
         if any(side % self.stride for side in weak.crop_size):
             raise ValueError(f"crop_size is {self.crop_size}; expected multiples of stride, {self.stride}")
         object.__setattr__(self, "crop_size", weak.crop_size)

@@ -369,11 +369,8 @@ def read_result(folder: Path, network: nn.Module | None = None) -> nn.Module:
         _bare(model).load_state_dict(tensors)
     except RuntimeError as error:
         difference = " ".join(str(error).split())[:400]
-        way_out = (
-            ""
-            if network is not None
-            else (f" (the network was changed after it was made: expected stseg.load({str(folder)!r}, network))")
-        )
+        changed = f" (changed after it was made: expected stseg.load({str(folder)!r}, network))"
+        way_out = changed if network is None else ""
         raise WorkdirMismatchError(f"{folder} was trained with another network{way_out}: {difference}") from None
     if fingerprint(model, weights=False) not in record["network"].values():
         raise WorkdirMismatchError(

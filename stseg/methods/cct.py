@@ -205,8 +205,7 @@ def _kinds(decoders: Mapping[str, int], background: int | None, num_classes: int
     for name, number in decoders.items():
         if name not in DECODERS:
             raise ValueError(f"decoders has the key {name!r}; expected some of {', '.join(DECODERS)}")
-        if not isinstance(number, int) or number < 0:
-            raise ValueError(f"decoders[{name!r}] is {number!r}; expected a number, 0 or more")
+        check_count(f"decoders[{name!r}]", number, least=0)
     left_out = _NEED_OBJECTS if background is None else ()
     kinds = tuple(name for name, number in decoders.items() if name not in left_out for _ in range(number))
     if not kinds:

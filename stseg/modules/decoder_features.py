@@ -68,13 +68,10 @@ def logits_and_features(
         raise TypeError(f"the model is {type(model).__name__}; expected stseg.Segmenter(network)")
     module, seen = decoder_of(model, features), []
     handle = model.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0].shape[-2:]))
-    # Hooks do not reach compiled or replicated networks.
-    outer, model._outer = model._outer, ()
     try:
         with captured(module) as outputs:
             logits: Tensor = model(images)
     finally:
-        model._outer = outer
         handle.remove()
     found = outputs[-1] if outputs else None
     if not isinstance(found, Tensor) or found.ndim != 4 or found.shape[:2] != (len(images), channels):

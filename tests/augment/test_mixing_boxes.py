@@ -72,7 +72,7 @@ class TestBoxMix:
         assert [x.shape for x in BoxMix(boxes=3)(images, masks)] == [images.shape, masks.shape]
 
     @pytest.mark.parametrize(
-        ("settings", "message"), [({"area": (0, 1)}, "area is"), ({"boxes": 0}, "boxes is 0; expected a positive")]
+        ("settings", "message"), [({"area": (0, 1)}, "area is"), ({"boxes": 0}, "boxes is 0; expected 1 or more")]
     )
     def test_refuses_settings_out_of_range(self, settings, message):
         with pytest.raises(ValueError, match=message):
