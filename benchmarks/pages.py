@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-from files import write
+from files import write, write_json
+
+HERE = Path(__file__).parent
+SPEED = HERE.parent / "docs" / "speed.md"
 
 
 def between(page: Path, mark: str) -> tuple[int, int]:
@@ -31,3 +35,14 @@ def put(page: Path, mark: str, text: str) -> None:
     before = page.read_text(encoding="utf-8")
     new = f"{before[:begin]}\n{text.strip()}\n{before[end:]}".encode()
     write(page, new)
+
+
+def publish(name: str, text: str, figures: dict[str, Any], *, page: Path = SPEED) -> None:
+    """Put a table between the marks ``name`` of a page, and its figures, unrounded, into ``results/name.json``.
+
+    Raises:
+        ValueError: see ``between``.
+    """
+    between(page, name)
+    write_json(HERE / "results" / f"{name}.json", figures)
+    put(page, name, text)
