@@ -1,6 +1,8 @@
 """Compare methods over seeds and fractions on a data set: a table, CSV, and plots.
 
-    python benchmarks/evidence.py --data camvid --out runs/evidence --fractions 1/8 --seeds 0 1 2
+    python benchmarks/evidence.py --data camvid --out runs/camvid --fractions 1/8 --seeds 0 1 2
+    python benchmarks/evidence.py --data nuclei --out runs/nuclei --fractions 1/96 --classes background nucleus \
+        --class-map 0:0 255:1
 
 The data folder holds ``train/images``, ``train/masks``, ``val/images`` and ``val/masks``, paired by name. The
 labeled images are listed in ``splits/1_8/seed_0/labeled.txt`` and ``unlabeled.txt``; without these files, they are
@@ -9,8 +11,8 @@ create a ``Source`` and call ``run``.
 
 ST and ST++ start from the "supervised" network of the same fraction and seed, and every stage has the same number of
 steps. Each run has a work directory; killed runs resume when the same command is given again, and finished ones are
-skipped. True masks of unlabeled images are used to measure pseudo-labels; only the references "ceiling" and "st-true"
-train on them.
+skipped. Several processes with the same command share the runs. True masks of unlabeled images are used to measure
+pseudo-labels; only the references "ceiling" and "st-true" train on them.
 
 The network of a run is in its last stage: ``OUT/1_8/seed_0/st++/student-2/model.safetensors``, ``st/student``,
 ``supervised/teacher``. These are the weights of the bare network. ``stseg.evaluate`` evaluates it on images and masks
@@ -22,8 +24,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -32,10 +35,11 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import torch
 from evidence_data import CAMVID, ImagesOnly, Selected, Source, folder_source, share_of
-from evidence_methods import METHODS, Case, Run
+from evidence_methods import FROM_SUPERVISED, METHODS, Case, MakeModel, Run
 from evidence_tables import Result, write_results
-from files import claim, read_json, write_json
+from files import claim, read_json, taken, write_json
 from pages import between, put
+from pretrained import MEAN, STD, keep_depthwise_in_float32, load_installed_weights
 from timing import conditions
 from torch import nn
 from tqdm.auto import tqdm
@@ -43,6 +47,9 @@ from tqdm.auto import tqdm
 import stseg
 
 IGNORED = 255
+INSTALLED = "installed"
+SECONDS_BETWEEN_TRIES = 5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(
@@ -51,18 +58,20 @@ def run(
     fractions: Sequence[str],
     seeds: Sequence[int],
     methods: Sequence[str],
-    make_model: Callable[[], nn.Module],
+    make_model: MakeModel,
     config: stseg.TrainConfig,
     out: Path,
 ) -> list[Result]:
     """Run everything that is not finished; tables and plots are updated after each run.
+
+    Runs that another process is doing are left to it, and waited for.
 
     Args:
         source: the data.
         fractions: shares of labeled images, such as ``"1/8"``.
         seeds: seeds of the draws and of the training.
         methods: names of ``METHODS``.
-        make_model: makes a network with fresh weights.
+        make_model: makes a network with initial weights.
         config: settings of every stage.
         out: folder for this network, these settings and these data only.
 
@@ -76,11 +85,39 @@ def run(
         drawn = [f"{len(ids)}, {zlib.crc32(repr(ids).encode()):08x}" for ids in source.split(fraction, seed)]
         check_settings(place(out, fraction, seed) / "split.json", {"labeled": drawn[0], "unlabeled": drawn[1]})
     jobs = [(method, fraction, seed) for fraction, seed, method in product(fractions, seeds, methods)]
-    jobs = [job for job in jobs if not result_file(out, *job).exists()]
-    for job in tqdm(jobs, desc="runs", dynamic_ncols=True):
-        run_one(source, job, make_model=make_model, config=config, out=out)
-        write_all(out, source.classes, plots=False)
+    # Processes that share the list would wait for the supervised network of the next run.
+    jobs = [("supervised", *job[1:]) for job in jobs if job[0] in FROM_SUPERVISED] + jobs
+    jobs = [job for job in dict.fromkeys(jobs) if not result_file(out, *job).exists()]
+    with tqdm(total=len(jobs), desc="runs", dynamic_ncols=True) as bar:
+        while jobs:
+            before = len(jobs)
+            for job in list(jobs):
+                if try_one(source, job, make_model=make_model, config=config, out=out):
+                    jobs.remove(job)
+                    bar.update()
+                    write_all(out, source.classes, plots=False)
+            if len(jobs) == before:
+                time.sleep(SECONDS_BETWEEN_TRIES)
     return write_all(out, source.classes, plots=True)
+
+
+def try_one(
+    source: Source,
+    job: tuple[str, str, int],
+    *,
+    make_model: MakeModel,
+    config: stseg.TrainConfig,
+    out: Path,
+) -> bool:
+    """Run a job unless another process is doing it or its supervised network; return whether it is finished."""
+    method, fraction, seed = job
+    needed = result_file(out, "supervised", fraction, seed)
+    if method in FROM_SUPERVISED and not needed.exists():
+        return False
+    with taken(place(out, fraction, seed) / f".{method}.lock") as free:
+        if free and not result_file(out, *job).exists():
+            run_one(source, job, make_model=make_model, config=config, out=out)
+    return result_file(out, *job).exists()
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -113,15 +150,19 @@ def run_one(
     source: Source,
     job: tuple[str, str, int],
     *,
-    make_model: Callable[[], nn.Module],
+    make_model: MakeModel,
     config: stseg.TrainConfig,
     out: Path,
 ) -> None:
     """Run one method with one fraction and one seed."""
     method, fraction, seed = job
     case = case_of(source, fraction, seed, make_model=make_model, config=config, out=out)
+    at_once, began = not (case.folder / method).exists(), time.process_time()
     outcome = METHODS[method][1](case, method)
-    metric = stseg.evaluate(outcome.model, case.val, num_classes=case.num_classes, progress=False)
+    cpu_seconds = time.process_time() - began
+    metric = stseg.evaluate(
+        outcome.model, case.val, num_classes=case.num_classes, precision="fp32", device=DEVICE, progress=False
+    )
     result = Result(
         method=method,
         fraction=fraction,
@@ -132,6 +173,7 @@ def run_one(
         unlabeled=len(case.unlabeled),  # type: ignore[arg-type]
         pseudo=pseudo_quality(outcome, source, case),
         seconds=sum(outcome.seconds.values()),
+        cpu_seconds=cpu_seconds if at_once else None,
         conditions=conditions(),
     )
     write_json(result_file(out, *job), vars(result))
@@ -142,7 +184,7 @@ def case_of(
     fraction: str,
     seed: int,
     *,
-    make_model: Callable[[], nn.Module],
+    make_model: MakeModel,
     config: stseg.TrainConfig,
     out: Path,
 ) -> Case:
@@ -175,10 +217,16 @@ def pseudo_quality(outcome: Run, source: Source, case: Case) -> dict[str, float]
     return found
 
 
-def network_of(arguments: argparse.Namespace) -> nn.Module:
-    """Make a network of segmentation_models_pytorch, or one of the paper, with new weights."""
+def network_of(arguments: argparse.Namespace, in_channels: int = 3, classes: int | None = None) -> nn.Module:
+    """Make a network of segmentation_models_pytorch, or one of the paper, with new or pretrained weights.
+
+    Args:
+        arguments: the command line.
+        in_channels: 3, or others for a network of smp with random weights.
+        classes: how many; None for those of the data.
+    """
     options = json.loads(arguments.network_options)
-    classes = len(arguments.classes)
+    classes = classes or len(arguments.classes)
     name, pretrained = arguments.arch.removeprefix("stseg."), arguments.weights is not None
     if not hasattr(smp if name == arguments.arch else stseg.models, name):
         raise ValueError(
@@ -189,10 +237,24 @@ def network_of(arguments: argparse.Namespace) -> nn.Module:
         architecture = getattr(stseg.models, name)
         network = architecture(arguments.encoder, num_classes=classes, pretrained=pretrained, **options)
     else:
-        architecture = getattr(smp, name)
-        network = architecture(arguments.encoder, encoder_weights=arguments.weights, classes=classes, **options)
+        architecture, installed = getattr(smp, name), arguments.weights == INSTALLED
+        weights = None if installed or in_channels != 3 else arguments.weights
+        network = architecture(
+            arguments.encoder, encoder_weights=weights, in_channels=in_channels, classes=classes, **options
+        )
+        if installed and in_channels == 3:
+            load_installed_weights(network.encoder, arguments.encoder)
+            network = stseg.Segmenter(network, mean=MEAN, std=STD)
+    if DEVICE == "cpu":
+        keep_depthwise_in_float32(network)
     made: nn.Module = network.to(memory_format=torch.channels_last)
     return made
+
+
+def value_and_class(text: str) -> tuple[int, int]:
+    """Parse ``VALUE:CLASS``."""
+    value, of = text.split(":")
+    return int(value), int(of)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -204,6 +266,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["supervised", "st", "st++"])
     parser.add_argument("--classes", nargs="+", default=list(CAMVID), help="their names; CamVid's by default")
+    parser.add_argument(
+        "--class-map",
+        type=value_and_class,
+        nargs="+",
+        metavar="VALUE:CLASS",
+        help="the class of each value of the masks, such as 0:0 255:1; by default the values are the classes",
+    )
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize everything to this first")
     parser.add_argument(
         "--arch", default="Unet", help="of segmentation_models_pytorch, or the paper's: stseg.DeepLabV3Plus"
@@ -212,7 +281,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--weights",
         default=None,
-        help="'imagenet' for a pretrained encoder, or another name that smp has; for the paper's networks it is timm's "
+        help="'imagenet' for a pretrained encoder, or another name that smp has; 'installed' for the encoder "
+        "tu-tf_efficientnet_lite0 with the weights of the extra stseg[weights]; for the paper's networks it is timm's "
         "choice, or the one that --encoder names, as in resnet50.tv_in1k",
     )
     parser.add_argument("--network-options", default="{}", help="further arguments of the network, as JSON")
@@ -220,7 +290,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--crop", type=int, nargs=2, default=(96, 128), metavar=("H", "W"))
     parser.add_argument("--scale", type=float, nargs=2, default=(0.75, 2.0), help="of the weak augmentation")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW; pretrained encoders learn at a tenth")
+    parser.add_argument("--vertical-flip", action="store_true", help="in the weak augmentation, and quarter turns")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW")
+    parser.add_argument(
+        "--encoder-lr-factor", type=float, default=0.1, help="of pretrained encoders, as a multiple of --lr"
+    )
+    parser.add_argument("--evaluations", type=int, default=20, help="on val, during each stage")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--page", type=Path, help="Markdown page to put the tables into, between its evidence marks")
@@ -230,20 +305,33 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiments and print the table."""
     args = parse(arguments)
-    source = folder_source(args.data, size=None if args.size is None else tuple(args.size), classes=args.classes)
-    pretrained = args.weights is not None
+    source = folder_source(
+        args.data,
+        size=None if args.size is None else tuple(args.size),
+        classes=args.classes,
+        class_map=None if args.class_map is None else dict(args.class_map),
+    )
+    factor = 1.0 if args.weights is None else args.encoder_lr_factor
+    sizes = {max(image.shape[-2:]) for image, _ in (source.train[index] for index in range(len(source.train)))}
     config = stseg.TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,
-        weak=stseg.WeakAugment(tuple(args.crop), base_size=max(source.val[0][0].shape[-2:]), scale=tuple(args.scale)),
+        weak=stseg.WeakAugment(
+            tuple(args.crop),
+            base_size=sizes.pop() if len(sizes) == 1 else None,
+            scale=tuple(args.scale),
+            vertical_flip=0.5 if args.vertical_flip else 0.0,
+            quarter_turns=args.vertical_flip,
+        ),
         optimizer="adamw",
-        lr=args.lr / 10 if pretrained else args.lr,
-        head_lr_factor=10 if pretrained else 1,
+        lr=args.lr * factor,
+        head_lr_factor=1 / factor,
+        eval_every=max(1, args.steps // args.evaluations),
         weight_decay=0.01,
         precision="fp32" if args.fp32 else "bf16",
         num_workers=args.workers,
     )
-    not_settings = ("data", "out", "fractions", "seeds", "methods", "workers", "page")
+    not_settings = ("data", "out", "fractions", "seeds", "methods", "workers", "evaluations", "page")
     settings = {name: value for name, value in vars(args).items() if name not in not_settings}
     fractions = [fraction.replace("_", "/") for fraction in args.fractions]
     if args.page is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -36,10 +36,10 @@ class Source:
 
 
 class Resized(Dataset[tuple[Tensor, Tensor]]):
-    """Images and masks at one size, held in memory once they have been read."""
+    """Images and masks at one size, or as they are, held in memory once they have been read."""
 
-    def __init__(self, dataset: SegmentationFolder, size: tuple[int, int]) -> None:
-        self.dataset, self.size, self.ids = dataset, list(size), dataset.ids
+    def __init__(self, dataset: SegmentationFolder, size: tuple[int, int] | None) -> None:
+        self.dataset, self.size, self.ids = dataset, None if size is None else list(size), dataset.ids
         self._read: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -48,11 +48,11 @@ class Resized(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if index not in self._read:
             image, mask = self.dataset[index]
-            nearest = vision.InterpolationMode.NEAREST
-            self._read[index] = (
-                vision.resize(image, self.size, antialias=True),
-                vision.resize(mask[None], self.size, interpolation=nearest)[0],
-            )
+            if self.size is not None:
+                nearest = vision.InterpolationMode.NEAREST
+                image = vision.resize(image, self.size, antialias=True)
+                mask = vision.resize(mask[None], self.size, interpolation=nearest)[0]
+            self._read[index] = image, mask
         return self._read[index]
 
 
@@ -93,9 +93,14 @@ class Renamed(Dataset[tuple[Tensor, Tensor]]):
         return image, mask
 
 
-def folder_source(root: Path, *, size: tuple[int, int] | None, classes: Sequence[str]) -> Source:
+def folder_source(
+    root: Path, *, size: tuple[int, int] | None, classes: Sequence[str], class_map: Mapping[int, int] | None = None
+) -> Source:
     """Return the source of a folder with the layout described in ``evidence.py``."""
-    train, val = (SegmentationFolder(root / part / "images", root / part / "masks") for part in ("train", "val"))
+    train, val = (
+        SegmentationFolder(root / part / "images", root / part / "masks", class_map=class_map)
+        for part in ("train", "val")
+    )
 
     def listed(path: Path) -> list[str]:
         ids = read_ids(path)
@@ -114,7 +119,7 @@ def folder_source(root: Path, *, size: tuple[int, int] | None, classes: Sequence
 
     images: Any
     held_out: Any
-    images, held_out = (dataset if size is None else Resized(dataset, size) for dataset in (train, val))
+    images, held_out = (Resized(dataset, size) for dataset in (train, val))
     if set(train.ids) & set(val.ids):
         held_out = Renamed(held_out, "val/{}")
     return Source(images, held_out, tuple(classes), split)

@@ -34,6 +34,8 @@ class Result:
     """MIoU of the pseudo-labels of each step with the true masks."""
     seconds: float
     """Of all steps, without those of the supervised network it started from."""
+    cpu_seconds: float | None
+    """Of the process, likewise; None if the run was interrupted."""
     conditions: str
 
 
@@ -64,10 +66,11 @@ def as_csv(results: Sequence[Result], classes: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = ["fraction", "seed", "method", "miou", *(f"iou {name}" for name in classes)]
-    writer.writerow([*names, "labeled", "unlabeled", "pseudo-labels", "seconds", "conditions"])
+    writer.writerow([*names, "labeled", "unlabeled", "pseudo-labels", "seconds", "cpu seconds", "conditions"])
     for r in results:
         pseudo = " ".join(f"{step}={value:.4f}" for step, value in r.pseudo.items())
-        about = r.labeled, r.unlabeled, pseudo, round(r.seconds, 1), r.conditions
+        cpu = "" if r.cpu_seconds is None else round(r.cpu_seconds, 1)
+        about = r.labeled, r.unlabeled, pseudo, round(r.seconds, 1), cpu, r.conditions
         writer.writerow([r.fraction, r.seed, r.method, r.miou, *r.iou, *about])
     return text.getvalue()
 

