@@ -36,8 +36,8 @@ import segmentation_models_pytorch as smp
 import torch
 from evidence_data import CAMVID, ImagesOnly, Selected, Source, folder_source, share_of
 from evidence_methods import FROM_SUPERVISED, METHODS, Case, MakeModel, Run
-from evidence_tables import Result, write_results
-from files import claim, read_json, taken, write_json
+from evidence_tables import Result, read_results, write_results
+from files import claim, read_json, taken, write, write_json
 from pages import between, put
 from pretrained import MEAN, STD, keep_depthwise_in_float32, load_installed_weights
 from timing import conditions
@@ -47,6 +47,7 @@ from tqdm.auto import tqdm
 import stseg
 
 IGNORED = 255
+SETTINGS, RESULTS = "evidence.json", "results.csv"
 INSTALLED = "installed"
 SECONDS_BETWEEN_TRIES = 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,6 +62,7 @@ def run(
     make_model: MakeModel,
     config: stseg.TrainConfig,
     out: Path,
+    known: Sequence[Result] = (),
 ) -> list[Result]:
     """Run everything that is not finished; tables and plots are updated after each run.
 
@@ -74,9 +76,10 @@ def run(
         make_model: makes a network with initial weights.
         config: settings of every stage.
         out: folder for this network, these settings and these data only.
+        known: results of runs that are not done again.
 
     Returns:
-        The results of all runs in ``out``.
+        The results of all runs in ``out``, and the known ones.
 
     Raises:
         WorkdirMismatchError: if runs in ``out`` used other labeled images.
@@ -84,7 +87,9 @@ def run(
     for fraction, seed in product(fractions, seeds):
         drawn = [f"{len(ids)}, {zlib.crc32(repr(ids).encode()):08x}" for ids in source.split(fraction, seed)]
         check_settings(place(out, fraction, seed) / "split.json", {"labeled": drawn[0], "unlabeled": drawn[1]})
+    finished = {(r.method, r.fraction, r.seed) for r in known}
     jobs = [(method, fraction, seed) for fraction, seed, method in product(fractions, seeds, methods)]
+    jobs = [job for job in jobs if job not in finished]
     # Processes that share the list would wait for the supervised network of the next run.
     jobs = [("supervised", *job[1:]) for job in jobs if job[0] in FROM_SUPERVISED] + jobs
     jobs = [job for job in dict.fromkeys(jobs) if not result_file(out, *job).exists()]
@@ -95,10 +100,10 @@ def run(
                 if try_one(source, job, make_model=make_model, config=config, out=out):
                     jobs.remove(job)
                     bar.update()
-                    write_all(out, source.classes, plots=False)
+                    write_all(out, source.classes, known, plots=False)
             if len(jobs) == before:
                 time.sleep(SECONDS_BETWEEN_TRIES)
-    return write_all(out, source.classes, plots=True)
+    return write_all(out, source.classes, known, plots=True)
 
 
 def try_one(
@@ -127,9 +132,11 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     claim(path, settings)
 
 
-def write_all(out: Path, classes: Sequence[str], *, plots: bool) -> list[Result]:
+def write_all(out: Path, classes: Sequence[str], known: Sequence[Result], *, plots: bool) -> list[Result]:
     """Write ``results.csv`` and ``results.md`` of all finished runs, and draw the plots if they are wanted."""
-    found = [Result(**(read_json(path) or {})) for path in out.glob("*/seed_*/*/result.json")]
+    own = [Result(**(read_json(path) or {})) for path in out.glob("*/seed_*/*/result.json")]
+    done = {(r.method, r.fraction, r.seed) for r in own}
+    found = own + [r for r in known if (r.method, r.fraction, r.seed) not in done]
     order = list(METHODS)
     found.sort(key=lambda r: (-share_of(r.fraction), order.index(r.method), r.seed))
     write_results(found, classes, {name: title for name, (title, _) in METHODS.items()}, out, plots=plots)
@@ -298,6 +305,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--evaluations", type=int, default=20, help="on val, during each stage")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument(
+        "--known",
+        type=Path,
+        metavar="FOLDER",
+        help="results of earlier runs with the same settings, as --save keeps them: not done again",
+    )
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="folder to keep the settings and all results in")
     parser.add_argument("--page", type=Path, help="Markdown page to put the tables into, between its evidence marks")
     return parser.parse_args(arguments)
 
@@ -331,15 +345,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         precision="fp32" if args.fp32 else "bf16",
         num_workers=args.workers,
     )
-    not_settings = ("data", "out", "fractions", "seeds", "methods", "workers", "evaluations", "page")
+    not_settings = ("data", "out", "fractions", "seeds", "methods", "workers", "evaluations", "known", "save", "page")
     settings = {name: value for name, value in vars(args).items() if name not in not_settings}
     fractions = [fraction.replace("_", "/") for fraction in args.fractions]
     if args.page is not None:
         between(args.page, "evidence")
     ids = [*source.train.ids, *source.val.ids]
-    check_settings(
-        args.out / "evidence.json", {**settings, "images": f"{len(ids)}, {zlib.crc32(repr(ids).encode()):08x}"}
-    )
+    settings |= {"images": f"{len(ids)}, {zlib.crc32(repr(ids).encode()):08x}"}
+    check_settings(args.out / SETTINGS, settings)
+    known = []
+    if args.known is not None:
+        known = read_results(args.known / RESULTS, source.classes)
+        claim(args.known / SETTINGS, settings)
+    if args.save is not None:
+        claim(args.save / SETTINGS, settings)
     results = run(
         source,
         fractions=fractions,
@@ -348,7 +367,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make_model=partial(network_of, args),
         config=config,
         out=args.out,
+        known=known,
     )
+    if args.save is not None:
+        write(args.save / RESULTS, (args.out / RESULTS).read_bytes())
     print((args.out / "results.md").read_text())
     if args.page is not None:
         put(args.page, "evidence", (args.out / "results.md").read_text())

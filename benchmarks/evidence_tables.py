@@ -75,6 +75,27 @@ def as_csv(results: Sequence[Result], classes: Sequence[str]) -> str:
     return text.getvalue()
 
 
+def read_results(path: Path, classes: Sequence[str]) -> list[Result]:
+    """Read what ``as_csv`` wrote."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return [
+            Result(
+                method=row["method"],
+                fraction=row["fraction"],
+                seed=int(row["seed"]),
+                miou=float(row["miou"]),
+                iou=[float(row[f"iou {name}"]) for name in classes],
+                labeled=int(row["labeled"]),
+                unlabeled=int(row["unlabeled"]),
+                pseudo={step: float(value) for step, value in (e.split("=") for e in row["pseudo-labels"].split())},
+                seconds=float(row["seconds"]),
+                cpu_seconds=float(row["cpu seconds"]) if row["cpu seconds"] else None,
+                conditions=row["conditions"],
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
 def tables(results: Sequence[Result], classes: Sequence[str], titles: dict[str, str]) -> str:
     """Format, per fraction, the mIoU of each method and seed with mean and deviation, and the IoU of each class."""
     parts = []

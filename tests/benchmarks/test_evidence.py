@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -333,3 +334,23 @@ def test_installed_weights_are_those_of_the_package() -> None:
     assert corrector(torch.rand(1, 5, 64, 64)).shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match="'resnet18'; installed weights exist for"):
         evidence.network_of(evidence.parse([*flags.split(), "--encoder", "resnet18"]))
+
+
+def test_known_results_are_not_run_again(camvid_like: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    args = arguments(camvid_like, tmp_path / "one", "--methods", "supervised", "st", "--save", str(saved))
+    evidence.main(args)
+    first = rows(saved)
+    assert list(first) == [("supervised", "1/8", 0), ("st", "1/8", 0)]
+    shutil.rmtree(tmp_path / "one")
+    more = ["--known", str(saved), "--save", str(saved)]
+    evidence.main(arguments(camvid_like, tmp_path / "two", "--methods", "supervised", "fixmatch", *more))
+    assert [path.parent.name for path in (tmp_path / "two").rglob("result.json")] == ["fixmatch"]
+    assert rows(saved) == rows(tmp_path / "two")
+    assert {key: row for key, row in rows(saved).items() if key[0] != "fixmatch"} == first
+    # ST++ needs the supervised network, which is trained again, to the same weights.
+    evidence.main(arguments(camvid_like, tmp_path / "three", "--methods", "st++", *more))
+    assert len(rows(saved)) == 4
+    assert rows(saved)["supervised", "1/8", 0]["miou"] == first["supervised", "1/8", 0]["miou"]
+    with pytest.raises(stseg.WorkdirMismatchError, match="steps is 3 there and 4 now"):
+        evidence.main([*arguments(camvid_like, tmp_path / "four", *more), "--steps", "4"])
