@@ -15,6 +15,11 @@ def uniform(unit: Tensor, low: float, high: float) -> Tensor:
     return unit * (high - low) + low
 
 
+def may_read(x: Tensor) -> bool:
+    """Return whether values can be looked at for nothing: on a CPU, unless a graph is being captured."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def ordered_range(name: str, bounds: Sequence[float], *, low: float, high: float = math.inf) -> tuple[float, float]:
     """Return the two bounds as floats, checked to be above ``low``, in order and finite."""
     pair = isinstance(bounds, Sequence) and len(bounds) == 2

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from torch import Generator, Tensor
 
 from stseg.augment._boxes import TRIES, draw_boxes
-from stseg.augment._settings import check_batch, ordered_range
+from stseg.augment._settings import check_batch, may_read, ordered_range
 from stseg.checks import check_probability
 from stseg.functional.mixing import box_mask
 
@@ -66,10 +68,15 @@ class Cutout:
 
         Returns:
             Rectangles ``(B, 4)`` int64, half-open: top, left, bottom, right, all 0 for none; and noise
-            ``(B, C, H, W)`` float32.
+            ``(B, C, H, W)`` float32. On a CPU, where random numbers take long, it is 0 outside the rectangles.
         """
         boxes = draw_boxes(images, p=self.p, area=self.area, ratio=self.ratio, areas=TRIES, generator=generator)
-        return boxes, torch.rand(images.shape, generator=generator, device=images.device)
+        if not may_read(images):
+            return boxes, torch.rand(images.shape, generator=generator, device=images.device)
+        noise = torch.zeros(images.shape)
+        for i, pixels in _pixels(boxes):
+            noise[i][pixels].uniform_(generator=generator)
+        return boxes, noise
 
     def transform(
         self, images: Tensor, masks: Tensor, boxes: Tensor, noise: Tensor, where: Tensor | None = None
@@ -82,9 +89,22 @@ class Cutout:
         limits = torch.iinfo(masks.dtype)
         if not limits.min <= self.ignore_index <= limits.max:
             raise ValueError(f"ignore_index {self.ignore_index} of the cutout does not fit into masks of {masks.dtype}")
+        if may_read(images):
+            images, masks = images.clone(), masks.clone()
+            for i, pixels in _pixels(boxes if where is None else boxes * where[:, None]):
+                images[i][pixels] = noise[i][pixels].to(images.dtype)
+                masks[i][pixels] = self.ignore_index
+            return images, masks
         inside = box_mask(boxes, *masks.shape[1:])
         if where is not None:
             inside = inside & where[:, None, None]
         return torch.where(inside[:, None], noise.to(images.dtype), images), masks.masked_fill(
             inside, self.ignore_index
         )
+
+
+def _pixels(boxes: Tensor) -> Iterator[tuple[int, tuple[EllipsisType, slice, slice]]]:
+    """Yield the number of each image that has a rectangle, and the index of the pixels in it."""
+    for i, (top, left, bottom, right) in enumerate(boxes.tolist()):
+        if bottom > top and right > left:
+            yield i, (..., slice(top, bottom), slice(left, right))

@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from kornia.color import rgb_to_grayscale
 from torch import Generator, Tensor, nn
 
-from stseg.augment._settings import check_batch, ordered_range, uniform
+from stseg.augment._settings import check_batch, may_read, ordered_range, uniform
 from stseg.augment.cutout import Cutout
 from stseg.checks import check_probability
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-_ELEMENTS_PER_PASS = 2**19
 
 
 class StrongParameters(NamedTuple):
@@ -38,7 +37,7 @@ class StrongParameters(NamedTuple):
     boxes: Tensor | None
     """``(B, 4)`` int64: the cutout's top, left, bottom and right, half-open; ``None`` without cutout."""
     noise: Tensor | None
-    """``(B, C, H, W)`` float32 in [0, 1): noise that fills the cutout; ``None`` without cutout."""
+    """``(B, C, H, W)`` float32 in [0, 1): noise that fills the cutout, on a CPU 0 outside; ``None`` without cutout."""
 
 
 class StrongAugment(nn.Module):
@@ -50,8 +49,9 @@ class StrongAugment(nn.Module):
     normalized. For images without three channels, hue, saturation and gray are skipped, and contrast uses the mean
     over channels.
 
-    No host synchronization and no data-dependent control flow, so it compiles as one graph. Computes in float32
-    (float64 for float64 images) regardless of autocast; no gradients flow through it.
+    On a CPU, each image is given only what was drawn for it. Elsewhere, and in a graph that is compiled, no value is
+    read: no host synchronization and no data-dependent control flow. Computes in float32 (float64 for float64 images)
+    regardless of autocast; no gradients flow through it.
 
     Args:
         jitter: strengths of brightness, contrast, saturation (factors from ``max(0, 1 - s)`` to ``1 + s``) and hue
@@ -153,40 +153,69 @@ class StrongAugment(nn.Module):
             raise ValueError(
                 f"parameters are for images of shape {tuple(parameters.noise.shape)}, not {tuple(images.shape)}"
             )
-        # On a CPU the passes over the pixels are memory-bound: a few images at a time stay in the cache, which
-        # halves the time. A GPU is faster on the whole batch, and a compiler fuses the passes itself.
-        rows = len(images)
-        if images.device.type == "cpu" and not torch.compiler.is_compiling():
-            rows = max(1, _ELEMENTS_PER_PASS // images[:1].numel()) if rows else 0
-        if rows >= len(images):
-            return self._transform(images, masks, parameters, where)
-        parts = []
-        for start in range(0, len(images), rows):
-            part = slice(start, start + rows)
-            drawn = StrongParameters._make(None if p is None else p[part] for p in parameters)
-            parts.append(self._transform(images[part], masks[part], drawn, None if where is None else where[part]))
-        return torch.cat([image for image, _ in parts]), torch.cat([mask for _, mask in parts])
-
-    def _transform(
-        self, images: Tensor, masks: Tensor, drawn: StrongParameters, where: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
         device = images.device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-            x = images.to(torch.promote_types(images.dtype, torch.float32))
-            if self.jitter_p > 0 and self._operations(images):
-                x = torch.where(_column(drawn.jitter), self._jittered(x, drawn.order, drawn.factors.to(x.dtype)), x)
-            if self.gray_p > 0 and x.shape[1] == 3:
-                x = torch.where(_column(drawn.gray), rgb_to_grayscale(x), x)
-            if self.blur_p > 0:
-                radius = max(6, math.ceil(3 * self.blur_sigma[1]))
-                weights = _pixel_gaussian(drawn.sigma.to(x.dtype), radius)
-                x = torch.where(_column(drawn.blur), _blurred(x, weights), x)
+            transform = self._transform_chosen if may_read(images) else self._transform_all
+            images = transform(images, parameters, where)
+        if self.cutout is None or parameters.boxes is None or parameters.noise is None:
+            return images, masks.clone()
+        return self.cutout.transform(images, masks, parameters.boxes, parameters.noise, where)
+
+    def _transform_chosen(self, images: Tensor, drawn: StrongParameters, where: Tensor | None) -> Tensor:
+        """Give each image only what was drawn for it.
+
+        For a CPU, where reading what was drawn costs nothing, and where one image at a time stays in the cache.
+        """
+        new = images.clone()
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        orders = drawn.order[:, : len(self._operations(images))].tolist()
+        factors, turns = drawn.factors.tolist(), _turn_weights(drawn.factors[:, HUE].to(dtype))
+        weights = self._weights(drawn.sigma.to(dtype))
+        reaches = (weights > 0).sum(1).tolist()  # the others are 0 in this precision
+        flags = zip((drawn.jitter, drawn.gray, drawn.blur), self._steps(images), strict=True)
+        jitter, gray, blur = ((chosen & possible).tolist() for chosen, possible in flags)
+        rows = [True] * len(images) if where is None else where.tolist()
+        for i, row in enumerate(slice(i, i + 1) for i in range(len(images))):
+            if not (rows[i] and (jitter[i] or gray[i] or blur[i])):
+                continue
+            x = images[row].to(dtype, memory_format=torch.contiguous_format)
+            for operation in orders[i] if jitter[i] else ():
+                if operation == HUE:
+                    x = _turned(x, turns[row])
+                else:
+                    x = _blended(x, _other(x, operation), factors[i][operation])
+            if gray[i]:
+                x = _grayed(x)
+            if blur[i]:
+                x = _blurred(x, weights[row, : reaches[i]])
+            new[row] = x
+        return new
+
+    def _transform_all(self, images: Tensor, drawn: StrongParameters, where: Tensor | None) -> Tensor:
+        """Compute everything for all images and choose afterwards: no value is read, so a GPU never waits."""
+        x = images.to(torch.promote_types(images.dtype, torch.float32))
+        jitter, gray, blur = self._steps(images)
+        if jitter:
+            x = torch.where(_column(drawn.jitter), self._jittered(x, drawn.order, drawn.factors.to(x.dtype)), x)
+        if gray:
+            x = torch.where(_column(drawn.gray), _grayed(x), x)
+        if blur:
+            x = torch.where(_column(drawn.blur), _blurred(x, self._weights(drawn.sigma.to(x.dtype))), x)
         x = x.to(images.dtype)
         if where is not None:
             x = torch.where(_column(where), x, images)
-        if self.cutout is not None and drawn.boxes is not None and drawn.noise is not None:
-            return self.cutout.transform(x, masks, drawn.boxes, drawn.noise, where)
-        return x.clone() if x is images else x, masks.clone()
+        return x.clone() if x is images else x
+
+    def _steps(self, images: Tensor) -> tuple[bool, bool, bool]:
+        """Return whether there are jitter, gray and blur at all."""
+        return (
+            self.jitter_p > 0 and bool(self._operations(images)),
+            self.gray_p > 0 and images.shape[1] == 3,
+            self.blur_p > 0,
+        )
+
+    def _weights(self, sigma: Tensor) -> Tensor:
+        return _pixel_gaussian(sigma, max(6, math.ceil(3 * self.blur_sigma[1])))
 
     def _operations(self, images: Tensor) -> list[int]:
         """Return the color operations that are enabled and that the number of channels allows."""
@@ -194,7 +223,7 @@ class StrongAugment(nn.Module):
         return [operation for operation in possible if self.jitter[operation] > 0]
 
     def _jittered(self, x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-        """Apply all operations in each image's own order, with the hue, by far the most expensive, in one pass.
+        """Apply all operations in each image's own order, with the hue, the most expensive, in one pass.
 
         An image whose hue comes third does two operations before the common pass and one after it; in the other
         rounds its factor is 1, which is the identity.
@@ -202,14 +231,14 @@ class StrongAugment(nn.Module):
         operations = self._operations(x)
         if HUE not in operations:
             for turn in range(len(operations)):
-                x = _blended(x, order[:, turn], factors)
+                x = _blended_each(x, order[:, turn], factors)
             return x
         hue_turn = (order == HUE).int().argmax(1)
         for turn in range(len(operations) - 1):
-            x = _blended(x, order[:, turn], factors, turn < hue_turn)
-        x = _turned(x, factors[:, HUE])
+            x = _blended_each(x, order[:, turn], factors, turn < hue_turn)
+        x = _turned(x, _turn_weights(factors[:, HUE]))
         for turn in range(1, len(operations)):
-            x = _blended(x, order[:, turn], factors, turn > hue_turn)
+            x = _blended_each(x, order[:, turn], factors, turn > hue_turn)
         return x
 
     def extra_repr(self) -> str:
@@ -218,32 +247,65 @@ class StrongAugment(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
-def _blended(x: Tensor, operation: Tensor, factors: Tensor, active: Tensor | None = None) -> Tensor:
-    """Apply brightness, contrast or saturation, chosen per image; all three blend ``x`` with a gray image."""
+def _blended(x: Tensor, other: Tensor, factor: Tensor | float) -> Tensor:
+    """Blend with another image or color or, with a factor above 1, move away from it."""
+    return torch.lerp(other, x, factor).clamp_(0, 1)
+
+
+def _other(x: Tensor, operation: int) -> Tensor:
+    """Return what an operation blends with: black, the mean of the gray image or the gray image."""
+    if operation == BRIGHTNESS:
+        return x.new_zeros(1, 1, 1, 1)
+    return _gray(x.mean((2, 3), keepdim=True) if operation == CONTRAST else x)
+
+
+def _blended_each(x: Tensor, operation: Tensor, factors: Tensor, active: Tensor | None = None) -> Tensor:
+    """Apply brightness, contrast or saturation, chosen for each image, or, where not active, nothing."""
     factor = factors.gather(1, operation[:, None])[:, 0]
     if active is not None:
         factor = torch.where(active, factor, 1.0)
-    rest = 1 - factor
-    gray = rgb_to_grayscale(x) if x.shape[1] == 3 else x.mean(1, keepdim=True)
-    level = gray.mean((1, 2, 3)) * torch.where(operation == CONTRAST, rest, 0.0)
-    other = gray.mul_(_column(torch.where(operation == SATURATION, rest, 0.0))).add_(_column(level))
-    return torch.addcmul(other, x, _column(factor)).clamp_(0, 1)
+    gray = _gray(x)
+    level = gray.mean((1, 2, 3), keepdim=True) * _column(operation == CONTRAST)
+    return _blended(x, gray.mul_(_column(operation == SATURATION)).add_(level), _column(factor))
 
 
-def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    """Shift the hue by a fraction of the full circle.
+def _gray(x: Tensor) -> Tensor:
+    """Return the gray images ``(B, 1, H, W)``, as PIL weighs the channels; if they are not three, their mean."""
+    return rgb_to_grayscale(x) if x.shape[1] == 3 else x.mean(1, keepdim=True)
 
-    Closed form: a third of the passes over the pixels of the usual round trip through HSV.
+
+def _grayed(x: Tensor) -> Tensor:
+    return _gray(x).expand_as(x)
+
+
+def _turn_weights(turns: Tensor) -> Tensor:
+    """Return the weights ``(B, 4)`` of :func:`_turned` that shift the hue by fractions of the full circle.
+
+    A shift by a third exchanges the channels; what is left is up to a sixth in either direction.
     """
-    red, green, blue = x.unbind(1)
+    thirds = (turns * 3).round()
+    rest = turns * 6 - 2 * thirds
+    own, following, preceding = torch.ones_like(rest), 2 * (-rest).relu() - 1, 2 * rest.relu() - 1
+    places = (torch.arange(3, device=turns.device) + thirds[:, None].long()) % 3
+    channels = torch.stack((own, following, preceding), 1).gather(1, places)
+    return torch.cat((channels, 1 - rest.abs()[:, None]), 1)
+
+
+def _turned(x: Tensor, weights: Tensor) -> Tensor:
+    """Shift the hue of HSV, which leaves the largest and the smallest channel of a pixel as they are.
+
+    Between these two, a channel shifted by ``0 <= t <= 1`` sixths of the circle is linear in the color, and it is cut
+    off where it leaves them: ``R' = clamp((1 - t) * (max + min) + R - G + (2 * t - 1) * B, min, max)``; the same with
+    the channels exchanged in turn for G and B, and with G and B exchanged for shifts backwards. So neither hue nor
+    saturation is computed, nothing is divided and no case is told from another.
+    """
+    same, following, preceding, both = weights[:, :, None, None, None].unbind(1)
+    red, green, blue = torch.split(x, 1, 1)
     high, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
-    chroma = high - low
-    divisor = chroma + (chroma == 0)
-    sector = torch.where(high == green, (blue - red).add_(divisor, alpha=2), (red - green).add_(divisor, alpha=4))
-    sector = torch.where(high == red, green - blue, sector).div_(divisor).add_((turns * 6)[:, None, None])
-    sector.sub_((sector / 6).floor_(), alpha=6)  # torch.remainder is several times slower
-    channels = ((sector - 3).abs_().sub_(1), 2 - (sector - 2).abs_(), 2 - (sector - 4).abs_())
-    return torch.stack([c.clamp_(0, 1).mul_(chroma).add_(low) for c in channels], 1)
+    again = torch.cat((green, blue, red, green), 1)
+    x = torch.addcmul((high + low).mul_(both), x, same)
+    x.addcmul_(again[:, :3], following).addcmul_(again[:, 1:], preceding)
+    return torch.clamp(x, low, high)
 
 
 def _pixel_gaussian(sigma: Tensor, radius: int) -> Tensor:

@@ -132,6 +132,19 @@ class TestNoise:
         for one, other in neighbors:
             assert stats.pearsonr(one.ravel(), other.ravel()).pvalue > 1e-3
 
+    def test_is_drawn_in_the_rectangles_only(self):
+        """On a CPU, where random numbers take long."""
+        boxes, noise = Cutout(p=0.7).draw(torch.zeros(20, 3, 40, 30))
+        for (top, left, bottom, right), image in zip(boxes.tolist(), noise, strict=True):
+            drawn = torch.zeros(40, 30, dtype=torch.bool)
+            drawn[top:bottom, left:right] = True
+            assert torch.equal((image != 0).any(0), drawn)
+
+    def test_is_drawn_everywhere_where_rectangles_are_not_read(self, monkeypatch):
+        monkeypatch.setattr("stseg.augment.cutout.may_read", lambda x: False)
+        noise = Cutout(p=0.7).draw(torch.zeros(4, 3, 40, 30))[1]
+        assert stats.kstest(noise.numpy().ravel(), "uniform").pvalue > 1e-3
+
 
 class TestCall:
     @settings(max_examples=40, deadline=None)

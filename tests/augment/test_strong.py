@@ -109,6 +109,19 @@ def assert_is_the_recipe(strong, images, masks, *, atol, **options):
         np.testing.assert_array_equal(found_masks[i].numpy(), wanted_mask)
 
 
+@pytest.fixture(params=["row by row", "all at once"])
+def way(request, monkeypatch):
+    """As on a CPU, and as on a device whose values are not read."""
+    if request.param == "all at once":
+        read_no_value(monkeypatch)
+
+
+def read_no_value(monkeypatch):
+    for module in ("strong", "cutout"):
+        monkeypatch.setattr(f"stseg.augment.{module}.may_read", lambda x: False)
+
+
+@pytest.mark.usefixtures("way")
 class TestRecipe:
     @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-7), (torch.float32, 5e-6)])
     def test_of_the_paper(self, dtype, atol):
@@ -129,6 +142,34 @@ class TestRecipe:
         jitter = [0.25 if operation in on else 0.0 for operation in range(4)]
         strong = StrongAugment(**OFF | {"jitter_p": 0.8, "jitter": jitter})
         assert_is_the_recipe(strong, *batch(12, height=4, width=5, dtype=torch.float64), atol=1e-7, operations=on)
+
+    def test_in_every_order_of_the_colors(self):
+        strong = StrongAugment(**OFF | {"jitter_p": 1, "jitter": (1, 1, 1, 0.5)})
+        images, masks = batch(24, height=6, width=6, dtype=torch.float64)
+        orders = torch.tensor(list(itertools.permutations(range(4))))
+        parameters = strong.draw(images)._replace(order=orders)
+        found, _ = strong.transform(images, masks, parameters)
+        for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+            np.testing.assert_allclose(found[i], recipe(image, mask, parameters, i)[0], rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("chances", [*itertools.product((0, 1), repeat=4)])
+    def test_with_what_all_images_get_or_none(self, chances):
+        jitter_p, gray_p, blur_p, p = chances
+        strong = StrongAugment(jitter_p=jitter_p, gray_p=gray_p, blur_p=blur_p, cutout=Cutout(p=p))
+        assert_is_the_recipe(strong, *batch(5, height=9, width=8), atol=5e-6)
+
+    def test_turns_every_hue_by_every_angle(self):
+        """Colors with channels that are equal or at the ends, turned by whole sixths of the circle and in between."""
+        levels = torch.tensor([0.0, 0.3, 0.5, 1.0], dtype=torch.float64)
+        colors = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 8, 8)
+        turns = torch.tensor([n / 24 for n in range(-12, 13)])
+        strong = only_jitter(HUE, 0.5)
+        images, masks = colors.repeat(25, 1, 1, 1), torch.zeros(25, 8, 8, dtype=torch.uint8)
+        parameters = strong.draw(images)
+        parameters.factors[:, HUE] = turns
+        found, _ = strong.transform(images, masks, parameters)
+        for image, result, turn in zip(images, found, turns, strict=True):
+            np.testing.assert_allclose(result, recolored(image.numpy(), HUE, float(turn)), rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("channels", [1, 2, 4, 6])
     def test_without_rgb_leaves_out_what_needs_it(self, channels):
@@ -170,6 +211,7 @@ class TestRecipe:
             assert np.abs(result.numpy() * 255 - wanted).max() < 1.51
 
 
+@pytest.mark.usefixtures("way")
 class TestBlur:
     """The weights of the kernel, seen in the image of a vertical line."""
 
@@ -333,7 +375,8 @@ class TestDraws:
         possible = used.max() + 1
         assert stats.chi2_contingency(following[:possible, :possible]).pvalue > 1e-3
 
-    def test_all_are_independent(self):
+    def test_all_are_independent(self, monkeypatch):
+        read_no_value(monkeypatch)  # noise for all images
         p = StrongAugment().draw(torch.zeros(8000, 3, 4, 4))
         columns = [p.jitter, p.gray, p.blur, p.sigma, *p.factors.T, *(p.order == HUE).T[:3], p.order[:, 0] == CONTRAST]
         columns += [p.boxes[:, 2] > 0, p.noise[:, 0, 0, 0]]
@@ -343,6 +386,39 @@ class TestDraws:
         assert np.abs(correlation).max() < 4.5 / math.sqrt(8000)
         shifted = np.array([np.corrcoef(c[:-1].double(), c[1:].double())[0, 1] for c in columns])
         assert np.abs(shifted).max() < 4.5 / math.sqrt(8000)
+
+
+class TestRowsNotDrawn:
+    """Images that are left out of all by chance."""
+
+    drawn = torch.tensor([True, False, False, True, False, True])
+
+    def parameters(self, images):
+        p = ALL.draw(images)
+        return p._replace(
+            jitter=p.jitter & self.drawn,
+            gray=p.gray & self.drawn,
+            blur=p.blur & self.drawn,
+            boxes=p.boxes * self.drawn[:, None],
+        )
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("value", [0.5, -0.0, 1.1, math.nan, math.inf])
+    def test_are_bit_identical(self, dtype, value):
+        images, masks = batch(6, dtype=dtype)
+        images[~self.drawn, :, ::2] = value
+        found, found_masks = ALL.transform(images, masks, self.parameters(images))
+        assert_identical(found[~self.drawn], images[~self.drawn])
+        assert_identical(found_masks[~self.drawn], masks[~self.drawn])
+
+    def test_cost_nothing(self):
+        """On a CPU no color is computed for an image that gets none."""
+        images, masks = batch(6)
+        p = ALL.draw(images)
+        nothing = torch.zeros(6, dtype=torch.bool)
+        with Operations() as operations:
+            ALL.transform(images, masks, p._replace(jitter=nothing, gray=nothing, blur=nothing))
+        assert not operations.names & {"lerp", "clamp", "clamp_", "maximum", "addcmul", "addcmul_"}
 
 
 class TestRowsLeftOut:
@@ -484,7 +560,6 @@ class TestBatch:
     @pytest.mark.parametrize(("size", "height", "width"), [(6, 24, 20), (5, 256, 260), (3, 500, 430)])
     @pytest.mark.parametrize("masked", [False, True])
     def test_gives_each_image_what_it_gets_alone(self, size, height, width, masked):
-        """The larger ones go through the CPU in parts."""
         images, masks = batch(size, height=height, width=width)
         where = torch.arange(size) % 3 != 1 if masked else None
         parameters = ALL.draw(images)
@@ -496,6 +571,34 @@ class TestBatch:
             # With several threads, the mean of a single image is summed in another order.
             torch.testing.assert_close(found[row], alone, rtol=0, atol=2e-6)
             assert torch.equal(found_masks[row], mask)
+
+    def test_gets_the_same_from_any_number_of_threads(self):
+        images, masks = batch(3, height=200, width=260)
+        parameters = ALL.draw(images)
+        wanted, wanted_masks = ALL.transform(images, masks, parameters)
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(3 - min(threads, 2))
+            again = ALL.draw(images, torch.Generator().manual_seed(0))
+            found, found_masks = ALL.transform(images, masks, parameters)
+        finally:
+            torch.set_num_threads(threads)
+        # The mean of an image is summed in another order.
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+        assert torch.equal(found_masks, wanted_masks)
+        for one, other in zip(again, ALL.draw(images, torch.Generator().manual_seed(0)), strict=True):
+            assert torch.equal(one, other)
+
+    def test_gets_the_same_row_by_row_and_all_at_once(self, monkeypatch):
+        images, masks = batch(40, height=60, width=50)
+        where = torch.arange(40) % 3 != 1
+        parameters = ALL.draw(images)
+        wanted, wanted_masks = ALL.transform(images, masks, parameters, where)
+        read_no_value(monkeypatch)
+        found, found_masks = ALL.transform(images, masks, parameters, where)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=5e-6)
+        assert_identical(found[~where], wanted[~where])
+        assert torch.equal(found_masks, wanted_masks)
 
     def test_stays_in_range(self):
         images, masks = batch(64)
@@ -570,10 +673,10 @@ class TestOneGraph:
         self.compare(torch.compile(ALL.transform, fullgraph=True), ALL)
 
     def test_gathers_no_rows_and_reads_no_value(self):
-        images, masks = batch(4)
+        images, masks, where = (x.to("meta") for x in (*batch(4), self.where))
         with Operations() as operations:
             parameters = ALL.draw(images)
-            ALL.transform(images, masks, parameters, self.where)
+            ALL.transform(images, masks, parameters, where)
         assert {"where", "addcmul", "rand"} <= operations.names
         assert not operations.names & {
             *(
