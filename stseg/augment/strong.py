@@ -38,6 +38,8 @@ class StrongParameters(NamedTuple):
     """``(B, 4)`` int64: the cutout's top, left, bottom and right, half-open; ``None`` without cutout."""
     noise: Tensor | None
     """``(B, C, H, W)`` float32 in [0, 1): noise that fills the cutout, on a CPU 0 outside; ``None`` without cutout."""
+    invert: Tensor | None
+    """``(B,)`` bool: images to invert; ``None`` for none."""
 
 
 class StrongAugment(nn.Module):
@@ -48,6 +50,10 @@ class StrongAugment(nn.Module):
     hue rotates the color circle; results are clamped to [0, 1] as in PIL. Images must therefore be in [0, 1], not
     normalized. For images without three channels, hue, saturation and gray are skipped, and contrast uses the mean
     over channels.
+
+    ``invert_p``, which the paper does not have, inverts images (``1 - x``) before all else. Where objects are brighter
+    than their surroundings in some images and darker in others, as in microscopy of several stains, a network that
+    has masks of one kind learns the other so.
 
     On a CPU, each image is given only what was drawn for it. Elsewhere, and in a graph that is compiled, no value is
     read: no host synchronization and no data-dependent control flow. Computes in float32 (float64 for float64 images)
@@ -61,6 +67,7 @@ class StrongAugment(nn.Module):
         blur_p: probability of the Gaussian blur; the Gaussian is integrated over each pixel.
         blur_sigma: smallest and largest standard deviation in pixels.
         cutout: settings of the cutout; ``None`` for none.
+        invert_p: probability of the inversion.
 
     Shape:
         images ``(B, C, H, W)`` float, masks ``(B, H, W)`` integer, where ``(B,)`` bool -> images and masks of
@@ -88,6 +95,7 @@ class StrongAugment(nn.Module):
         blur_p: float = 0.5,
         blur_sigma: tuple[float, float] = (0.1, 2.0),
         cutout: Cutout | None = Cutout(),  # noqa: B008  frozen, so sharing it does no harm
+        invert_p: float = 0.0,
     ) -> None:
         super().__init__()
         four = isinstance(jitter, Sequence) and len(jitter) == 4
@@ -95,12 +103,12 @@ class StrongAugment(nn.Module):
             raise ValueError(
                 f"jitter is {jitter!r}; expected brightness, contrast and saturation >= 0 and hue in [0, 0.5]"
             )
-        for name, p in (("jitter_p", jitter_p), ("gray_p", gray_p), ("blur_p", blur_p)):
+        for name, p in (("jitter_p", jitter_p), ("gray_p", gray_p), ("blur_p", blur_p), ("invert_p", invert_p)):
             check_probability(name, p)
         if cutout is not None and not isinstance(cutout, Cutout):
             raise TypeError(f"cutout is {type(cutout).__name__}; expected a stseg.Cutout or None")
         self.jitter = tuple(float(strength) for strength in jitter)
-        self.jitter_p, self.gray_p, self.blur_p = jitter_p, gray_p, blur_p
+        self.jitter_p, self.gray_p, self.blur_p, self.invert_p = jitter_p, gray_p, blur_p, invert_p
         self.blur_sigma = ordered_range("blur_sigma", blur_sigma, low=0.0)
         self.cutout = cutout
         self._checked_on: set[str] = set()  # devices other than the CPU
@@ -139,6 +147,7 @@ class StrongAugment(nn.Module):
             sigma=uniform(sigma, *self.blur_sigma),
             boxes=boxes,
             noise=noise,
+            invert=torch.rand(batch, **place) < self.invert_p if self.invert_p > 0 else None,
         )
 
     @torch.no_grad()
@@ -174,11 +183,14 @@ class StrongAugment(nn.Module):
         reaches = (weights > 0).sum(1).tolist()  # the others are 0 in this precision
         flags = zip((drawn.jitter, drawn.gray, drawn.blur), self._steps(images), strict=True)
         jitter, gray, blur = ((chosen & possible).tolist() for chosen, possible in flags)
+        invert = [False] * len(images) if drawn.invert is None else drawn.invert.tolist()
         rows = [True] * len(images) if where is None else where.tolist()
         for i, row in enumerate(slice(i, i + 1) for i in range(len(images))):
-            if not (rows[i] and (jitter[i] or gray[i] or blur[i])):
+            if not (rows[i] and (invert[i] or jitter[i] or gray[i] or blur[i])):
                 continue
             x = images[row].to(dtype, memory_format=torch.contiguous_format)
+            if invert[i]:
+                x = 1 - x
             for operation in orders[i] if jitter[i] else ():
                 if operation == HUE:
                     x = _turned(x, turns[row])
@@ -195,6 +207,8 @@ class StrongAugment(nn.Module):
         """Compute everything for all images and choose afterwards: no value is read, so a GPU never waits."""
         x = images.to(torch.promote_types(images.dtype, torch.float32))
         jitter, gray, blur = self._steps(images)
+        if drawn.invert is not None:
+            x = torch.where(_column(drawn.invert), 1 - x, x)
         if jitter:
             x = torch.where(_column(drawn.jitter), self._jittered(x, drawn.order, drawn.factors.to(x.dtype)), x)
         if gray:
@@ -243,7 +257,7 @@ class StrongAugment(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
-        names = ("jitter", "jitter_p", "gray_p", "blur_p", "blur_sigma", "cutout")
+        names = ("jitter", "jitter_p", "gray_p", "blur_p", "blur_sigma", "cutout", "invert_p")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 

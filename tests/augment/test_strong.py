@@ -21,7 +21,7 @@ from stseg.augment import Cutout, StrongAugment
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 OFF = {"jitter_p": 0, "gray_p": 0, "blur_p": 0, "cutout": None}
-ALL = StrongAugment(jitter_p=1, gray_p=0.4, blur_p=0.8, cutout=Cutout(p=0.8))
+ALL = StrongAugment(jitter_p=1, gray_p=0.4, blur_p=0.8, cutout=Cutout(p=0.8), invert_p=0.3)
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,8 @@ def blurred(image, sigma, radius=6):
 def recipe(image, mask, p, i, *, operations=range(4), radius=6):
     """Image ``i`` of a batch with the parameters drawn for it."""
     image, mask = image.numpy().astype(np.float64), mask.numpy().copy()
+    if p.invert is not None and p.invert[i]:
+        image = 1 - image
     if p.jitter[i]:
         for operation in p.order[i].tolist()[: len(operations)]:
             assert operation in operations
@@ -399,6 +401,7 @@ class TestRowsNotDrawn:
             jitter=p.jitter & self.drawn,
             gray=p.gray & self.drawn,
             blur=p.blur & self.drawn,
+            invert=p.invert & self.drawn,
             boxes=p.boxes * self.drawn[:, None],
         )
 
@@ -722,12 +725,44 @@ class TestOneGraph:
         assert torch.equal(found[1], images[1])
 
 
+@pytest.mark.usefixtures("way")
+class TestInversion:
+    @pytest.mark.parametrize("channels", [1, 3, 5])
+    def test_inverts_the_share_that_is_asked_for_and_nothing_else(self, channels):
+        strong = StrongAugment(**OFF | {"invert_p": 0.3})
+        images, masks = batch(size=400, channels=channels, height=3, width=4)
+        parameters = strong.draw(images)
+        found, found_masks = strong.transform(images, masks, parameters)
+        assert_identical(found[~parameters.invert], images[~parameters.invert])
+        assert torch.equal(found[parameters.invert], 1 - images[parameters.invert])
+        assert torch.equal(found_masks, masks)
+        assert 0.2 < parameters.invert.float().mean() < 0.4
+
+    def test_leaves_other_rows_alone(self):
+        images, masks = batch()
+        where = torch.arange(8) % 2 == 0
+        found, _ = StrongAugment(**OFF | {"invert_p": 1})(images, masks, where)
+        assert_identical(found[~where], images[~where])
+        assert torch.equal(found[where], 1 - images[where])
+
+    def test_changes_no_other_draw(self):
+        images, _ = batch()
+        drawn = []
+        for p in (0, 0.5):
+            torch.manual_seed(3)
+            drawn.append(StrongAugment(invert_p=p).draw(images))
+        for one, other in zip(drawn[0][:-1], drawn[1][:-1], strict=True):
+            assert torch.equal(one, other)
+
+
 class TestModule:
     def test_has_the_settings_of_the_paper(self):
         strong = StrongAugment()
         assert strong.jitter == (0.5, 0.5, 0.5, 0.25)
         assert (strong.jitter_p, strong.gray_p, strong.blur_p, strong.blur_sigma) == (0.8, 0.2, 0.5, (0.1, 2.0))
         assert strong.cutout == Cutout(p=0.5, area=(0.02, 0.4), ratio=(0.3, 1 / 0.3), ignore_index=255)
+        assert strong.invert_p == 0
+        assert strong.draw(torch.rand(2, 3, 8, 8)).invert is None
 
     def test_holds_no_state(self):
         assert not ALL.state_dict()
@@ -762,7 +797,7 @@ class TestRefuses:
         with pytest.raises(ValueError, match=r"jitter is .*; expected brightness, contrast and .* hue in \[0, 0.5\]"):
             StrongAugment(jitter=jitter)
 
-    @pytest.mark.parametrize("name", ["jitter_p", "gray_p", "blur_p"])
+    @pytest.mark.parametrize("name", ["jitter_p", "gray_p", "blur_p", "invert_p"])
     @pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])
     def test_probabilities(self, name, p):
         with pytest.raises(ValueError, match=rf"{name} is {p}; expected a probability in \[0, 1\]"):
