@@ -80,6 +80,7 @@ def run_stage(
         progress: whether to show a bar.
         title: name on the bar and in messages.
     """
+    config = config.on(device_of(method))
     plan = Plan.of(config, streams.steps_per_epoch, snapshots)
     record = {
         **provenance_of(method),

@@ -27,7 +27,7 @@ def evaluate(
     ignore_index: int = 255,
     batch_size: int = 8,
     num_workers: int = 0,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> MeanIoU:
@@ -42,7 +42,7 @@ def evaluate(
         ignore_index: mask value of ignored pixels.
         batch_size: batch size; does not change the result.
         num_workers: processes that read the data.
-        precision: ``"fp32"`` or ``"bf16"``.
+        precision: ``"fp32"``, ``"bf16"``, or ``"auto"`` for bfloat16 where the device computes it natively.
         device: device to move the model to; None leaves it where it is.
         progress: whether to show a bar.
 

@@ -9,13 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stseg.checks import check_choice
 from stseg.data.items import Items
 from stseg.data.observations import Observations
 from stseg.distributed import all_gather, rank, world_size
 from stseg.errors import DataError, NetworkError
 from stseg.inference.reading import Skipped, read_items
-from stseg.models.precision import autocast
+from stseg.models.precision import autocast, resolve_precision
 from stseg.models.state import device_of, evaluating
 from stseg.progress import progress_bar
 from stseg.types import Precision
@@ -184,10 +183,10 @@ def predictor(model: nn.Module, num_classes: int, precision: Precision) -> Calla
     Gradients and training mode are left to the caller (see ``evaluating``).
 
     Raises:
-        ValueError: if ``precision`` is not one of the two.
+        ValueError: if ``precision`` is not one of the three.
         NetworkError: when called, if the network has a different number of classes.
     """
-    check_choice("precision", precision, "fp32", "bf16")
+    resolve_precision(precision)
 
     def predict(images: Tensor) -> Tensor:
         device = device_of(model)
