@@ -130,7 +130,8 @@ class Segmenter(nn.Module):
             if scale_of(x.shape, logits.shape) is None:
                 raise NetworkError(self._no_sides(_output(x, logits)))
             logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
+        # Not a slice of the whole, which would copy its gradient.
+        return logits if logits.shape[-2:] == (height, width) else logits[..., :height, :width]
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""

@@ -9,19 +9,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import same
+from small import same, training_step
 from torch import nn
 
 from stseg import Batch, Losses, Method, Segmenter, TrainConfig
 from stseg.engine.optimizers import build_optimizer
-from stseg.engine.step import training_step
 from stseg.methods import Supervised
 
 CONFIG = TrainConfig(epochs=1, lr=0.01, head_lr_factor=10.0)
 
 
 def step(method: Method, batch: Batch, config: TrainConfig = CONFIG) -> dict[str, float]:
-    return training_step(method.train(), method, [build_optimizer(method, config)], batch, config)
+    return training_step(method.train(), [build_optimizer(method, config)], batch, config)
 
 
 def naive_weighted_cross_entropy(logits, masks, is_pseudo, weight: float, ignore_index: int) -> float:
@@ -82,7 +81,7 @@ class TestTrainStep:
         method = Supervised(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)))
         optimizer = build_optimizer(method, CONFIG)
         batch = self.batch()
-        training_step(method, method, [optimizer], batch, CONFIG)
+        training_step(method, [optimizer], batch, CONFIG)
         before = copy.deepcopy((method, optimizer.state_dict()))
         if spoil == "loss":
             images = batch.images.clone()
@@ -91,7 +90,7 @@ class TestTrainStep:
         else:
             method.model.network[1].weight.register_hook(lambda gradient: gradient * math.inf)
         with pytest.raises(FloatingPointError, match="the loss is nan" if spoil == "loss" else "gradients"):
-            training_step(method, method, [optimizer], batch, CONFIG)
+            training_step(method, [optimizer], batch, CONFIG)
         assert same(method, before[0])
         assert len(before[1]["state"]) > 0
         for name, value in optimizer.state_dict()["state"].items():
