@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stseg.engine.config import ParameterGroups, TrainConfig
 from stseg.functional import polynomial_decay
@@ -74,6 +74,16 @@ def build_critic_optimizer(module: nn.Module, lr: float) -> torch.optim.Optimize
 def _can_fuse(module: nn.Module) -> bool:
     """Return whether an optimizer can be one pass over the parameters, which a device can skip by itself."""
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in module.parameters())
+
+
+def lay_out_states(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Lay out the states of optimizers in memory as the parameters are, which fused ones take for granted."""
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                is_like = isinstance(value, Tensor) and value.shape == parameter.shape
+                if is_like and value.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def keep_initial_rates(optimizers: list[torch.optim.Optimizer]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stseg.distributed import all_reduce_sum, synchronized_batchnorm, world_size
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, Losses, Method
+from stseg.engine.optimizers import lay_out_states
 from stseg.models.precision import autocast
 from stseg.models.state import device_of
 
@@ -65,6 +66,8 @@ class TrainingSteps:
         # Buffers change in the forward pass: a batch with a non-finite loss also corrupts the running statistics.
         before = _Copies(self._buffers())
         losses, norm = self._gradients(batch)
+        if not self._began:
+            lay_out_states(self.optimizers)
         lag = self.lag and self._began and all(map(_can_skip, self.optimizers))
         try:
             yield from self.settle()
@@ -153,7 +156,7 @@ class _Outcome:
         if numbers.device.type == "cuda":
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             numbers = host.copy_(numbers, non_blocking=True)
-            (event := torch.cuda.Event()).record()
+            (event := torch.cuda.Event()).record()  # type: ignore[no-untyped-call]
             wait = event.synchronize
         return cls(("loss", *losses.logged), numbers, not_finite, wait)
 

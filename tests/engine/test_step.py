@@ -116,6 +116,24 @@ class TestTrainStep:
         assert math.isnan(step(Logging(nn.Conv2d(3, 4, 1)), self.batch())["odd"])
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_states_that_were_saved_in_another_layout_are_those_that_were_saved(optimizer):
+    settings = TrainConfig(steps=3, optimizer=optimizer, lr=0.01)
+    batch = Batch(torch.rand(2, 3, 8, 8), torch.randint(4, (2, 8, 8)), torch.zeros(2, dtype=torch.bool))
+    first = Supervised(nn.Conv2d(3, 4, 3, padding=1))
+    before = build_optimizer(first, settings)
+    training_step(first, [before], batch, settings)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        method = copy.deepcopy(first).to(memory_format=layout)
+        resumed = build_optimizer(method, settings)
+        resumed.load_state_dict(copy.deepcopy(before.state_dict()))
+        training_step(method, [resumed], batch, settings)
+        found.append(method.model.network.weight.detach())
+    assert found[1].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(*found)
+
+
 class TestPseudoWeight:
     def batch(self, flags: tuple[bool, ...] = (True, False, True), seed: int = 0) -> Batch:
         generator = torch.Generator().manual_seed(seed)
