@@ -200,7 +200,7 @@ class Streams(Dataset[tuple[StreamName, Any]]):
 
             def move(tensor: Tensor) -> Tensor:
                 tensor = tensor.to(device, non_blocking=True)
-                return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor
+                return tensor.float().div_(255) if tensor.dtype == torch.uint8 else tensor
 
             yield Batch(
                 images=move(images),
