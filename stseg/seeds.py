@@ -42,6 +42,19 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
 
 
+def seed_step(seed: int, device: torch.device) -> None:
+    """Seed torch on the CPU and on a device.
+
+    ``torch.manual_seed`` formats the stack at each call, once for each kind of device that is not in use.
+    """
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 @contextmanager
 def fixed_seed(seed: int) -> Iterator[None]:
     """Seed torch (on the CPU), numpy and ``random``, and restore their states on exit.

@@ -30,7 +30,7 @@ from stseg.errors import DataError, NetworkError, NetworkWarning, TrainingDiverg
 from stseg.inference.evaluate import evaluate
 from stseg.models.state import device_of, train_unfrozen
 from stseg.progress import progress_bar
-from stseg.seeds import derive_seed
+from stseg.seeds import derive_seed, seed_step
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def run_stage(
     run = TrainingSteps(network, method, optimizers, config)
     with bar, preserved_random_state(device):
         for batch in streams.batches(steps, plan.steps, device, num_workers=config.num_workers):
-            torch.manual_seed(derive_seed(config.seed, "step", batch.step, rank()))
+            seed_step(derive_seed(config.seed, "step", batch.step, rank()), device)
             factor = set_learning_rates(optimizers, config, batch.step, plan.steps)
             snapshot, is_row = plan.snapshot_at(batch.step + 1), batch.step + 1 in plan.rows
             is_due = time.monotonic() - saved >= config.save_every
