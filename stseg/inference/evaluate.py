@@ -15,7 +15,7 @@ from stseg.inference.class_counts import ClassCounts
 from stseg.inference.mean_iou import MeanIoU
 from stseg.inference.sweep import Sweep, check_batch_size, finite_images, predictor
 from stseg.models.segmenter import as_segmenter
-from stseg.models.state import place
+from stseg.models.state import move
 from stseg.types import Precision
 
 
@@ -62,7 +62,7 @@ def evaluate(
     """
     check_classes(num_classes, ignore_index)
     check_batch_size(batch_size)
-    model = place(as_segmenter(model), device)
+    model = move(as_segmenter(model), device)
     predict = predictor(model, num_classes, precision)
     sweep = Sweep(Items.of(dataset), "evaluate", batch_size, num_workers, progress, with_mask=True)
     metric, counts = MeanIoU(num_classes, ignore_index), ClassCounts(num_classes, ignore_index, "evaluated")

@@ -25,7 +25,7 @@ from stseg.inference.reading import Skipped
 from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_images, predictor
 from stseg.models.precision import resolve_precision
 from stseg.models.segmenter import as_segmenter
-from stseg.models.state import device_of, evaluating, fingerprint, place
+from stseg.models.state import device_of, evaluating, fingerprint, move
 from stseg.storage.files import remove_leftovers
 from stseg.storage.folder_lock import check_folders
 from stseg.types import Precision
@@ -134,7 +134,7 @@ class PseudoLabeler:
         check_classes(num_classes, ignore_index)
         threshold = check_threshold(threshold, num_classes)
         check_batch_size(batch_size)
-        self.model = place(as_segmenter(model), device)
+        self.model = move(as_segmenter(model), device)
         self.num_classes = num_classes
         self.threshold = threshold
         self.ignore_index = ignore_index

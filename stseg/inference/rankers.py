@@ -23,7 +23,7 @@ from stseg.inference.score_log import ScoreLog
 from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_images, predictor
 from stseg.models.precision import resolve_precision
 from stseg.models.segmenter import as_segmenter
-from stseg.models.state import device_of, evaluating, fingerprint, place
+from stseg.models.state import device_of, evaluating, fingerprint, move
 from stseg.types import Precision
 
 
@@ -45,7 +45,7 @@ class _Ranker(ABC):
         check_batch_size(batch_size)
         if not callable(score):
             raise TypeError(f"score is {score!r}; expected a function such as stseg.functional.stability")
-        self.networks = [place(as_segmenter(network), device) for network in networks]
+        self.networks = [move(as_segmenter(network), device) for network in networks]
         self.num_classes, self.score = num_classes, score
         self.batch_size, self.num_workers, self.progress = batch_size, num_workers, progress
         self.precision = resolve_precision(precision, *map(device_of, self.networks))
