@@ -53,8 +53,8 @@ class SmallUNet(nn.Module):
 
 
 def make_network() -> nn.Module:
-    """Make a network; any other works too. This memory format makes convolutions faster."""
-    return SmallUNet(len(CLASSES)).to(memory_format=torch.channels_last)
+    """Make a network; any other works too."""
+    return SmallUNet(len(CLASSES))
 
 
 def scenes(seed: int) -> SyntheticScenes:

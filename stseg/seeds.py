@@ -24,6 +24,38 @@ def derive_seed(seed: int, *keys: int | str) -> int:
 
 
 @contextmanager
+def preserved_random_states() -> Iterator[None]:
+    """Restore the states of the generators of torch (on the CPU), numpy and ``random`` on exit."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  transforms use it
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        random.setstate(before[2])
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch (on the CPU), numpy and ``random``."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+
+
+def seed_step(seed: int, device: torch.device) -> None:
+    """Seed torch on the CPU and on a device.
+
+    ``torch.manual_seed`` formats the stack at each call, once for each kind of device that is not in use.
+    """
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+@contextmanager
 def fixed_seed(seed: int) -> Iterator[None]:
     """Seed torch (on the CPU), numpy and ``random``, and restore their states on exit.
 
@@ -34,13 +66,6 @@ def fixed_seed(seed: int) -> Iterator[None]:
         ...     bool(torch.rand(()) == a)
         True
     """
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  transforms use it
-    try:
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
+    with preserved_random_states():
+        seed_all(seed)
         yield
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        random.setstate(before[2])

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from stseg.checks import check_choice, check_log
 from stseg.data.items import Items
 from stseg.description import describe
+from stseg.distributed import setup_device
 from stseg.engine.checkpoint import Row
 from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult
@@ -162,11 +163,12 @@ class SelfTrainer:
         refuse_common_ids({"labeled": items, "unlabeled": images, "validation": held_out})
         if images is not None:
             recipe.check_images(len(images))
-        with Workdir(self.workdir, self._settings()) as workdir:
+        config = self.config.on(setup_device())
+        with Workdir(self.workdir, self._settings(config)) as workdir:
             stages = Stages(
                 self.make_model,
                 self.num_classes,
-                self.config,
+                config,
                 workdir,
                 keep=self.keep,
                 val=held_out,
@@ -175,17 +177,17 @@ class SelfTrainer:
                 verify=self.verify,
                 progress=self.progress,
             )
-            methods, skip = recipe.later_methods(self.config), self.skip_unreadable
+            methods, skip = recipe.later_methods(config), self.skip_unreadable
             readable = validate_run(stages, items, images, methods, recipe.labeling, skip_unreadable=skip)
             if readable is not None:
                 recipe.check_images(len(readable))  # without those that were left out
             return stages.result(recipe.run(stages, items, readable if readable is not None else items.subset([])))
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, config: TrainConfig) -> dict[str, Any]:
         return {
             "method": describe(self.recipe),
             "num_classes": self.num_classes,
-            "config": self.config.provenance(),
+            "config": config.provenance(),
             "keep": self.keep,
             "skip_unreadable": self.skip_unreadable,
         }

@@ -25,6 +25,7 @@ from stseg.errors import DataError
 from stseg.inference.fingerprints import dataset_fingerprint
 from stseg.inference.preflight import check_labeled, check_network, find_unreadable, refuse_common_ids
 from stseg.methods.supervised import Supervised
+from stseg.models.state import place
 from stseg.storage.files import absolute_folder, remove_leftovers
 from stseg.storage.folder_lock import hold_folder
 
@@ -121,7 +122,7 @@ def fit(
             "TrainConfig(..., weak=None) leaves the images as the data set returns them"
         )
     streams = Streams(items, extra, config, view=view_of(method))
-    method.to(setup_device())
+    place(method, setup_device())
     image = streams[Draw("labeled", 0, 0)][1][0]
     streams.num_classes = check_network(method.model, image)
     known = workdir is not None and (workdir / "stage.json").exists()

@@ -28,5 +28,7 @@ BatchMixing: TypeAlias = Callable[..., tuple[Tensor, ...]]
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """``(logits, masks) -> loss``, a scalar: a function, or a module such as ``torch.nn.CrossEntropyLoss()``."""
 
-Precision: TypeAlias = Literal["fp32", "bf16"]
-"""``"fp32"``, or ``"bf16"`` for bfloat16 autocast with float32 weights."""
+Precision: TypeAlias = Literal["auto", "fp32", "bf16"]
+"""``"fp32"``; ``"bf16"`` for bfloat16 autocast with float32 weights; or ``"auto"``, which is ``"bf16"`` where the
+device computes bfloat16 natively (GPUs of Nvidia from compute capability 8 on, CPUs with AVX-512 BF16 or AMX), else
+``"fp32"``."""

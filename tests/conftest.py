@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,17 @@ from stseg.data import SyntheticScenes
 # The same examples in every run; with --hypothesis-profile=default it looks for others.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def auto_is_float32() -> Iterator[None]:
+    """Tests compare numbers: on any hardware ``precision="auto"`` is ``"fp32"`` in them, unless they patch it.
+
+    Programs that tests start say ``precision="fp32"`` where their numbers are compared.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stseg.models.precision.computes_bfloat16", lambda device: False)
+        yield
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from stseg import Losses, Method, Segmenter
+from stseg import Batch, Losses, Method, Segmenter, TrainConfig
+from stseg.engine.step import TrainingSteps
 from stseg.functional import cross_entropy, entropy
 from stseg.methods import Supervised
 from stseg.models.state import cpu_state
@@ -87,3 +88,9 @@ class Entropic(Method):
         supervised = cross_entropy(self.model(batch.images), batch.masks, ignore_index=batch.ignore_index)
         uncertainty = entropy(self.model(batch.unlabeled), where=batch.valid)
         return Losses(supervised + self.weight * uncertainty, {"entropy": uncertainty.detach()})
+
+
+def training_step(method: Method, optimizers, batch: Batch, config: TrainConfig) -> dict[str, float]:
+    """The numbers of one step, after which the weights are those after it."""
+    (numbers,) = TrainingSteps(method, method, optimizers, config)(batch)
+    return numbers

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stseg.seeds import derive_seed, fixed_seed
+from stseg.seeds import derive_seed, fixed_seed, seed_step
 
 
 class TestSeedOf:
@@ -44,3 +44,11 @@ class TestSeeded:
         with pytest.raises(ZeroDivisionError), fixed_seed(9):
             self.draws()[0][0] / 0
         assert self.draws() == expected
+
+
+def test_a_step_draws_what_it_draws_after_torchs_own_seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        expected = torch.rand(3)
+        seed_step(7, torch.device("cpu"))
+        assert torch.equal(torch.rand(3), expected)

@@ -24,8 +24,7 @@ from torch import nn
 
 import stseg
 from stseg import DamagedFileError, DataError, Ranking, SelfTrainer, TrainConfig, WeakAugment, WorkdirMismatchError, fit
-from stseg.engine import loop
-from stseg.engine.step import training_step
+from stseg.engine.step import TrainingSteps
 from stseg.functional import ohem_cross_entropy
 from stseg.inference import sweep
 from stseg.methods import ST, Baseline, Labeling, STPlusPlus, Supervised
@@ -584,7 +583,7 @@ class TestWorkdir:
             return counted
 
         # Once for each training step, and for each image that is ranked, labeled or looked at for its confidence.
-        monkeypatch.setattr(loop, "training_step", interrupted(loop.training_step))
+        monkeypatch.setattr(TrainingSteps, "__call__", interrupted(TrainingSteps.__call__))
         monkeypatch.setattr(sweep, "check_finite", interrupted(sweep.check_finite))
         folder = tmp_path / "killed"
         while not (folder / "student-2" / "model.safetensors").exists():
@@ -637,7 +636,7 @@ class TestWorkdir:
         trainer(workdir=tmp_path).fit(labeled(), unlabeled())
         (tmp_path / "teacher" / "model.safetensors").unlink()
         with monkeypatch.context() as patched:  # as on another device
-            patched.setattr(loop, "training_step", lambda *args: training_step(*args) | _nudge(args[0]))
+            patched.setattr(TrainingSteps, "__call__", _nudged(TrainingSteps.__call__))
             for step in ("ranking", "reliable/masks", "student-1", "unreliable/masks", "student-2"):
                 with pytest.raises(WorkdirMismatchError, match=f"delete {tmp_path / step} to ") as caught:
                     trainer(workdir=tmp_path).fit(labeled(), unlabeled())
@@ -709,11 +708,14 @@ class TestWorkdir:
         trainer(workdir=tmp_path, config=busy).fit(labeled(), unlabeled())
 
 
-def _nudge(network):
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 1e-3
-    return {}
+def _nudged(step):
+    def nudged(self, batch, **options):
+        yield from list(step(self, batch, **options))
+        with torch.no_grad():
+            for parameter in self.network.parameters():
+                parameter += 1e-3
+
+    return nudged
 
 
 KILLED = """

@@ -21,7 +21,7 @@ from stseg.distributed import rank, world_size
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, weak_crop
 from stseg.errors import DataError, StsegError
-from stseg.seeds import derive_seed, fixed_seed
+from stseg.seeds import derive_seed, preserved_random_states, seed_all
 from stseg.types import PairTransform
 
 StreamName = Literal["labeled", "unlabeled"]
@@ -141,19 +141,27 @@ class Streams(Dataset[tuple[StreamName, Any]]):
         return sum(len(items) for items in self.items.values())
 
     def __getitem__(self, draw: Draw) -> tuple[StreamName, Any]:
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[tuple[StreamName, Any]]:
+        """Return several samples; a loader asks for a batch at once."""
+        with preserved_random_states():
+            return [self._sample(draw) for draw in draws]
+
+    def _sample(self, draw: Draw) -> tuple[StreamName, Any]:
         items, name = self.items[draw.stream], self.items[draw.stream].names[draw.item]
-        with fixed_seed(derive_seed(self.config.seed, *_key("sample", draw.stream), draw.number)):
-            if draw.stream == "unlabeled":
-                try:
-                    view, valid = self.view(items.image(draw.item), self._augment(name))
-                except StopIteration as error:  # which would end the loop over the batches
-                    raise DataError(f"the view of item {name!r} fails: StopIteration") from error
-                return draw.stream, (_map(view, Tensor.cpu), None if valid is None else valid.cpu())
-            item = items[draw.item]
-            image, mask = pair_of(item, name=name)
-            if self.num_classes is not None:
-                check_mask_values(mask, self.num_classes, self.config.ignore_index, name=name)
-            image, mask = self._augment(name)(image, mask)
+        seed_all(derive_seed(self.config.seed, *_key("sample", draw.stream), draw.number))
+        if draw.stream == "unlabeled":
+            try:
+                view, valid = self.view(items.image(draw.item), self._augment(name))
+            except StopIteration as error:  # which would end the loop over the batches
+                raise DataError(f"the view of item {name!r} fails: StopIteration") from error
+            return draw.stream, (_map(view, Tensor.cpu), None if valid is None else valid.cpu())
+        item = items[draw.item]
+        image, mask = pair_of(item, name=name)
+        if self.num_classes is not None:
+            check_mask_values(mask, self.num_classes, self.config.ignore_index, name=name)
+        image, mask = self._augment(name)(image, mask)
         return draw.stream, (image.cpu(), mask.cpu(), _is_pseudo(item))
 
     def _augment(self, name: str) -> PairTransform:
@@ -192,7 +200,7 @@ class Streams(Dataset[tuple[StreamName, Any]]):
 
             def move(tensor: Tensor) -> Tensor:
                 tensor = tensor.to(device, non_blocking=True)
-                return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor
+                return tensor.float().div_(255) if tensor.dtype == torch.uint8 else tensor
 
             yield Batch(
                 images=move(images),

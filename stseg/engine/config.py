@@ -11,6 +11,7 @@ import torch
 from stseg.augment import WeakAugment, as_pair_transform
 from stseg.checks import check_choice, check_nonnegative, check_number
 from stseg.description import describe
+from stseg.models.precision import resolve_precision
 from stseg.types import PairTransform, Precision
 
 ParameterGroups: TypeAlias = list[dict[str, Any]]
@@ -46,7 +47,8 @@ class TrainConfig:
         schedule: ``(step, steps) -> factor``, in place of the polynomial schedule.
         sync_batchnorm: whether batch normalization uses the statistics of all processes. No effect in a single
             process.
-        precision: ``"fp32"``, or ``"bf16"`` for bfloat16 autocast with float32 weights.
+        precision: ``"bf16"`` for bfloat16 autocast with float32 weights, ``"fp32"`` for none, or ``"auto"`` for
+            bfloat16 where the device computes it natively. Records hold which of the two it was.
         num_workers: worker processes per device; does not change the result.
         eval_batch_size: batch size of evaluation, labeling and ranking.
         eval_every: epochs (steps if the length is given in steps) between rows of the history, each with validation;
@@ -83,7 +85,7 @@ class TrainConfig:
 
     # Execution
     sync_batchnorm: bool = False
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
     num_workers: int = field(default=0, metadata={"record": False})
     eval_batch_size: int = field(default=8, metadata={"record": False})
     eval_every: int | None = None
@@ -116,7 +118,7 @@ class TrainConfig:
                 f"optimizer is {self.optimizer!r}; expected 'sgd', 'adamw' or a function of parameter groups, "
                 "such as functools.partial(torch.optim.RAdam, weight_decay=0.01)"
             )
-        check_choice("precision", self.precision, "fp32", "bf16")
+        check_choice("precision", self.precision, "auto", "fp32", "bf16")
         written = getattr(self.weak, "ignore_index", self.ignore_index)
         if written != self.ignore_index:
             raise ValueError(
@@ -186,6 +188,10 @@ class TrainConfig:
         """Return the settings that the result depends on, JSON-serializable."""
         recorded = [each.name for each in fields(self) if each.metadata.get("record", True)]
         return {name: describe(getattr(self, name)) for name in recorded}
+
+    def on(self, device: torch.device) -> TrainConfig:
+        """Return the same settings with the precision that they have on a device in place of ``"auto"``."""
+        return replace(self, precision=resolve_precision(self.precision, device))
 
     def with_seed(self, seed: int) -> TrainConfig:
         """Return the same settings with another seed."""

@@ -22,15 +22,15 @@ from stseg.engine.batches import Streams
 from stseg.engine.checkpoint import Row, StageCheckpoint
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Method, provenance_of
-from stseg.engine.optimizers import keep_initial_rates, set_learning_rates
+from stseg.engine.optimizers import keep_initial_rates, learning_rate_factor, set_learning_rates
 from stseg.engine.plan import Plan
-from stseg.engine.step import training_step
+from stseg.engine.step import TrainingSteps
 from stseg.engine.trial import preserved_random_state, try_step
 from stseg.errors import DataError, NetworkError, NetworkWarning, TrainingDivergedError
 from stseg.inference.evaluate import evaluate
 from stseg.models.state import device_of, train_unfrozen
 from stseg.progress import progress_bar
-from stseg.seeds import derive_seed
+from stseg.seeds import derive_seed, seed_step
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def run_stage(
         progress: whether to show a bar.
         title: name on the bar and in messages.
     """
+    config = config.on(device_of(method))
     plan = Plan.of(config, streams.steps_per_epoch, snapshots)
     record = {
         **provenance_of(method),
@@ -113,24 +114,29 @@ def run_stage(
 
     bar = progress_bar(title=title, total=plan.steps, initial=state.step, show=progress and rank() == 0)
     steps = range(state.step, plan.steps)
+    run = TrainingSteps(network, method, optimizers, config)
     with bar, preserved_random_state(device):
         for batch in streams.batches(steps, plan.steps, device, num_workers=config.num_workers):
-            torch.manual_seed(derive_seed(config.seed, "step", batch.step, rank()))
+            seed_step(derive_seed(config.seed, "step", batch.step, rank()), device)
             factor = set_learning_rates(optimizers, config, batch.step, plan.steps)
+            snapshot, is_row = plan.snapshot_at(batch.step + 1), batch.step + 1 in plan.rows
+            is_due = time.monotonic() - saved >= config.save_every
             try:
-                numbers = training_step(network, method, optimizers, batch, config)
+                for numbers in run(batch, settle=is_row or snapshot is not None or is_due):
+                    state.record(numbers)
+                    bar.set_postfix(state.shown(numbers), refresh=False)
+                    bar.update()
             except FloatingPointError as error:
                 save()
+                factor = learning_rate_factor(config, state.step, plan.steps)
                 raise TrainingDivergedError(
-                    f"{title}: {error} at step {batch.step + 1} of {plan.steps} (learning rate "
+                    f"{title}: {error} at step {state.step + 1} of {plan.steps} (learning rate "
                     f"{config.lr * factor:.3g}); the weights are those of the step before",
-                    step=batch.step + 1,
+                    step=state.step + 1,
                 ) from None
-            state.record(numbers)
-            snapshot = plan.snapshot_at(state.step)
-            if state.step in plan.rows or snapshot is not None:
+            if is_row or snapshot is not None:
                 broadcast_buffers(method)
-            if state.step in plan.rows:
+            if is_row:
                 miou = validate()
                 if keep == "best" and miou is not None and miou > (-math.inf if state.best is None else state.best):
                     state.best = miou
@@ -141,11 +147,9 @@ def run_stage(
                 checkpoint.write_history(state)
                 if log is not None and rank() == 0:
                     log(dict(row))
-            bar.set_postfix(state.shown(numbers), refresh=False)
-            bar.update()
             if snapshot is not None:
                 copies.append(checkpoint.add_snapshot(method.model, snapshot))
-            if time.monotonic() - saved >= config.save_every:
+            if is_due:
                 save()
                 saved = time.monotonic()
     state.seconds = before + time.monotonic() - began

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stseg.engine.config import ParameterGroups, TrainConfig
 from stseg.functional import polynomial_decay
@@ -54,9 +55,35 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optim
     groups = parameter_groups(module, config)
     if callable(config.optimizer):
         return config.optimizer(groups)
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": _can_fuse(module)}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(groups, **options)
+    optimizer = torch.optim.SGD(groups, momentum=config.momentum, **options)
+    if config.momentum:
+        # The fused one cannot mix parameters with and without a momentum. Zeros become the gradient, as none does.
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def build_critic_optimizer(module: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Build the optimizer of a network beside the one that is trained, such as a critic."""
+    return torch.optim.Adam(module.parameters(), lr=lr, betas=(0.9, 0.99), fused=_can_fuse(module))
+
+
+def _can_fuse(module: nn.Module) -> bool:
+    """Return whether an optimizer can be one pass over the parameters, which a device can skip by itself."""
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in module.parameters())
+
+
+def lay_out_states(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Lay out the states of optimizers in memory as the parameters are, which fused ones take for granted."""
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                is_like = isinstance(value, Tensor) and value.shape == parameter.shape
+                if is_like and value.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def keep_initial_rates(optimizers: list[torch.optim.Optimizer]) -> None:
@@ -66,10 +93,15 @@ def keep_initial_rates(optimizers: list[torch.optim.Optimizer]) -> None:
             group.setdefault("initial_lr", group["lr"])
 
 
+def learning_rate_factor(config: TrainConfig, step: int, steps: int) -> float:
+    """Return the factor of all learning rates in a step."""
+    schedule = config.schedule or (lambda step, steps: polynomial_decay(step, steps, config.power))
+    return schedule(step, steps)
+
+
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], config: TrainConfig, step: int, steps: int) -> float:
     """Set the learning rates of a step, and return their common factor."""
-    schedule = config.schedule or (lambda step, steps: polynomial_decay(step, steps, config.power))
-    factor = schedule(step, steps)
+    factor = learning_rate_factor(config, step, steps)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor

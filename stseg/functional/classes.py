@@ -5,7 +5,6 @@ from __future__ import annotations
 from numbers import Integral
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -42,6 +41,5 @@ def one_hot(masks: Tensor, num_classes: int) -> Tensor:
         >>> one_hot(torch.tensor([[[1, 255]]]), 2)[0, :, 0].tolist()
         [[0.0, 0.0], [1.0, 0.0]]
     """
-    is_class = (masks >= 0) & (masks < num_classes)
-    channels = F.one_hot(torch.where(is_class, masks.long(), num_classes), num_classes + 1)
-    return channels[..., :num_classes].movedim(-1, 1).float()
+    classes = torch.arange(num_classes, device=masks.device)
+    return (masks[:, None] == classes[:, None, None]).float()

@@ -15,7 +15,7 @@ from stseg.inference.class_counts import ClassCounts
 from stseg.inference.mean_iou import MeanIoU
 from stseg.inference.sweep import Sweep, check_batch_size, finite_images, predictor
 from stseg.models.segmenter import as_segmenter
-from stseg.models.state import place
+from stseg.models.state import move
 from stseg.types import Precision
 
 
@@ -27,7 +27,7 @@ def evaluate(
     ignore_index: int = 255,
     batch_size: int = 8,
     num_workers: int = 0,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> MeanIoU:
@@ -42,7 +42,7 @@ def evaluate(
         ignore_index: mask value of ignored pixels.
         batch_size: batch size; does not change the result.
         num_workers: processes that read the data.
-        precision: ``"fp32"`` or ``"bf16"``.
+        precision: ``"fp32"``, ``"bf16"``, or ``"auto"`` for bfloat16 where the device computes it natively.
         device: device to move the model to; None leaves it where it is.
         progress: whether to show a bar.
 
@@ -62,7 +62,7 @@ def evaluate(
     """
     check_classes(num_classes, ignore_index)
     check_batch_size(batch_size)
-    model = place(as_segmenter(model), device)
+    model = move(as_segmenter(model), device)
     predict = predictor(model, num_classes, precision)
     sweep = Sweep(Items.of(dataset), "evaluate", batch_size, num_workers, progress, with_mask=True)
     metric, counts = MeanIoU(num_classes, ignore_index), ClassCounts(num_classes, ignore_index, "evaluated")

@@ -23,8 +23,9 @@ from stseg.inference.fingerprints import check_repeatable, checksum, image_check
 from stseg.inference.mask_store import MaskStore
 from stseg.inference.reading import Skipped
 from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_images, predictor
+from stseg.models.precision import resolve_precision
 from stseg.models.segmenter import as_segmenter
-from stseg.models.state import device_of, evaluating, fingerprint, place
+from stseg.models.state import device_of, evaluating, fingerprint, move
 from stseg.storage.files import remove_leftovers
 from stseg.storage.folder_lock import check_folders
 from stseg.types import Precision
@@ -99,7 +100,7 @@ class PseudoLabeler:
         ignore_index: value of pixels that are left out.
         batch_size: batch size; does not change the labels.
         num_workers: processes that read images.
-        precision: ``"fp32"``, or ``"bf16"`` for speed.
+        precision: ``"fp32"``, ``"bf16"`` for speed, or ``"auto"`` for bfloat16 where the device computes it natively.
         device: device to move the model to; None leaves it where it is.
         progress: whether to show a bar.
 
@@ -126,22 +127,22 @@ class PseudoLabeler:
         ignore_index: int = 255,
         batch_size: int = 8,
         num_workers: int = 0,
-        precision: Precision = "fp32",
+        precision: Precision = "auto",
         device: torch.device | str | None = None,
         progress: bool = True,
     ) -> None:
         check_classes(num_classes, ignore_index)
         threshold = check_threshold(threshold, num_classes)
         check_batch_size(batch_size)
-        self.model = place(as_segmenter(model), device)
+        self.model = move(as_segmenter(model), device)
         self.num_classes = num_classes
         self.threshold = threshold
         self.ignore_index = ignore_index
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.precision = precision
+        self.precision = resolve_precision(precision, device_of(self.model))
         self.progress = progress
-        self._predict = predictor(self.model, num_classes, precision)
+        self._predict = predictor(self.model, num_classes, self.precision)
 
     def __call__(self, images: Tensor) -> PseudoLabels:
         """Label a batch.

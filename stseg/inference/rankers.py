@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from stseg.checks import check_choice
 from stseg.data.items import Items
 from stseg.description import describe
 from stseg.distributed import all_gather, barrier
@@ -22,8 +21,9 @@ from stseg.inference.fingerprints import check_repeatable, image_checksums
 from stseg.inference.ranking import Ranking
 from stseg.inference.score_log import ScoreLog
 from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_images, predictor
+from stseg.models.precision import resolve_precision
 from stseg.models.segmenter import as_segmenter
-from stseg.models.state import evaluating, fingerprint, place
+from stseg.models.state import device_of, evaluating, fingerprint, move
 from stseg.types import Precision
 
 
@@ -43,13 +43,13 @@ class _Ranker(ABC):
     ) -> None:
         check_classes(num_classes, -1)
         check_batch_size(batch_size)
-        check_choice("precision", precision, "fp32", "bf16")
         if not callable(score):
             raise TypeError(f"score is {score!r}; expected a function such as stseg.functional.stability")
-        self.networks = [place(as_segmenter(network), device) for network in networks]
+        self.networks = [move(as_segmenter(network), device) for network in networks]
         self.num_classes, self.score = num_classes, score
-        self.batch_size, self.num_workers, self.precision, self.progress = batch_size, num_workers, precision, progress
-        self._predictors = [predictor(network, num_classes, precision) for network in self.networks]
+        self.batch_size, self.num_workers, self.progress = batch_size, num_workers, progress
+        self.precision = resolve_precision(precision, *map(device_of, self.networks))
+        self._predictors = [predictor(network, num_classes, self.precision) for network in self.networks]
 
     @abstractmethod
     def _score(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ class StabilityRanker(_Ranker):
             :func:`stseg.functional.weighted_stability` and custom functions can be used instead.
         batch_size: batch size.
         num_workers: processes that read images.
-        precision: ``"fp32"``, or ``"bf16"`` for speed.
+        precision: ``"fp32"``, ``"bf16"`` for speed, or ``"auto"`` for bfloat16 where the device computes it natively.
         device: device to move the networks to; None leaves them where they are.
         progress: whether to show a bar.
 
@@ -169,7 +169,7 @@ class StabilityRanker(_Ranker):
         score: Callable[[Tensor, Tensor, int], Tensor] = stability,
         batch_size: int = 8,
         num_workers: int = 0,
-        precision: Precision = "fp32",
+        precision: Precision = "auto",
         device: torch.device | str | None = None,
         progress: bool = True,
     ) -> None:
@@ -204,7 +204,7 @@ class ConfidenceRanker(_Ranker):
             function.
         batch_size: batch size.
         num_workers: processes that read images.
-        precision: ``"fp32"``, or ``"bf16"`` for speed.
+        precision: ``"fp32"``, ``"bf16"`` for speed, or ``"auto"`` for bfloat16 where the device computes it natively.
         device: device to move the networks to; None leaves them where they are.
         progress: whether to show a bar.
 
@@ -229,7 +229,7 @@ class ConfidenceRanker(_Ranker):
         score: Callable[[Tensor], Tensor] = mean_confidence,
         batch_size: int = 8,
         num_workers: int = 0,
-        precision: Precision = "fp32",
+        precision: Precision = "auto",
         device: torch.device | str | None = None,
         progress: bool = True,
     ) -> None:

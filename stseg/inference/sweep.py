@@ -9,14 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stseg.checks import check_choice
 from stseg.data.items import Items
 from stseg.data.observations import Observations
 from stseg.distributed import all_gather, rank, world_size
 from stseg.errors import DataError, NetworkError
 from stseg.inference.reading import Skipped, read_items
-from stseg.models.precision import autocast
-from stseg.models.state import device_of, evaluating
+from stseg.models.precision import autocast, resolve_precision
+from stseg.models.state import device_of, evaluating, laid_out
 from stseg.progress import progress_bar
 from stseg.types import Precision
 
@@ -73,8 +72,8 @@ class Sweep:
         """Yield index and result of the items of this process, or of some of them, in order.
 
         Args:
-            networks: all networks that ``function`` runs, set to evaluation mode meanwhile. Batches are moved to the
-                device of the last one.
+            networks: all networks that ``function`` runs, set to evaluation mode, and laid out for speed, meanwhile.
+                Batches are moved to the device of the last one.
             function: ``(B, C, H, W)`` images -> B results, and ``(B,)`` bool, whether the logits are finite.
             indices: which items; None for all.
             on_item: called with index and image of each item as it is read, and its mask if masks are read.
@@ -96,9 +95,10 @@ class Sweep:
                 return list(zip(results, finite.tolist(), strict=True))
 
         results = batch_by_size(run, images(), batch_size=self.batch_size, device=device_of(networks[-1]))
-        for index, (result, finite) in self._bar(results, len(indices)):
-            check_finite(finite, name=f"image {self.items.ids[index]!r}")
-            yield index, result
+        with laid_out(*networks):
+            for index, (result, finite) in self._bar(results, len(indices)):
+                check_finite(finite, name=f"image {self.items.ids[index]!r}")
+                yield index, result
 
     def skipped(self) -> tuple[Skipped, ...]:
         """Return the items that could not be read by any process, in order.
@@ -184,10 +184,10 @@ def predictor(model: nn.Module, num_classes: int, precision: Precision) -> Calla
     Gradients and training mode are left to the caller (see ``evaluating``).
 
     Raises:
-        ValueError: if ``precision`` is not one of the two.
+        ValueError: if ``precision`` is not one of the three.
         NetworkError: when called, if the network has a different number of classes.
     """
-    check_choice("precision", precision, "fp32", "bf16")
+    resolve_precision(precision)
 
     def predict(images: Tensor) -> Tensor:
         device = device_of(model)

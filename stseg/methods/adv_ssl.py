@@ -10,7 +10,7 @@ from torch import nn
 from stseg.checks import check_count, check_nonnegative, check_positive, check_probability
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, Losses, Method
-from stseg.engine.optimizers import build_optimizer
+from stseg.engine.optimizers import build_critic_optimizer, build_optimizer
 from stseg.functional import adversarial_loss, cross_entropy, one_hot, supervised_loss
 from stseg.models.segmenter import as_segmenter
 from stseg.modules import conv_critic, frozen
@@ -82,7 +82,7 @@ class AdvSSL(Method):
 
     def optimizers(self, config: TrainConfig) -> list[torch.optim.Optimizer]:
         """Build the network's optimizer and the critic's."""
-        critic = torch.optim.Adam(self.critic.parameters(), lr=self.critic_lr, betas=(0.9, 0.99))
+        critic = build_critic_optimizer(self.critic, self.critic_lr)
         return [build_optimizer(self.model, config), critic]
 
     def forward(self, batch: Batch) -> Losses:

@@ -8,7 +8,7 @@ from torch import nn
 from stseg.checks import check_nonnegative, check_positive
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, Losses, Method
-from stseg.engine.optimizers import build_optimizer
+from stseg.engine.optimizers import build_critic_optimizer, build_optimizer
 from stseg.errors import NetworkError
 from stseg.functional import cross_entropy, mean_over_processes, sigmoid_rampup, supervised_loss
 from stseg.models.segmenter import Segmenter, as_segmenter, takes_images
@@ -88,7 +88,7 @@ class ECS(Method):
 
     def optimizers(self, config: TrainConfig) -> list[torch.optim.Optimizer]:
         """Build the network's optimizer and the corrector's."""
-        corrector = torch.optim.Adam(self.corrector.parameters(), lr=self.corrector_lr, betas=(0.9, 0.99))
+        corrector = build_critic_optimizer(self.corrector, self.corrector_lr)
         return [build_optimizer(self.model, config), corrector]
 
     def forward(self, batch: Batch) -> Losses:

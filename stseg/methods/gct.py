@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from stseg.checks import check_count, check_nonnegative, check_probability
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Batch, Losses, Method
-from stseg.engine.optimizers import build_optimizer
+from stseg.engine.optimizers import build_critic_optimizer, build_optimizer
 from stseg.functional import (
     flaw_target,
     less_flawed_target,
@@ -120,7 +120,7 @@ class GCT(Method):
 
     def optimizers(self, config: TrainConfig) -> list[torch.optim.Optimizer]:
         """Build the networks' optimizer and the detector's."""
-        detector = torch.optim.Adam(self.detector.parameters(), lr=self.detector_lr, betas=(0.9, 0.99))
+        detector = build_critic_optimizer(self.detector, self.detector_lr)
         return [build_optimizer(nn.ModuleList([self.model, self.other]), config), detector]
 
     def forward(self, batch: Batch) -> Losses:

@@ -246,11 +246,13 @@ class U2PL(Method):
             sums = all_reduce_sum(torch.cat([of_class.float() @ vectors, of_class.sum(1, keepdim=True)], 1))
             positives = F.normalize(sums[:, :-1] / sums[:, -1:].clamp(min=1), dim=1)
             rows, has_anchors = draw(is_anchor, self.anchors)
+            # Once for all classes: each indexing has a gradient of the size of all representations.
+            drawn_anchors = F.normalize(representations[rows], dim=2)
             losses, counts = [], []
             for number, ring in enumerate(self.memory):
                 bank = cast("Ring", ring)
                 filled = (bank.labels >= 0).sum()
-                anchors = F.normalize(representations[rows[number]], dim=1)
+                anchors = drawn_anchors[number]
                 chosen = torch.rand(self.anchors, self.negatives, device=anchors.device) * filled
                 negatives = F.normalize(bank.vectors[chosen.long()], dim=2)
                 similarity = torch.cat(

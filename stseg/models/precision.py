@@ -1,15 +1,62 @@
-"""Autocast by name."""
+"""Precision of computations: what ``"auto"`` means on a device, and autocast by name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
+from stseg.checks import check_choice
 from stseg.types import Precision
 
 
+def resolve_precision(precision: Precision, *devices: torch.device) -> Literal["fp32", "bf16"]:
+    """Return the precision that is computed in: ``"auto"`` is ``"bf16"`` where all devices compute bfloat16 natively.
+
+    Raises:
+        ValueError: if ``precision`` is not one of the three.
+
+    Example:
+        >>> resolve_precision("fp32", torch.device("cpu")), resolve_precision("auto", torch.device("meta"))
+        ('fp32', 'fp32')
+    """
+    check_choice("precision", precision, "auto", "fp32", "bf16")
+    if precision != "auto":
+        return precision
+    return "bf16" if all(map(computes_bfloat16, devices)) else "fp32"
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for bfloat16, so that nothing emulates it.
+
+    GPUs of Nvidia from compute capability 8 on, and CPUs with AVX-512 BF16 or AMX, for which PyTorch has oneDNN. Of
+    other devices it is not known, and the answer is no.
+    """
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":
+        flags = _cpu_flags()
+        return torch._C._has_mkldnn and bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    return False
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Return bfloat16 autocast for ``"bf16"``; for ``"fp32"`` disable autocast, even inside another one."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """Return bfloat16 autocast, or disable autocast, even inside another one, where the precision is float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=resolve_precision(precision, device) == "bf16")
+
+
+@cache
+def _cpu_flags() -> Mapping[str, Any]:
+    """Return the instruction sets of the CPU; none where neither PyTorch nor the system tells them."""
+    if (capabilities := getattr(torch.cpu, "get_capabilities", None)) is not None:
+        found: Mapping[str, Any] = capabilities()
+        return found
+    try:  # before PyTorch 2.11
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    return dict.fromkeys(next((line.split() for line in lines if line.startswith("flags")), ()), True)

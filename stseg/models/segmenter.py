@@ -15,7 +15,7 @@ from stseg.checks import check_image_range
 from stseg.description import describe
 from stseg.errors import NetworkError
 from stseg.models.sides import Sides, find_sides, scale_of
-from stseg.models.state import bare_network, device_of, evaluating
+from stseg.models.state import bare_network, device_of, evaluating, place_channels_first
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -130,7 +130,8 @@ class Segmenter(nn.Module):
             if scale_of(x.shape, logits.shape) is None:
                 raise NetworkError(self._no_sides(_output(x, logits)))
             logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
+        # Not a slice of the whole, which would copy its gradient.
+        return logits if logits.shape[-2:] == (height, width) else logits[..., :height, :width]
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
@@ -181,6 +182,15 @@ class Segmenter(nn.Module):
             images = images.to(weight.dtype)
         return images.clone() if images is given else images  # the network may write into them
 
+    def _output(self, network: nn.Module, x: Tensor) -> Any:
+        """Run the network; if it views feature maps as channels-first ones, it gets them from then on."""
+        try:
+            return network(x)
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error) or not place_channels_first(self.network):
+                raise
+        return network(x)
+
     def _per_channel(self, name: str, images: Tensor) -> Tensor:
         values: Tensor = getattr(self, f"_{name}")
         if len(values) not in (1, images.shape[1]):
@@ -194,7 +204,7 @@ class Segmenter(nn.Module):
         # Hooks that were added later, such as those of stseg.modules.captured, do not reach what is compiled.
         if self._outer and not self._trying and _count_hooks(network) == self._hooks:
             network = self._outer[0]
-        output = network(x)
+        output = self._output(network, x)
         logits = self.select(output) if self.select is not None else _logits_in(output)
         rows = len(x) * (1 if self._trying else self._rows_per_image)
         is_map = isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim == 4

@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -36,9 +39,82 @@ def bare_network(network: nn.Module) -> nn.Module:
             return network
 
 
-def place(model: nn.Module, device: torch.device | str | None) -> nn.Module:
+def move(model: nn.Module, device: torch.device | str | None) -> nn.Module:
     """Move a model to a device; None leaves it where it is."""
     return model if device is None else model.to(device)
+
+
+def place(model: ModuleT, device: torch.device | str | None = None) -> ModuleT:
+    """Move a model to a device (None leaves it where it is), and lay out the weights of its convolutions for speed.
+
+    In ``torch.channels_last``, the values of all channels of a pixel lie side by side, and so they do in what a
+    convolution with such weights returns: CPUs and GPUs compute it faster, in bfloat16 above all. Values, state dict
+    and fingerprint are the same. What is compiled stays as it is: the compiler chooses layouts itself.
+
+    Call it before an optimizer makes its first step: fused ones take their state to be laid out like the weights.
+
+    Example:
+        >>> net = place(nn.Conv2d(3, 8, 3))
+        >>> net.weight.is_contiguous(memory_format=torch.channels_last)
+        True
+    """
+    model = model if device is None else model.to(device)
+    for weight in _other_weights(model, torch.channels_last):
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
+@contextmanager
+def laid_out(*models: nn.Module) -> Iterator[None]:
+    """Lay out weights as :func:`place` does, and give them back their memory on exit.
+
+    Example:
+        >>> net = nn.Conv2d(3, 8, 3)
+        >>> with laid_out(net):
+        ...     net.weight.is_contiguous(memory_format=torch.channels_last)
+        True
+        >>> net.weight.is_contiguous()
+        True
+    """
+    before = {weight: weight.data for model in models for weight in _other_weights(model, torch.channels_last)}
+    try:
+        for model in models:
+            place(model)
+        yield
+    finally:
+        for weight, data in before.items():
+            weight.data = data
+
+
+def place_channels_first(model: nn.Module) -> bool:
+    """Undo what :func:`place` did to the layout; return whether that changed anything."""
+    weights = _other_weights(model, torch.contiguous_format)
+    for weight in weights:
+        weight.data = weight.data.contiguous()
+    return bool(weights)
+
+
+def _other_weights(model: nn.Module, layout: torch.memory_format) -> list[nn.Parameter]:
+    """Return the weights of the convolutions that are laid out otherwise, and whose memory is theirs alone."""
+    if any(map(_is_compiled, model.modules())):
+        return []
+    convolutions = (each for each in model.modules() if isinstance(each, (nn.Conv2d, nn.ConvTranspose2d)))
+    weights = dict.fromkeys(each.weight for each in convolutions if isinstance(each.weight, nn.Parameter))
+    return [each for each in weights if not each.is_contiguous(memory_format=layout) and not _shares_memory(each)]
+
+
+def _shares_memory(weight: Tensor) -> bool:
+    """Return whether others use the memory of a weight: another process, or a tensor that it is a part of."""
+    if weight.device.type == "meta" or weight.is_inference():
+        return True
+    memory = weight.untyped_storage()
+    part = memory.nbytes() != weight.numel() * weight.element_size()
+    return part or (weight.device.type == "cpu" and memory.is_shared())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    outer = getattr(module, "_outer", ())  # of a Segmenter: the compiled network
+    return any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in (module, *outer))
 
 
 @contextmanager
@@ -132,7 +208,7 @@ def check_apart(**networks: nn.Module) -> None:
 def fingerprint(model: nn.Module, *, weights: bool = True) -> str:
     """Compute a hash of a model's architecture and weights.
 
-    It does not depend on the mode or the device.
+    It does not depend on the mode, the device or the layout in memory.
 
     Example:
         >>> net = nn.Conv2d(3, 2, 1)

@@ -32,7 +32,7 @@ from stseg.inference.rankers import StabilityRanker
 from stseg.inference.ranking import Ranking
 from stseg.inference.reading import Skipped
 from stseg.models.segmenter import as_segmenter
-from stseg.models.state import device_of, fingerprint
+from stseg.models.state import device_of, fingerprint, place
 from stseg.seeds import derive_seed, fixed_seed
 from stseg.stages.labeling import Labeling
 from stseg.stages.ranking_file import read_ranking, write_ranking
@@ -244,7 +244,7 @@ class Stages:
                 f"the method of step {step!r} is {type(method).__name__}; expected a stseg.Method, such as "
                 "method=lambda make_model: stseg.methods.FixMatch(make_model())"
             )
-        return method.to(self.device)
+        return place(method, self.device)
 
     @contextmanager
     def initial_weights(self, step: str) -> Iterator[None]:

@@ -140,7 +140,10 @@ def diff(found: Any, now: Any, name: str = "") -> list[str]:
             for key in {**found, **now}
             for text in diff(found.get(key), now.get(key), f"{name}.{key}" if name else str(key))
         ]
-    return [] if found == now else [f"{name} is {found!r} there and {now!r} now"]
+    if found == now:
+        return []
+    hint = f" (precision={found!r} goes on with it)".replace("'", '"') if name.endswith("precision") and found else ""
+    return [f"{name} is {found!r} there and {now!r} now{hint}"]
 
 
 def _digest(path: Path, record: dict[str, Any]) -> str:

@@ -345,7 +345,7 @@ class TestSettings:
 
     def test_are_the_papers(self, pascal_voc, cityscapes, voc, tmp_path, monkeypatch, handed):
         self.run(pascal_voc, monkeypatch, *arguments(voc, "pairs", tmp_path / "run"))
-        assert handed.options["config"] == stseg.TrainConfig.pascal()
+        assert handed.options["config"] == stseg.TrainConfig.pascal(precision="fp32")
         assert (handed.options["method"], handed.options["keep"]) == ("st++", "final")
         assert handed.options["num_classes"] == 21
         assert [len(dataset) for dataset in handed.data] == [2, 6, 3]
@@ -353,7 +353,7 @@ class TestSettings:
 
     def test_of_cityscapes_are_the_papers(self, cityscapes, cities, tmp_path, monkeypatch, handed):
         self.run(cityscapes, monkeypatch, *arguments(cities, "pairs", tmp_path / "run"))
-        assert handed.options["config"] == stseg.TrainConfig.cityscapes(eval_batch_size=2)
+        assert handed.options["config"] == stseg.TrainConfig.cityscapes(eval_batch_size=2, precision="fp32")
         assert handed.options["num_classes"] == 19
         assert [len(dataset) for dataset in handed.data] == [2, 6, 3]
         assert handed.make_model() == ("DeepLabV3Plus", "resnet50", False)
@@ -371,7 +371,7 @@ class TestSettings:
         given = [*arguments(cities, "ids", tmp_path / "run"), "--pretrained", "--backbone", "resnet50.a1_in1k"]
         self.run(cityscapes, monkeypatch, *given, "--epochs", "5", "--crop-size", "65", "--num-workers", "3")
         weak = stseg.WeakAugment(65, base_size=2048)
-        expected = stseg.TrainConfig.cityscapes(epochs=5, weak=weak, num_workers=3, eval_batch_size=2)
+        expected = stseg.TrainConfig.cityscapes(epochs=5, weak=weak, num_workers=3, eval_batch_size=2, precision="fp32")
         assert handed.options["config"] == expected
         assert handed.make_model() == ("DeepLabV3Plus", "resnet50.a1_in1k", True)
 

@@ -65,7 +65,7 @@ class TestPresets:
         ({"momentum": -0.1}, "momentum is -0.1; expected 0 or more"),
         ({"weight_decay": float("nan")}, "weight_decay is nan; expected 0 or more"),
         ({"optimizer": "adam"}, "optimizer is 'adam'; expected 'sgd', 'adamw' or a function"),
-        ({"precision": "fp16"}, "precision is 'fp16'; expected 'fp32' or 'bf16'"),
+        ({"precision": "fp16"}, "precision is 'fp16'; expected 'auto', 'fp32' or 'bf16'"),
         ({"seed": "1"}, "seed is '1'"),
         ({"num_workers": -1}, "num_workers -1; expected integers, workers >= 0"),
         ({"ignore_index": 254}, r"weak pads masks with 255, but ignore_index is 254; expected weak=WeakAugment\("),
@@ -117,9 +117,9 @@ def halves(step: int, steps: int) -> float:
 
 class TestProvenance:
     def test_is_all_that_the_result_depends_on(self):
-        plain = TrainConfig(epochs=1).provenance()
+        plain = TrainConfig(epochs=1, precision="fp32").provenance()
         for changes in ({"num_workers": 3}, {"eval_batch_size": 3}, {"save_every": 3.0}):
-            assert TrainConfig(epochs=1, **changes).provenance() == plain
+            assert TrainConfig(epochs=1, precision="fp32", **changes).provenance() == plain
         changed = {
             "epochs": 2,
             "batch_size": 3,
@@ -140,7 +140,7 @@ class TestProvenance:
         }
         assert changed.keys() == plain.keys() - {"steps", "ignore_index"}
         for name, value in changed.items():
-            other = TrainConfig(**{"epochs": 1, name: value}).provenance()
+            other = TrainConfig(**{"epochs": 1, "precision": "fp32", name: value}).provenance()
             assert [key for key in plain if plain[key] != other[key]] == [name]
 
     def test_can_be_written_as_json(self):

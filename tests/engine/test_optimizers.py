@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -150,3 +151,32 @@ def test_all_rates_follow_one_factor():
         assert set_learning_rates([one, two], config, step, 10) == pytest.approx((1 - step / 10) ** 2)
         assert one.param_groups[0]["lr"] == pytest.approx(3 * (1 - step / 10) ** 2)
         assert two.param_groups[0]["lr"] == pytest.approx(7 * (1 - step / 10) ** 2)
+
+
+class TestFused:
+    """One pass over the parameters, against torch's optimizers, one operation after the other."""
+
+    @pytest.mark.parametrize(
+        ("name", "plain"),
+        [
+            ("sgd", partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)),
+            ("adamw", partial(torch.optim.AdamW, lr=0.1, weight_decay=0.01)),
+        ],
+    )
+    def test_updates_are_those_of_plain_ones_even_if_a_parameter_gets_its_first_gradient_late(self, name, plain):
+        one, two = (nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1)) for _ in range(2))
+        two.load_state_dict(one.state_dict())
+        config = TrainConfig(steps=1, optimizer=name, lr=0.1, momentum=0.9, weight_decay=0.01)
+        optimizers = build_optimizer(one, config), plain(two.parameters())
+        for step in range(4):
+            for each, optimizer in zip((one, two), optimizers, strict=True):
+                x = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+                optimizer.zero_grad()
+                (each if step > 1 else each[0])(x).square().sum().backward()
+                optimizer.step()
+            for mine, other in zip(one.parameters(), two.parameters(), strict=True):
+                torch.testing.assert_close(mine, other)
+
+    def test_parameters_that_are_no_floats_are_left_to_plain_ones(self):
+        optimizer = build_optimizer(nn.Conv2d(3, 2, 1, dtype=torch.complex64), TrainConfig(steps=1))
+        assert not optimizer.param_groups[0]["fused"]

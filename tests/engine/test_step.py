@@ -9,19 +9,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import same
+from small import same, training_step
 from torch import nn
 
 from stseg import Batch, Losses, Method, Segmenter, TrainConfig
 from stseg.engine.optimizers import build_optimizer
-from stseg.engine.step import training_step
 from stseg.methods import Supervised
 
 CONFIG = TrainConfig(epochs=1, lr=0.01, head_lr_factor=10.0)
 
 
 def step(method: Method, batch: Batch, config: TrainConfig = CONFIG) -> dict[str, float]:
-    return training_step(method.train(), method, [build_optimizer(method, config)], batch, config)
+    return training_step(method.train(), [build_optimizer(method, config)], batch, config)
 
 
 def naive_weighted_cross_entropy(logits, masks, is_pseudo, weight: float, ignore_index: int) -> float:
@@ -82,7 +81,7 @@ class TestTrainStep:
         method = Supervised(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)))
         optimizer = build_optimizer(method, CONFIG)
         batch = self.batch()
-        training_step(method, method, [optimizer], batch, CONFIG)
+        training_step(method, [optimizer], batch, CONFIG)
         before = copy.deepcopy((method, optimizer.state_dict()))
         if spoil == "loss":
             images = batch.images.clone()
@@ -91,7 +90,7 @@ class TestTrainStep:
         else:
             method.model.network[1].weight.register_hook(lambda gradient: gradient * math.inf)
         with pytest.raises(FloatingPointError, match="the loss is nan" if spoil == "loss" else "gradients"):
-            training_step(method, method, [optimizer], batch, CONFIG)
+            training_step(method, [optimizer], batch, CONFIG)
         assert same(method, before[0])
         assert len(before[1]["state"]) > 0
         for name, value in optimizer.state_dict()["state"].items():
@@ -115,6 +114,24 @@ class TestTrainStep:
                 return Losses(super().forward(batch).total, {"odd": torch.tensor(math.nan)})
 
         assert math.isnan(step(Logging(nn.Conv2d(3, 4, 1)), self.batch())["odd"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_states_that_were_saved_in_another_layout_are_those_that_were_saved(optimizer):
+    settings = TrainConfig(steps=3, optimizer=optimizer, lr=0.01)
+    batch = Batch(torch.rand(2, 3, 8, 8), torch.randint(4, (2, 8, 8)), torch.zeros(2, dtype=torch.bool))
+    first = Supervised(nn.Conv2d(3, 4, 3, padding=1))
+    before = build_optimizer(first, settings)
+    training_step(first, [before], batch, settings)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        method = copy.deepcopy(first).to(memory_format=layout)
+        resumed = build_optimizer(method, settings)
+        resumed.load_state_dict(copy.deepcopy(before.state_dict()))
+        training_step(method, [resumed], batch, settings)
+        found.append(method.model.network.weight.detach())
+    assert found[1].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(*found)
 
 
 class TestPseudoWeight:

@@ -55,21 +55,22 @@ def data(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def run(out: Path) -> None:
     """``fit`` and all of ST++, with everything in ``out``."""
-    config = stseg.TrainConfig(steps=STEPS, batch_size=4, weak=stseg.WeakAugment(16, base_size=20), lr=0.05)
+    settings = {"steps": STEPS, "batch_size": 4, "lr": 0.05, "precision": "fp32"}
+    config = stseg.TrainConfig(weak=stseg.WeakAugment(16, base_size=20), **settings)
     torch.manual_seed(0)
     val = data(5, seed=9)
     fitted = stseg.fit(Two(), data(6, seed=1), config, val=val, snapshots=[4], workdir=out / "fit", progress=False)
     plain = STPlusPlus(strong=None)
     trainer = stseg.SelfTrainer(Two, num_classes=3, config=config, method=plain, workdir=out / "run", progress=False)
     result = trainer.fit(data(6, seed=1), [image for image, _ in data(9, seed=2)], val)
-    miou = stseg.evaluate(result.model, val, num_classes=3, progress=False).compute()
+    miou = stseg.evaluate(result.model, val, num_classes=3, precision="fp32", progress=False).compute()
     options = {"num_classes": 3, "config": config, "workdir": out / "normalized", "progress": False}
     normalized = stseg.SelfTrainer(Normalized, **options)
     final = normalized.fit(data(6, seed=1), [image for image, _ in data(9, seed=2)], val)
     for model in (final.model, *final.stages["teacher"].snapshots):
         assert len(set(all_gather(fingerprint(model)))) == 1
     unlabeled = [image for image, _ in data(7, seed=3)]
-    own = stseg.TrainConfig(steps=STEPS, batch_size=4, unlabeled_batch_size=2, weak=config.weak, lr=0.05)
+    own = stseg.TrainConfig(unlabeled_batch_size=2, weak=config.weak, **settings)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         entropic = Entropic(Two(), weight=0.3)

@@ -471,7 +471,7 @@ class TestOnDisk:
             ({"network": MultiScaleFlip(Pooled())}, "model"),
             ({"threshold": 0.5}, r"threshold\b.*0\.0.*0\.5"),
             ({"ignore_index": 9}, r"ignore_index\b.*255.*9"),
-            ({"precision": "bf16"}, "precision.*fp32.*bf16"),
+            ({"precision": "bf16"}, "precision is 'fp32' there and 'bf16' now .precision=\"fp32\" goes on with it"),
         ],
     )
     def test_masks_of_another_labeler_are_refused(self, tmp_path, options, difference):

@@ -178,7 +178,7 @@ class TestPredictor:
             assert network.dtype == dtype
 
     def test_refuses_other_precisions_at_once(self):
-        with pytest.raises(ValueError, match="precision is 'fp16'; expected 'fp32' or 'bf16'"):
+        with pytest.raises(ValueError, match="precision is 'fp16'; expected 'auto', 'fp32' or 'bf16'"):
             predictor(nn.Conv2d(3, 2, 1), 2, "fp16")
 
     @pytest.mark.parametrize("expected", [3, 5])

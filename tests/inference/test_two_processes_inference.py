@@ -64,7 +64,7 @@ def networks():
 
 def everything(folder):
     """What the package does in one process or in several, and how many images the networks saw in this one."""
-    options = {"num_classes": 4, "batch_size": 3, "progress": False}
+    options = {"num_classes": 4, "batch_size": 3, "precision": "fp32", "progress": False}
     data, broken = Scenes(11), Scenes(11, BROKEN)
     result, seen = {}, {}
 

@@ -59,7 +59,7 @@ def run(out: Path) -> None:
     for tester in TESTERS:
         method = tester().plain()
         unlabeled = images(6, seed=1) if method.uses_unlabeled else None
-        settings = config(steps=8, batch_size=4, lr=0.05, sync_batchnorm=True)
+        settings = config(steps=8, batch_size=4, lr=0.05, sync_batchnorm=True, precision="fp32")
         stseg.fit(
             method,
             pairs(6),

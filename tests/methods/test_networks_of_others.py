@@ -9,6 +9,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from small import training_step
 from tester import CLASSES, batch, config, images, pairs
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
@@ -17,7 +18,6 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 import stseg
 from stseg import methods
 from stseg.augment import BoxMix, CropPair
-from stseg.engine.step import training_step
 from stseg.modules import FlawDetector
 
 SIZE = 36  # a multiple of no stride
@@ -158,7 +158,7 @@ def test_a_step_trains_every_parameter(name, family):
     method = METHODS[name](FAMILIES[family], family).train()
     settings = config()
     optimizers = list(method.optimizers(settings))
-    row = training_step(method, method, optimizers, training_batch(method), settings)
+    row = training_step(method, optimizers, training_batch(method), settings)
     assert all(torch.tensor(value).isfinite() for value in row.values())
     learning = {key: p.grad for key, p in method.named_parameters() if p.requires_grad}
     assert [key for key, gradient in learning.items() if gradient is None] == []

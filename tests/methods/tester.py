@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stseg
 from stseg import Batch, TrainConfig, TrainingDivergedError, WeakAugment, fit
-from stseg.engine.step import training_step
+from stseg.engine.step import TrainingSteps
 from stseg.models.state import cpu_state
 
 CLASSES = 3
@@ -114,8 +115,39 @@ def interrupt(method: stseg.Method, at: int) -> stseg.Method:
     return method
 
 
+class Waits(TorchDispatchMode):
+    """Notes the operations for which the host would wait for a GPU: those that read values or choose shapes by them."""
+
+    READING = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "unique_dim",
+        "_unique2",
+        "bincount",
+        "equal",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_values = name in ("index", "index_put", "index_put_") and any(
+            each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1]
+        )
+        if name in self.READING or by_values:
+            self.operations.append(name)
+        return function(*args, **(kwargs or {}))
+
+
 class MethodTester:
     """Tests of one method; a subclass says how it is made."""
+
+    waits = False
+    """Whether a step cannot but read values from the device."""
 
     def make(self) -> stseg.Method:
         """The method with its defaults on :class:`Network`."""
@@ -179,16 +211,21 @@ class MethodTester:
         self.train(method, config(precision="bf16"))
         assert {p.dtype for p in method.parameters()} == {torch.float32}
 
-    def test_whose_loss_is_not_finite_is_left_as_it_was(self):
+    @pytest.mark.parametrize("lag", [False, True])
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_whose_loss_is_not_finite_is_left_as_it_was(self, optimizer, lag):
         method = self.make().train()
-        settings = config(precision="fp32")
+        settings = config(precision="fp32", optimizer=optimizer)
         optimizers = list(method.optimizers(settings))
-        training_step(method, method, optimizers, batch(16, 16), settings)
+        steps = TrainingSteps(method, method, optimizers, settings, lag=lag)
+        assert len(list(steps(batch(16, 16)))) == 1
         before = copy.deepcopy((method.state_dict(), [o.state_dict() for o in optimizers]))
         spoiled = batch(16, 16)
         spoiled.images[0, 0, 8, 8] = math.nan
+        if lag:  # the step after it is launched before it is known
+            assert list(steps(spoiled, settle=False)) == []
         with pytest.raises(FloatingPointError):
-            training_step(method, method, optimizers, spoiled, settings)
+            list(steps(batch(16, 16) if lag else spoiled))
         assert all(torch.equal(value, before[0][name]) for name, value in method.state_dict().items())
         for optimizer, state in zip(optimizers, before[1], strict=True):
             after = optimizer.state_dict()["state"]
@@ -197,6 +234,32 @@ class MethodTester:
                 tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
                 assert tensors
                 assert all(torch.equal(value, state["state"][key][name]) for name, value in tensors.items())
+
+    def test_comes_to_the_same_state_if_the_host_lags_behind(self):
+        settings, found = config(optimizer="adamw"), []
+        for lag in (False, True):
+            torch.manual_seed(0)
+            method = self.make().train()
+            steps = TrainingSteps(method, method, list(method.optimizers(settings)), settings, lag=lag)
+            rows = [[*steps(batch(2, 16, step=step, seed=step), settle=step == 4)] for step in range(5)]
+            assert [len(each) for each in rows] == ([1, 0, 1, 1, 2] if lag else [1] * 5)
+            found.append(([numbers for each in rows for numbers in each], cpu_state(method)))
+        (one, state), (two, other) = found
+        assert one == two
+        assert all(torch.equal(value, other[name]) for name, value in state.items())
+
+    def test_waits_for_no_device_in_a_step(self):
+        if self.waits:
+            pytest.skip("its algorithm does")
+        method, settings = self.make().train(), config()
+        for module in method.modules():  # the range of images is looked at on the CPU only
+            getattr(module, "_checked_on", set()).add("cpu")
+        steps = TrainingSteps(method, method, list(method.optimizers(settings)), settings, lag=True)
+        one = batch(2, 16)
+        list(steps(one))
+        with Waits() as waits:
+            assert list(steps(one, settle=False)) == []
+        assert waits.operations == []
 
     def test_diverging_names_the_step(self):
         with pytest.raises(TrainingDivergedError, match="at step"):
@@ -227,7 +290,7 @@ class MethodTester:
         self.train(one)
         other.load_state_dict(one.state_dict())
         for method in (one, other):
-            method.train()
+            method.train().to(memory_format=torch.channels_last)  # rounding depends on the layout
         torch.manual_seed(0)
         expected = one(batch()).total
         torch.manual_seed(0)

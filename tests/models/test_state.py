@@ -2,10 +2,12 @@ import copy
 
 import pytest
 import torch
+from small import network
 from torch import nn
 
+import stseg
 from stseg.models.segmenter import Segmenter
-from stseg.models.state import cpu_state, device_of, evaluating, fingerprint
+from stseg.models.state import cpu_state, device_of, evaluating, fingerprint, laid_out, place
 
 
 def small_network(seed=0):
@@ -177,3 +179,123 @@ def test_digest_does_not_depend_on_where_things_are_in_memory():
             return f"thing={self.thing!r}"
 
     assert fingerprint(Holder()) == fingerprint(Holder())
+
+
+# --- place
+
+
+class Views(nn.Module):
+    """Reads its feature maps channel by channel, as ``view`` can only if they lie so."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(y.view(y.shape[0], -1).sin().view(y.shape))
+
+
+def channels_last(weight):
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def test_a_placed_network_is_the_same_but_for_the_layout():
+    model, images = small_network().eval(), torch.rand(2, 3, 9, 9)
+    before, mark, weight = cpu_state(model), fingerprint(model), model[0].weight
+    expected = model(images)
+    assert place(model, "cpu") is model
+    assert model[0].weight is weight
+    assert channels_last(weight)
+    assert fingerprint(model) == mark
+    after = cpu_state(model)
+    assert all(torch.equal(before[name], after[name]) and after[name].is_contiguous() for name in before)
+    torch.testing.assert_close(model(images), expected)
+    assert model[0](images).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_inside_a_sweep_alone_networks_are_laid_out():
+    model, images = network().eval(), [torch.rand(3, 9, 9) for _ in range(3)]
+    pointer, expected = model[0].weight.data_ptr(), model(images[0][None])
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(channels_last(model[0].weight)))
+    stseg.PseudoLabeler(Segmenter(model, mean=None, std=None, stride=1), num_classes=2, progress=False).label(images)
+    assert seen
+    assert all(seen)
+    assert model[0].weight.data_ptr() == pointer
+    assert model[0].weight.is_contiguous()
+    assert torch.equal(model(images[0][None]), expected)
+
+
+def test_weights_have_their_memory_back_after_an_error():
+    model, tied = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    tied.weight = model.weight
+    pointer = model.weight.data_ptr()
+
+    def fail():
+        with laid_out(nn.ModuleList([model, tied]), model):
+            assert channels_last(tied.weight)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert model.weight.data_ptr() == tied.weight.data_ptr() == pointer
+    assert model.weight.is_contiguous()
+
+
+def test_other_weights_than_those_of_convolutions_of_images_stay_as_they_are():
+    model = nn.ModuleDict({"3d": nn.Conv3d(3, 2, 3), "1d": nn.Conv1d(3, 2, 3), "linear": nn.Linear(3, 2)})
+    model.register_parameter("position", nn.Parameter(torch.rand(1, 4, 3, 3)))
+    place(model)
+    assert all(each.is_contiguous() for each in model.parameters())
+
+
+def test_memory_that_others_use_is_left_to_them():
+    shared, part = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    shared.share_memory()
+    flat = torch.rand(200)
+    part.weight.data = flat[:108].view(4, 3, 3, 3)
+    for model in (shared, part):
+        pointer = model.weight.data_ptr()
+        assert place(model).weight.data_ptr() == pointer
+
+
+def test_compiled_networks_are_left_to_the_compiler():
+    for wrap in (lambda net: torch.compile(net), lambda net: Segmenter(torch.compile(net))):
+        model = nn.Conv2d(3, 4, 3)
+        place(wrap(model))
+        assert model.weight.is_contiguous()
+    model = nn.Conv2d(3, 4, 3)
+    model.compile()
+    place(Segmenter(model))
+    assert model.weight.is_contiguous()
+
+
+def test_a_network_in_parallel_is_laid_out():
+    model = small_network()
+    place(Segmenter(nn.DataParallel(model)))
+    assert channels_last(model[0].weight)
+
+
+@pytest.mark.parametrize("stride", [None, 1])
+def test_a_network_that_views_feature_maps_gets_them_channels_first(stride):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Views()
+    images = torch.rand(2, 3, 8, 8)
+    expected = Segmenter(copy.deepcopy(model), stride=stride)(images)
+    placed = place(Segmenter(model, stride=stride))
+    assert channels_last(model.first.weight)
+    assert torch.equal(placed(images), expected)
+    assert model.first.weight.is_contiguous()
+
+
+def test_other_errors_of_a_network_are_raised_as_they_are():
+    class Fails(nn.Conv2d):
+        def forward(self, x):
+            raise RuntimeError("out of paper")
+
+    model = place(Segmenter(Fails(3, 2, 3), stride=1))
+    with pytest.raises(RuntimeError, match="out of paper"):
+        model(torch.rand(1, 3, 8, 8))
+    assert channels_last(model.network.weight)
