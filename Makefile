@@ -1,4 +1,4 @@
-# make demo    trains by three methods on drawn scenes, prints a table, draws demo/demo.png (about five minutes)
+# make demo    trains by three methods on drawn scenes, prints a table, draws demo/demo.png (a few minutes)
 # make test    runs the tests
 # make lint    formatting, types, layers
 # make docs    builds the documentation into site/

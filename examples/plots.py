@@ -17,20 +17,21 @@ CLASSES = SyntheticScenes.classes
 COLORS = ("#8fbf6f", "#a8d5f2", "#6b6b76", "#d99157", "#2f7d3b", "#d43a3a", "#f6d743")
 
 
-def draw(supervised: nn.Module, final: stseg.SelfTrainingResult, held_out: SyntheticScenes, path: Path) -> None:
+def draw(results: dict[str, stseg.SelfTrainingResult], held_out: SyntheticScenes, path: Path) -> None:
     """Draw held-out scenes with truth and predictions; below, the most and the least stable images without masks."""
+    final = results["ST++"]
     assert final.ranking is not None
-    canvas = Figure(figsize=(12, 10), layout="constrained")
-    upper, lower = np.asarray(canvas.subfigures(2, 1, height_ratios=(4, 2)))
+    canvas = Figure(figsize=(12, 12), layout="constrained")
+    upper, lower = np.asarray(canvas.subfigures(2, 1, height_ratios=(2 + len(results), 2)))
 
     upper.suptitle("Held-out scenes", fontsize=15)
-    rows = upper.subplots(4, 6)
-    for row, title in zip(rows, ("image", "truth", "supervised", "ST++"), strict=True):
+    rows = upper.subplots(2 + len(results), 6)
+    for row, title in zip(rows, ("image", "truth", *results), strict=True):
         row[0].set_ylabel(title, fontsize=13)
     for column, index in zip(rows.T, range(rows.shape[1]), strict=True):
         image, mask = held_out[index]
         show_image(column[0], image)
-        masks = mask, predicted(supervised, image), predicted(final.model, image)
+        masks = mask, *(predicted(result.model, image) for result in results.values())
         for axes, classes in zip(column[1:], masks, strict=True):
             show_mask(axes, classes)
 

@@ -128,7 +128,7 @@ def test_quickstart_prints_a_table_and_draws_a_figure(
         monkeypatch.setattr(module, name, value)
     run_main(module, monkeypatch, "--out", str(tmp_path), "--steps", "3")
     table = capsys.readouterr().out
-    for word in ("mIoU", "supervised", "ST", "ST++", *SyntheticScenes.classes, "student-2"):
+    for word in ("mIoU", "supervised", "FixMatch", "ST++", *SyntheticScenes.classes, "student-2"):
         assert word in table
     picture = np.asarray(Image.open(tmp_path / "demo.png").convert("RGB"))
     assert picture.shape[0] > 500
