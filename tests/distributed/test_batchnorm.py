@@ -140,7 +140,7 @@ def fitted(sync_batchnorm: bool, **changes) -> stseg.FitResult:
         weak=stseg.WeakAugment(16, base_size=20),
         lr=0.05,
         sync_batchnorm=sync_batchnorm,
-        **changes,
+        **{"precision": "fp32", **changes},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
