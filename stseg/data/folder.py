@@ -88,6 +88,8 @@ class SegmentationFolder(Dataset[Any]):
         ['0002']
     """
 
+    concurrent = True
+
     def __init__(
         self,
         images: str | Path,

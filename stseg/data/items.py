@@ -31,6 +31,9 @@ class Items(Dataset[Any]):
             whose names are not unique).
         has_ids: whether the items have ids of their own. Numbers do not count, even those of an
             underlying data set: equal numbers do not mean equal images.
+        concurrent: whether another thread may read the items, and gets the same ones whatever the random generators do:
+            the attribute ``concurrent`` of its class, True of :class:`stseg.data.SegmentationFolder` and
+            :class:`stseg.data.ListedFiles`. Subclasses say so themselves.
 
     Raises:
         TypeError: if it is no map-style data set: it has no length or no index, or is a stream, a loader, a path or a
@@ -55,6 +58,7 @@ class Items(Dataset[Any]):
             if len(found) != length:
                 raise DataError(f"the data set has {length} items but {len(found)} ids")
         self.has_ids = _has_ids(dataset)
+        self.concurrent = _is_concurrent(dataset)
         self._indices: Sequence[int] = range(length)
         self._only_images = False
 
@@ -77,7 +81,7 @@ class Items(Dataset[Any]):
     def subset(self, indices: Sequence[int], *, only_images: bool = False) -> Items:
         """Return some of the items under their names; with ``only_images``, without masks."""
         part = object.__new__(Items)
-        part.dataset, part.has_ids = self.dataset, self.has_ids
+        part.dataset, part.has_ids, part.concurrent = self.dataset, self.has_ids, self.concurrent
         part._ids = [self._ids[index] for index in indices]
         part.names = part._ids if self.names is self._ids else [self.names[index] for index in indices]
         part._indices = [self._indices[index] for index in indices]
@@ -187,6 +191,13 @@ def _has_ids(dataset: Any) -> bool:
     if ids is None or source is None or _has_ids(source):
         return ids is not None
     return not all(id.isdecimal() for id in ids)
+
+
+def _is_concurrent(dataset: Any) -> bool:
+    if isinstance(dataset, ConcatDataset):
+        return all(map(_is_concurrent, dataset.datasets))
+    inner = dataset.dataset if isinstance(dataset, Subset) else dataset
+    return _is_concurrent(inner) if inner is not dataset else vars(type(dataset)).get("concurrent") is True
 
 
 def duplicate(ids: Sequence[str]) -> str | None:

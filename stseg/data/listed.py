@@ -165,6 +165,8 @@ class ListedFiles(Dataset[Any]):
         (['0001_rgb'], torch.Size([3, 4, 6]), tensor([0], dtype=torch.uint8))
     """
 
+    concurrent = True
+
     def __init__(
         self,
         root: str | Path,

@@ -49,8 +49,9 @@ def pseudo_label(
     num_classes = logits.shape[1]
     check_classes(num_classes, ignore_index)
     threshold = check_threshold(threshold, num_classes)
-    # Not the arg max of the softmax: rounding creates ties.
-    mask, confidence = logits.argmax(1), logits.float().softmax(1).amax(1)
+    # Not the arg max of the softmax: rounding creates ties. On a CPU, max is several times faster than argmax, and the
+    # softmax along the memory faster than the other way.
+    mask, confidence = logits.max(1).indices, logits.float().contiguous().softmax(1).amax(1)
     if isinstance(threshold, tuple):
         least = torch.tensor(threshold, dtype=torch.float32, device=mask.device)
         mask = mask.masked_fill(confidence < least[mask], ignore_index)

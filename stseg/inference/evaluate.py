@@ -40,7 +40,7 @@ def evaluate(
         dataset: items ``(image, mask)``.
         num_classes: number of classes.
         ignore_index: mask value of ignored pixels.
-        batch_size: batch size; does not change the result.
+        batch_size: most images of a batch; does not change the result.
         num_workers: processes that read the data.
         precision: ``"fp32"``, ``"bf16"``, or ``"auto"`` for bfloat16 where the device computes it natively.
         device: device to move the model to; None leaves it where it is.
@@ -73,11 +73,11 @@ def evaluate(
         counts.add(mask)
         truth[index] = mask
 
-    def classes(batch: Tensor) -> tuple[list[Tensor], Tensor]:
-        logits = predict(batch)
-        return list(logits.argmax(1).cpu()), finite_images(logits)
+    def classes(batch: Tensor) -> tuple[Tensor, Tensor]:
+        highest, mask = predict(batch).max(1)
+        return mask, finite_images(highest)
 
-    for index, prediction in sweep.predict([model], classes, on_item=keep):
+    for index, (prediction,) in sweep.predict([model], classes, on_item=keep):
         metric.add(prediction, truth.pop(index))
     metric.merge_processes()
     counts.merge_processes()

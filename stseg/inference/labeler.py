@@ -17,7 +17,7 @@ from stseg.data.items import Items
 from stseg.distributed import all_gather, all_reduce_sum, barrier, rank
 from stseg.errors import DataError
 from stseg.functional import PseudoLabels, pseudo_label
-from stseg.functional.classes import check_classes
+from stseg.functional.classes import check_classes, index_dtype
 from stseg.functional.thresholds import STEPS, check_threshold, least_confidence, leaves_out, step_of
 from stseg.inference.fingerprints import check_repeatable, checksum, image_checksums
 from stseg.inference.mask_store import MaskStore
@@ -98,7 +98,7 @@ class PseudoLabeler:
         threshold: pixels whose confidence is below it get ``ignore_index``; one value, or one for each class, such as
             those of :meth:`class_thresholds`. The paper keeps all (0).
         ignore_index: value of pixels that are left out.
-        batch_size: batch size; does not change the labels.
+        batch_size: most images of a batch; does not change the labels.
         num_workers: processes that read images.
         precision: ``"fp32"``, ``"bf16"`` for speed, or ``"auto"`` for bfloat16 where the device computes it natively.
         device: device to move the model to; None leaves it where it is.
@@ -206,19 +206,22 @@ class PseudoLabeler:
         missing = set(store.missing([items.ids[index] for index in sweep.share], confidence=confidence))
         todo = [index for index in sweep.share if items.ids[index] in missing]
 
-        def label_each(batch: Tensor) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
-            labels = self._label(batch)
-            kept = labels.confidence.cpu() if confidence else [None] * len(batch)
-            return list(zip(labels.mask.cpu(), kept, strict=True)), finite_images(labels.confidence)
+        def label_each(batch: Tensor) -> tuple[Tensor, ...]:
+            if confidence or leaves_out(self.threshold):
+                labels = self._label(batch)
+                kept = (labels.confidence,) if confidence else ()
+                return labels.mask, *kept, finite_images(labels.confidence)
+            highest, mask = self._predict(batch).max(1)  # without the softmax, which nothing needs
+            return mask.to(index_dtype(self.num_classes, self.ignore_index)), finite_images(highest)
 
         # Threads write the PNGs while the network runs; their queue is bounded.
         with ThreadPoolExecutor(4) as writers:
             writing: deque[Future[None]] = deque()
             of: dict[int, int] = {}  # checksums of the images that were read
             note = None if store.folder is None else lambda index, image: of.update({index: checksum(image)})
-            for index, (mask, kept) in sweep.predict([self.model], label_each, indices=todo, on_item=note):
-                known = {} if note is None else {"image": of.pop(index)}
-                writing.append(writers.submit(store.put, items.ids[index], mask, kept, **known))
+            for index, (mask, *kept) in sweep.predict([self.model], label_each, indices=todo, on_item=note):
+                known: dict[str, Any] = {} if note is None else {"image": of.pop(index)}
+                writing.append(writers.submit(store.put, items.ids[index], mask, *kept, **known))
                 while len(writing) > 64:
                     writing.popleft().result()
             for job in writing:
@@ -277,11 +280,11 @@ class PseudoLabeler:
         )
         counts = torch.zeros(self.num_classes, STEPS, dtype=torch.int64, device=device_of(self.model))
 
-        def count(batch: Tensor) -> tuple[list[None], Tensor]:
+        def count(batch: Tensor) -> tuple[Tensor]:
             mask, confidence = pseudo_label(self._predict(batch), ignore_index=self.ignore_index)
             cells = (mask.long() * STEPS + step_of(confidence)).flatten()
             counts.add_(torch.bincount(cells, minlength=counts.numel()).reshape(counts.shape))
-            return [None] * len(batch), finite_images(confidence)
+            return (finite_images(confidence),)
 
         for _ in sweep.predict([self.model], count):
             pass

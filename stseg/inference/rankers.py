@@ -68,7 +68,7 @@ class _Ranker(ABC):
             scores, finite = self._score(images)
         name = f"a batch of shape {tuple(images.shape)}"
         check_finite(bool(finite.all()), name=name)
-        for score in _numbers(scores, len(images)):
+        for score in _checked_shape(scores, len(images)).tolist():
             _check_score(score, name=name)
         return scores
 
@@ -96,12 +96,13 @@ class _Ranker(ABC):
         scores: dict[int, float] = {} if log is None else log.read(items.ids)
         barrier()
 
-        def score_each(batch: Tensor) -> tuple[list[float], Tensor]:
+        def score_each(batch: Tensor) -> tuple[Tensor, Tensor]:
             values, finite = self._score(batch)
-            return _numbers(values, len(batch)), finite
+            return _checked_shape(values, len(batch)), finite
 
         todo = [index for index in sweep.share if index not in scores]
-        for index, score in sweep.predict(self.networks, score_each, indices=todo):
+        for index, (value,) in sweep.predict(self.networks, score_each, indices=todo):
+            score = float(value)
             _check_score(score, name=f"image {items.ids[index]!r}")
             scores[index] = score
             if log is not None:
@@ -141,7 +142,7 @@ class StabilityRanker(_Ranker):
         score: ``(masks, reference, num_classes) -> (B,)`` scores in [0, 1], higher where more reliable. The default is
             the paper's; :func:`stseg.functional.pixel_agreement`, ``functools.partial`` of
             :func:`stseg.functional.weighted_stability` and custom functions can be used instead.
-        batch_size: batch size.
+        batch_size: most images of a batch.
         num_workers: processes that read images.
         precision: ``"fp32"``, ``"bf16"`` for speed, or ``"auto"`` for bfloat16 where the device computes it natively.
         device: device to move the networks to; None leaves them where they are.
@@ -202,7 +203,7 @@ class ConfidenceRanker(_Ranker):
             :func:`stseg.functional.mean_confidence`, :func:`stseg.functional.mean_margin`,
             :func:`stseg.functional.mean_certainty` (entropy), :func:`stseg.functional.expected_iou`, or a custom
             function.
-        batch_size: batch size.
+        batch_size: most images of a batch.
         num_workers: processes that read images.
         precision: ``"fp32"``, ``"bf16"`` for speed, or ``"auto"`` for bfloat16 where the device computes it natively.
         device: device to move the networks to; None leaves them where they are.
@@ -240,11 +241,11 @@ class ConfidenceRanker(_Ranker):
         return self.score(logits), finite_images(logits.amax(1))
 
 
-def _numbers(scores: Any, count: int) -> list[float]:
+def _checked_shape(scores: Any, count: int) -> Tensor:
     if not isinstance(scores, Tensor) or scores.shape != (count,):
         got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"score gave {got} for a batch of {count} images; expected a tensor of shape ({count},)")
-    return [float(score) for score in scores.tolist()]
+    return scores
 
 
 def _check_score(score: float, *, name: str) -> None:

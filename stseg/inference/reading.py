@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -14,6 +17,8 @@ from stseg.data.items import Items
 from stseg.data.observations import Observations, observing
 from stseg.errors import DataError, StsegError, UnreadableImageError
 from stseg.seeds import derive_seed, fixed_seed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,25 @@ def read_items(
         raise DataError(f"{count} of {len(indices)} items were read; expected all of them")
 
 
+def read_ahead(values: Iterator[T], count: int) -> Iterator[T]:
+    """Yield the values of an iterator, of which a thread computes the next ``count`` meanwhile.
+
+    Example:
+        >>> list(read_ahead(iter("abc"), 2))
+        ['a', 'b', 'c']
+    """
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, values, end) for _ in range(count))
+        try:
+            while (value := waiting.popleft().result()) is not end:
+                waiting.append(thread.submit(next, values, end))
+                yield cast("T", value)
+        finally:
+            for job in waiting:
+                job.cancel()
+
+
 @dataclass(frozen=True)
 class _Unreadable:
     error: Exception
@@ -98,7 +122,8 @@ class _Parts(Dataset[Any]):
     def _read(self, index: int) -> tuple[np.ndarray[Any, Any], ...] | _Unreadable | StsegError:
         """Return the parts of an item, or its error: if raised, a worker would wrap it in its own traceback."""
         try:
-            with fixed_seed(derive_seed(0, "read", index)):  # makes data sets that augment deterministic
+            # Makes data sets that augment deterministic; the state of the generators is that of all threads.
+            with nullcontext() if self.items.concurrent else fixed_seed(derive_seed(0, "read", index)):
                 parts = self.items.pair(index) if self.with_mask else (self.items.image(index),)
         except OSError as error:
             name = self.items.names[index]

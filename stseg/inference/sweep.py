@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,7 +14,8 @@ from stseg.data.items import Items
 from stseg.data.observations import Observations
 from stseg.distributed import all_gather, rank, world_size
 from stseg.errors import DataError, NetworkError
-from stseg.inference.reading import Skipped, read_items
+from stseg.inference.reading import Skipped, read_ahead, read_items
+from stseg.models.batching import images_per_pass
 from stseg.models.precision import autocast, resolve_precision
 from stseg.models.state import device_of, evaluating, laid_out
 from stseg.progress import progress_bar
@@ -29,7 +31,7 @@ class Sweep:
     Args:
         items: the data set.
         title: name on the progress bar.
-        batch_size: images of equal size per batch.
+        batch_size: most images of a batch, which have equal sizes.
         num_workers: worker processes that read.
         progress: whether to show a bar, in the first process.
         skip_unreadable: whether to skip images that cannot be read.
@@ -64,17 +66,18 @@ class Sweep:
     def predict(
         self,
         networks: Sequence[nn.Module],
-        function: Callable[[Tensor], tuple[Sequence[T], Tensor]],
+        function: Callable[[Tensor], tuple[Tensor, ...]],
         *,
         indices: Sequence[int] | None = None,
         on_item: Callable[..., object] | None = None,
-    ) -> Iterator[tuple[int, T]]:
-        """Yield index and result of the items of this process, or of some of them, in order.
+    ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Yield index and results of the items of this process, or of some of them, in order.
 
         Args:
             networks: all networks that ``function`` runs, set to evaluation mode, and laid out for speed, meanwhile.
                 Batches are moved to the device of the last one.
-            function: ``(B, C, H, W)`` images -> B results, and ``(B,)`` bool, whether the logits are finite.
+            function: ``(B, C, H, W)`` images -> results, each a tensor of B rows; the last one is ``(B,)`` bool,
+                whether the logits are finite, and is not yielded. It need not wait for the device.
             indices: which items; None for all.
             on_item: called with index and image of each item as it is read, and its mask if masks are read.
 
@@ -89,16 +92,21 @@ class Sweep:
                     on_item(index, *(value if self.with_mask else (value,)))
                 yield index, value[0] if self.with_mask else value
 
-        def run(batch: Tensor) -> list[tuple[T, bool]]:
-            with evaluating(*networks), torch.no_grad():
-                results, finite = function(batch)
-                return list(zip(results, finite.tolist(), strict=True))
+        device = device_of(networks[-1])
 
-        results = batch_by_size(run, images(), batch_size=self.batch_size, device=device_of(networks[-1]))
+        def run(batch: Tensor) -> list[tuple[_OnHost, int]]:
+            with evaluating(*networks), torch.no_grad():
+                rows = _OnHost(function(batch), len(batch))
+            return [(rows, row) for row in range(len(batch))]
+
+        # What a GPU computes is waited for when the next batch is on its way.
+        ahead = 0 if device.type == "cpu" else self.batch_size
         with laid_out(*networks):
-            for index, (result, finite) in self._bar(results, len(indices)):
-                check_finite(finite, name=f"image {self.items.ids[index]!r}")
-                yield index, result
+            results = batch_by_size(run, images(), batch_size=self.batch_size, device=device)
+            for index, (rows, row) in self._bar(_delayed(results, ahead), len(indices)):
+                *found, finite = rows.get(row)
+                check_finite(bool(finite), name=f"image {self.items.ids[index]!r}")
+                yield index, tuple(found)
 
     def skipped(self) -> tuple[Skipped, ...]:
         """Return the items that could not be read by any process, in order.
@@ -112,7 +120,7 @@ class Sweep:
         return tuple(skipped)
 
     def _load(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        return read_items(
+        items = read_items(
             self.items,
             indices,
             batch_size=self.batch_size,
@@ -121,9 +129,38 @@ class Sweep:
             skip=self._skipped.append if self.skip_unreadable else None,
             observations=self.observations,
         )
+        # Workers read ahead anyway.
+        return read_ahead(items, self.batch_size) if self.items.concurrent and self.num_workers == 0 else items
 
     def _bar(self, iterable: Iterable[T], total: int) -> Iterable[T]:
         return progress_bar(iterable, title=self.title, total=total, show=self.progress and rank() == 0)
+
+
+class _OnHost:
+    """Rows of tensors on their way from the device to the memory of the host."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], rows: int) -> None:
+        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        if any(len(tensor) != rows for tensor in tensors):
+            raise ValueError(f"got {[len(tensor) for tensor in tensors]} rows for {rows} images")
+        devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+        self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
+
+    def get(self, row: int) -> list[Tensor]:
+        """Return a row of each, which shares no memory with the others."""
+        while self._events:
+            self._events.pop().synchronize()
+        return [tensor[row].clone() if len(tensor) > 1 else tensor[row] for tensor in self._tensors]
+
+
+def _delayed(values: Iterable[T], count: int) -> Iterator[T]:
+    """Yield values when ``count`` more are known, or there are no more."""
+    waiting: deque[T] = deque()
+    for value in values:
+        waiting.append(value)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def batch_by_size(
@@ -136,14 +173,15 @@ def batch_by_size(
 ) -> Iterator[tuple[int, T]]:
     """Apply a batched function to single images of any sizes, in order.
 
-    Images wait until there are ``batch_size`` of their size. They are never padded, which would change global pooling.
+    Images wait until there are ``batch_size`` of their size, or as many as a CPU computes best. They are never padded,
+    which would change global pooling.
     An image waits for at most ``longest_wait`` others (8 batches) before its incomplete batch is run, so memory is
     bounded for any number of sizes.
 
     Args:
         function: ``(B, C, H, W)`` batch on the device -> B results.
         images: ``(index, image)`` pairs.
-        batch_size: images per batch.
+        batch_size: most images of a batch.
         device: device of the batches.
         longest_wait: how many later images an image may wait for.
 
@@ -157,14 +195,17 @@ def batch_by_size(
 
     def run(key: Any) -> None:
         group = waiting.pop(key)
-        batch = torch.stack([image for _, _, image in group]).to(device, non_blocking=True)
+        batch = torch.stack([image for _, _, image in group])
+        if device.type == "cuda":
+            batch = batch.pin_memory()
+        batch = batch.to(device, non_blocking=True)
         for (position, index, _), result in zip(group, function(batch), strict=True):
             done[position] = (index, result)
 
     for position, (index, image) in enumerate(images):
         key = (image.shape, image.dtype)
         waiting.setdefault(key, []).append((position, index, image))
-        if len(waiting[key]) == batch_size:
+        if len(waiting[key]) == images_per_pass(device, *_sides(image), batch_size):
             run(key)
         if position - oldest >= longest_wait and oldest not in done:
             run(next(key for key, group in waiting.items() if group[0][0] == oldest))
@@ -176,6 +217,10 @@ def batch_by_size(
     while oldest in done:
         yield done.pop(oldest)
         oldest += 1
+
+
+def _sides(image: Tensor) -> tuple[int, int]:
+    return image.shape[-2], image.shape[-1]
 
 
 def predictor(model: nn.Module, num_classes: int, precision: Precision) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stseg.models.batching import images_per_pass
 from stseg.models.segmenter import as_segmenter
 
 
@@ -57,9 +58,16 @@ class MultiScaleFlip(nn.Module):
         for scale in self.scales:
             size = (max(1, int(height * scale)), max(1, int(width * scale)))
             view = images if size == (height, width) else _resize(images, size)
-            total = total + _resize(self.model(view).softmax(1), (height, width))
+            count, most = len(view), len(view)
             if self.flip:
-                total = total + _resize(self.model(view.flip(-1)).softmax(1).flip(-1), (height, width))
+                # On a CPU, where small images gain by it, a view and its mirror image are computed together.
+                most = 2 * most if view.device.type == "cpu" else most
+                view = torch.cat([view, view.flip(-1)])
+            parts = torch.split(view, images_per_pass(view.device, *size, most))
+            probability = torch.cat([_resize(_softmax(self.model(part)), (height, width)) for part in parts])
+            total = total + probability[:count]
+            if self.flip:
+                total = total + probability[count:].flip(-1)
         assert isinstance(total, Tensor)
         mean = total / (len(self.scales) * (2 if self.flip else 1))
         return mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
@@ -67,6 +75,13 @@ class MultiScaleFlip(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
         return f"scales={self.scales}, flip={self.flip}"
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Compute the softmax over the classes along the memory: torch first copies the values where it is another way."""
+    if logits.stride(1) == 1:
+        return logits.permute(0, 2, 3, 1).softmax(-1).permute(0, 3, 1, 2)
+    return logits.softmax(1)
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:

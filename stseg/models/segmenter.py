@@ -170,13 +170,13 @@ class Segmenter(nn.Module):
             raise ValueError(f"expected a batch of images (B, C, H, W), got {_described(images)}")
         given, images = images, images.to(device_of(self.network), non_blocking=True)
         if images.dtype == torch.uint8:
-            images = images.float() / 255
+            images = images.float().div_(255)
         elif not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}; expected uint8, or float in [0, 1]")
         else:
             check_image_range(images, self._checked_on)
         if self.mean is not None:
-            images = (images - self._per_channel("mean", images)) / self._per_channel("std", images)
+            images = (images - self._per_channel("mean", images)).div_(self._per_channel("std", images))
         weight = next(self.network.parameters(), None)
         if weight is not None and weight.is_floating_point():
             images = images.to(weight.dtype)

@@ -689,3 +689,24 @@ class TestImages:
         for _ in range(2):
             found = network.label(images, tmp_path)
             assert all(torch.equal(found[k][0], images[k]) for k in range(5))
+
+
+def test_masks_are_the_same_with_and_without_their_confidence():
+    data = pictures(9)
+    plain, sure = labeler().label(data), labeler().label(data, confidence=True)
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(plain, sure, strict=True))
+    for _, mask in plain:
+        assert mask.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("confidence", [True, False])
+def test_logits_that_are_not_finite_are_noticed_without_a_softmax(value, confidence):
+    class Broken(Pooled):
+        def forward(self, x):
+            return torch.where(x[:, :1, :1, :1] > 0.99, value, super().forward(x))
+
+    data = Named([torch.full((3, 9, 12), 0.5), torch.ones(3, 9, 12), torch.full((3, 9, 12), 0.4)])
+    model = Segmenter(Broken(), mean=None, std=None, stride=1)
+    with pytest.raises(NetworkError, match="NaN or infinite logits for image 'city/img_01'"):
+        labeler(model).label(data, confidence=confidence)

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from small import Named, Pooled
 from torch import nn
+from torch.utils.data import ConcatDataset, Subset
 
 from stseg import DataError, NetworkError, Segmenter, UnreadableImageError, evaluate
 from stseg.data.items import Items
-from stseg.inference.reading import read_items
-from stseg.inference.sweep import batch_by_size, predictor
+from stseg.inference.reading import read_ahead, read_items
+from stseg.inference.sweep import Sweep, batch_by_size, predictor
+from stseg.models.batching import images_per_pass
 
 CPU = torch.device("cpu")
 
@@ -105,6 +108,90 @@ class TestEqualBatches:
     def test_refuse_a_function_that_loses_images(self):
         with pytest.raises(ValueError, match="zip"):
             list(batch_by_size(lambda b: [0], [(i, torch.zeros(1, 1, 1)) for i in range(2)], batch_size=2, device=CPU))
+
+
+class TestReadAhead:
+    def counted(self, taken, stop=None):
+        for number in range(20):
+            if number == stop:
+                raise OSError("disk on fire")
+            taken.append(threading.get_ident())
+            yield number
+
+    def test_gives_the_values_in_order_out_of_one_other_thread(self):
+        taken = []
+        assert list(read_ahead(self.counted(taken), 3)) == list(range(20))
+        assert len(set(taken)) == 1
+        assert threading.get_ident() not in taken
+
+    def test_is_no_more_than_a_few_ahead_and_ends_with_its_reader(self):
+        taken = []
+        values = read_ahead(self.counted(taken), 3)
+        assert [next(values), next(values)] == [0, 1]
+        values.close()
+        assert len(taken) <= 5
+
+    def test_raises_an_error_where_it_belongs(self):
+        with pytest.raises(OSError, match="disk on fire"):
+            list(read_ahead(self.counted([], stop=7), 3))
+        found = []
+        values = read_ahead(self.counted([], stop=7), 3)
+        with pytest.raises(OSError, match="disk on fire"):
+            found.extend(value for value in values if found.append(value))
+        assert found == list(range(7))
+
+    @pytest.mark.parametrize("concurrent", [True, False])
+    def test_is_for_data_sets_that_say_so(self, concurrent):
+        threads = set()
+
+        class Plain(Named):
+            def __getitem__(self, index):
+                threads.add(threading.get_ident())
+                return super().__getitem__(index)
+
+        class Concurrent(Plain):
+            pass
+
+        Concurrent.concurrent = concurrent
+        data = Concurrent(mixed_sizes(7))
+        found = list(Sweep(Items(data), "read", progress=False, with_mask=True).read())
+        assert [index for index, _ in found] == list(range(7))
+        assert all(torch.equal(image, data[index][0]) for index, (image, _) in found)
+        assert (len(threads) == 2) is concurrent
+
+    def test_knows_the_data_set_below(self):
+        class Concurrent(Named):
+            concurrent = True
+
+        class Own(Concurrent):
+            """Which may do anything."""
+
+        data = Concurrent(mixed_sizes(4))
+        assert Items(data).concurrent
+        assert Items(Subset(data, [2, 0])).subset([1]).concurrent
+        assert Items(ConcatDataset([data, Subset(Concurrent(mixed_sizes(2)), [0])])).concurrent
+        assert not Items(ConcatDataset([data, Named(mixed_sizes(2))])).concurrent
+        assert not Items(Own(mixed_sizes(2))).concurrent
+
+
+class TestImagesPerPass:
+    def test_on_a_cpu_is_limited_by_pixels(self):
+        assert [images_per_pass(CPU, side, side, 8) for side in (1, 128, 256, 320, 512, 4000)] == [8, 8, 3, 1, 1, 1]
+        assert images_per_pass(torch.device("cuda"), 4000, 4000, 8) == 8
+
+    def test_is_kept_by_a_sweep_and_changes_no_result(self):
+        seen = []
+
+        def function(batch):
+            seen.append(tuple(batch.shape))
+            return means(batch)
+
+        images = [(i, torch.rand(1, 256, 256 if i % 2 else 8)) for i in range(12)]
+        found = list(batch_by_size(function, iter(images), batch_size=6, device=CPU))
+        assert [index for index, _ in found] == list(range(12))
+        assert [value for _, value in found] == pytest.approx([float(image.mean()) for _, image in images])
+        assert seen.count((3, 1, 256, 256)) == 2
+        assert seen.count((6, 1, 256, 8)) == 1
 
 
 class TestLoad:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stseg import MultiScaleFlip, Segmenter
+from stseg.models import batching
 
 
 def resized(image, height, width):
@@ -56,7 +57,7 @@ class Lopsided(nn.Module):
         self.sizes = []
 
     def forward(self, x):
-        self.sizes.append(tuple(x.shape[-2:]))
+        self.sizes += len(x) * [tuple(x.shape[-2:])]
         return 3 * self.conv(x) + 5 * self.whole(x.mean((2, 3), keepdim=True))
 
 
@@ -168,3 +169,26 @@ def test_is_trained_and_saved_through():
 def test_refuses_scales_that_make_no_sense(scales):
     with pytest.raises(ValueError, match="scales are"):
         MultiScaleFlip(nn.Conv2d(3, 4, 1), scales)
+
+
+def test_large_views_are_computed_one_by_one_with_the_same_result(monkeypatch):
+    model, images = MultiScaleFlip(Lopsided()), torch.rand(3, 3, 8, 11)
+    calls = []
+    model.model.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    with torch.no_grad():
+        together = model(images)
+        assert calls == [6] * 5
+        monkeypatch.setattr(batching, "_MOST_PIXELS", 2 * 8 * 11)
+        calls.clear()
+        torch.testing.assert_close(model(images), together, rtol=0, atol=1e-6)
+    assert calls == [6, 3, 3, 2, 2, 2, *[1] * 12]
+
+
+def test_the_softmax_of_logits_laid_out_by_pixel_is_that_of_others():
+    class Laid(Lopsided):
+        def forward(self, x):
+            return super().forward(x).contiguous(memory_format=torch.channels_last)
+
+    images = torch.rand(2, 3, 8, 11)
+    with torch.no_grad():
+        torch.testing.assert_close(MultiScaleFlip(Laid())(images), MultiScaleFlip(Lopsided())(images))
