@@ -9,6 +9,7 @@ from torch import nn
 
 from stseg.engine.checkpoint import read_result
 from stseg.errors import DataError
+from stseg.models.state import place
 from stseg.storage.files import absolute_folder
 from stseg.storage.records import read_record
 
@@ -23,7 +24,8 @@ def load(workdir: str | os.PathLike[str], network: nn.Module | None = None, *, s
         step: the training of a run, such as ``"teacher"``; None for the last one of a finished run.
 
     Returns:
-        The network, wrapped, in evaluation mode.
+        The network, wrapped, in evaluation mode, laid out in memory as in the training: its logits are the same to the
+        bit.
 
     Raises:
         DataError: if the folder holds no finished training, or the network cannot be left out.
@@ -42,7 +44,7 @@ def load(workdir: str | os.PathLike[str], network: nn.Module | None = None, *, s
     """
     folder = absolute_folder(workdir)
     assert folder is not None
-    return read_result(_training(folder, step), network)
+    return place(read_result(_training(folder, step), network))
 
 
 def _training(folder: Path, step: str | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -46,8 +47,8 @@ class TwoHeads(Net):
         return self.give(self.training, self.aux(features), self.head(features))
 
 
-def fit(network, **options):
-    return stseg.fit(network, LABELED, CONFIG, progress=False, **options)
+def fit(network, config=CONFIG, **options):
+    return stseg.fit(network, LABELED, config, progress=False, **options)
 
 
 def run(make_model, method="supervised", **options):
@@ -213,7 +214,10 @@ class TestWrappers:
         for wrap in (lambda net: net, WRAPPERS[kind]):
             torch.manual_seed(0)
             network = Net()
-            fit(wrap(network))
+            # What is compiled is laid out otherwise: it rounds otherwise, which AdamW blows up where there is no
+            # gradient, and drops other features.
+            network.encoder[-1].p = 0.0
+            fit(wrap(network), replace(CONFIG, optimizer="sgd"))
             results.append(network.state_dict())
         for name, value in results[0].items():
             torch.testing.assert_close(results[1][name], value)
