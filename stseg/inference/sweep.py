@@ -16,7 +16,7 @@ from stseg.distributed import all_gather, rank, world_size
 from stseg.errors import DataError, NetworkError
 from stseg.inference.reading import Skipped, read_ahead, read_items
 from stseg.models.batching import images_per_pass
-from stseg.models.precision import autocast, resolve_precision
+from stseg.models.precision import autocast, casting_once, resolve_precision
 from stseg.models.state import device_of, evaluating, laid_out
 from stseg.progress import progress_bar
 from stseg.types import Precision
@@ -101,7 +101,7 @@ class Sweep:
 
         # What a GPU computes is waited for when the next batch is on its way.
         ahead = 0 if device.type == "cpu" else self.batch_size
-        with laid_out(*networks):
+        with laid_out(*networks), casting_once(device, *networks):
             results = batch_by_size(run, images(), batch_size=self.batch_size, device=device)
             for index, (rows, row) in self._bar(_delayed(results, ahead), len(indices)):
                 *found, finite = rows.get(row)
