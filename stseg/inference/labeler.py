@@ -203,8 +203,13 @@ class PseudoLabeler:
         if store.folder is not None and rank() == 0:
             remove_leftovers(store.folder)
         barrier()
-        missing = set(store.missing([items.ids[index] for index in sweep.share], confidence=confidence))
-        todo = [index for index in sweep.share if items.ids[index] in missing]
+        mine = [items.ids[index] for index in sweep.share]
+        missing = store.missing(mine, confidence=confidence)
+        todo: Sequence[int] = sweep.share  # of a million images, a list of numbers takes 36 MB
+        if len(missing) < len(mine):
+            absent = set(missing)
+            todo = [index for index in sweep.share if items.ids[index] in absent]
+        del mine, missing
 
         def label_each(batch: Tensor) -> tuple[Tensor, ...]:
             if confidence or leaves_out(self.threshold):

@@ -100,7 +100,7 @@ class _Ranker(ABC):
             values, finite = self._score(batch)
             return _checked_shape(values, len(batch)), finite
 
-        todo = [index for index in sweep.share if index not in scores]
+        todo = [index for index in sweep.share if index not in scores] if scores else sweep.share
         for index, (value,) in sweep.predict(self.networks, score_each, indices=todo):
             score = float(value)
             _check_score(score, name=f"image {items.ids[index]!r}")
