@@ -100,7 +100,7 @@ class Sweep:
             return [(rows, row) for row in range(len(batch))]
 
         # What a GPU computes is waited for when the next batch is on its way.
-        ahead = 0 if device.type == "cpu" else self.batch_size
+        ahead = self.batch_size if device.type == "cuda" else 0
         with laid_out(*networks), casting_once(device, *networks):
             results = batch_by_size(run, images(), batch_size=self.batch_size, device=device)
             for index, (rows, row) in self._bar(_delayed(results, ahead), len(indices)):
@@ -140,7 +140,7 @@ class _OnHost:
     """Rows of tensors on their way from the device to the memory of the host."""
 
     def __init__(self, tensors: tuple[Tensor, ...], rows: int) -> None:
-        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._tensors = [tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors]
         if any(len(tensor) != rows for tensor in tensors):
             raise ValueError(f"got {[len(tensor) for tensor in tensors]} rows for {rows} images")
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}
