@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -70,8 +71,10 @@ class Sweep:
         *,
         indices: Sequence[int] | None = None,
         on_item: Callable[..., object] | None = None,
-    ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-        """Yield index and results of the items of this process, or of some of them, in order.
+    ) -> closing[Generator[tuple[int, tuple[Tensor, ...]], None, None]]:
+        """Return a context of index and results of the items of this process, or of some of them, in order.
+
+        On leaving it, also by an error, the networks are as they were.
 
         Args:
             networks: all networks that ``function`` runs, set to evaluation mode, and laid out for speed, meanwhile.
@@ -84,8 +87,15 @@ class Sweep:
         Raises:
             NetworkError: if the logits of an image are not finite; names it.
         """
-        indices = self.share if indices is None else indices
+        return closing(self._predict(networks, function, self.share if indices is None else indices, on_item))
 
+    def _predict(
+        self,
+        networks: Sequence[nn.Module],
+        function: Callable[[Tensor], tuple[Tensor, ...]],
+        indices: Sequence[int],
+        on_item: Callable[..., object] | None,
+    ) -> Generator[tuple[int, tuple[Tensor, ...]], None, None]:
         def images() -> Iterator[tuple[int, Tensor]]:
             for index, value in self._load(indices):
                 if on_item is not None:
