@@ -12,8 +12,13 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def seconds(ways: Mapping[str, Callable[[], object]], *, rounds: int = 5) -> dict[str, float]:
-    """Measure the median over several rounds of all alternatives, after one warm-up round."""
+def seconds(
+    ways: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 5,
+    of: Callable[[list[float]], float] = statistics.median,
+) -> dict[str, float]:
+    """Measure the median, or another summary, over several rounds of all alternatives, after one warm-up round."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
@@ -23,7 +28,7 @@ def seconds(ways: Mapping[str, Callable[[], object]], *, rounds: int = 5) -> dic
             synchronize()
             if turn:
                 found[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: of(values) for name, values in found.items()}
 
 
 def synchronize() -> None:

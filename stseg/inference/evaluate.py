@@ -77,8 +77,9 @@ def evaluate(
         highest, mask = predict(batch).max(1)
         return mask, finite_images(highest)
 
-    for index, (prediction,) in sweep.predict([model], classes, on_item=keep):
-        metric.add(prediction, truth.pop(index))
+    with sweep.predict([model], classes, on_item=keep) as predictions:
+        for index, (prediction,) in predictions:
+            metric.add(prediction, truth.pop(index))
     metric.merge_processes()
     counts.merge_processes()
     counts.refuse_none()

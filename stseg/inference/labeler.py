@@ -203,8 +203,13 @@ class PseudoLabeler:
         if store.folder is not None and rank() == 0:
             remove_leftovers(store.folder)
         barrier()
-        missing = set(store.missing([items.ids[index] for index in sweep.share], confidence=confidence))
-        todo = [index for index in sweep.share if items.ids[index] in missing]
+        mine = [items.ids[index] for index in sweep.share]
+        missing = store.missing(mine, confidence=confidence)
+        todo: Sequence[int] = sweep.share  # of a million images, a list of numbers takes 36 MB
+        if len(missing) < len(mine):
+            absent = set(missing)
+            todo = [index for index in sweep.share if items.ids[index] in absent]
+        del mine, missing
 
         def label_each(batch: Tensor) -> tuple[Tensor, ...]:
             if confidence or leaves_out(self.threshold):
@@ -219,11 +224,12 @@ class PseudoLabeler:
             writing: deque[Future[None]] = deque()
             of: dict[int, int] = {}  # checksums of the images that were read
             note = None if store.folder is None else lambda index, image: of.update({index: checksum(image)})
-            for index, (mask, *kept) in sweep.predict([self.model], label_each, indices=todo, on_item=note):
-                known: dict[str, Any] = {} if note is None else {"image": of.pop(index)}
-                writing.append(writers.submit(store.put, items.ids[index], mask, *kept, **known))
-                while len(writing) > 64:
-                    writing.popleft().result()
+            with sweep.predict([self.model], label_each, indices=todo, on_item=note) as labeled:
+                for index, (mask, *kept) in labeled:
+                    known: dict[str, Any] = {} if note is None else {"image": of.pop(index)}
+                    writing.append(writers.submit(store.put, items.ids[index], mask, *kept, **known))
+                    while len(writing) > 64:
+                        writing.popleft().result()
             for job in writing:
                 job.result()
         if store.folder is None:
@@ -286,8 +292,9 @@ class PseudoLabeler:
             counts.add_(torch.bincount(cells, minlength=counts.numel()).reshape(counts.shape))
             return (finite_images(confidence),)
 
-        for _ in sweep.predict([self.model], count):
-            pass
+        with sweep.predict([self.model], count) as counted:
+            for _ in counted:
+                pass
         return tuple(least_confidence(of_class.tolist(), keep) for of_class in all_reduce_sum(counts).cpu())
 
     def _label(self, images: Tensor) -> PseudoLabels:

@@ -148,12 +148,17 @@ class MaskStore:
             DamagedFileError: if masks are whole, but are not those that the labeler wrote; says what to delete.
         """
         step = 1 if self.verify == "all" else max(1, -(-len(ids) // _MOST_VERIFIED))
-        opened = set() if self.verify == "none" else set(ids[::step])
-        found = {id: self._state(id, confidence) if id in opened else self._exists(id, confidence) for id in ids}
-        if wrong := [id for id, there in found.items() if there is None]:
+        missing: list[str] = []
+        wrong: list[str] = []
+        for number, id in enumerate(ids):
+            opened = self.verify != "none" and number % step == 0
+            there = self._state(id, confidence) if opened else self._exists(id, confidence)
+            if not there:
+                (wrong if there is None else missing).append(id)
+        if wrong:
             endings = ("", CONFIDENCE) if confidence else ("",)
             raise self._wrong([path for id in wrong for end in endings if (path := self._path(id, end)).exists()])
-        return [id for id, there in found.items() if not there]
+        return missing
 
     def claim(self, owner: dict[str, Any], *, images: dict[str, int] | None = None) -> None:
         """Record the labeler that fills this store, so that masks of different labelers are not mixed.
@@ -210,7 +215,7 @@ class MaskStore:
     def __contains__(self, id: object) -> bool:
         if not isinstance(id, str) or not is_store_id(id):
             return False
-        return id in self._masks if self.folder is None else self._path(id).exists()
+        return id in self._masks if self.folder is None else os.path.exists(self._file(id))
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the ids that have a mask: in insertion order in memory, in arbitrary order on disk."""
@@ -231,12 +236,16 @@ class MaskStore:
 
     def _path(self, id: str, ending: str = "") -> Path:
         """Return the path of a file: where it is, in a shard or not, else where it belongs."""
+        return Path(self._file(id, ending))
+
+    def _file(self, id: str, ending: str = "") -> str:
+        """Return what :meth:`_path` does as a text: a ``Path`` interns its parts, a million of them for ever."""
         assert self.folder is not None
         check_store_id(id)
         name, shard = f"{id}{ending}.png", f"shard-{crc32(id.encode()) & 255:02x}"
-        paths = [self.folder / name, self.folder / shard / name]
-        first, other = paths[::-1] if self._sharded else paths
-        return other if not first.exists() and other.exists() else first
+        files = [os.path.join(self.folder, name), os.path.join(self.folder, shard, name)]
+        first, other = files[::-1] if self._sharded else files
+        return other if not os.path.exists(first) and os.path.exists(other) else first
 
     def other_image(self, id: str) -> DamagedFileError:
         """Return the error of a mask that belongs to another image than the one that is there now."""
@@ -262,7 +271,7 @@ class MaskStore:
     def _exists(self, id: str, confidence: bool) -> bool:
         if self.folder is None:
             return self.holds(id, confidence=confidence)
-        return id in self and (not confidence or self._path(id, CONFIDENCE).exists())
+        return id in self and (not confidence or os.path.exists(self._file(id, CONFIDENCE)))
 
     def _state(self, id: str, confidence: bool) -> bool | None:
         """Return what :meth:`holds` does; None if it raises."""

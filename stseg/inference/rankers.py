@@ -100,13 +100,14 @@ class _Ranker(ABC):
             values, finite = self._score(batch)
             return _checked_shape(values, len(batch)), finite
 
-        todo = [index for index in sweep.share if index not in scores]
-        for index, (value,) in sweep.predict(self.networks, score_each, indices=todo):
-            score = float(value)
-            _check_score(score, name=f"image {items.ids[index]!r}")
-            scores[index] = score
-            if log is not None:
-                log.add(items.ids[index], score)
+        todo = [index for index in sweep.share if index not in scores] if scores else sweep.share
+        with sweep.predict(self.networks, score_each, indices=todo) as values:
+            for index, (value,) in values:
+                score = float(value)
+                _check_score(score, name=f"image {items.ids[index]!r}")
+                scores[index] = score
+                if log is not None:
+                    log.add(items.ids[index], score)
         for part in all_gather(scores):
             scores.update(part)
         skipped = sweep.skipped()

@@ -196,4 +196,5 @@ def _folders(id: str) -> list[str]:
 
 
 def _folded(name: str) -> str:
-    return name.lower() if name.isascii() else normalize("NFC", normalize("NFC", name).casefold())
+    folded = name.lower() if name.isascii() else normalize("NFC", normalize("NFC", name).casefold())
+    return name if folded == name else folded  # which takes no further memory

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from stseg.distributed import all_gather, rank, world_size
 from stseg.errors import DataError, NetworkError
 from stseg.inference.reading import Skipped, read_ahead, read_items
 from stseg.models.batching import images_per_pass
-from stseg.models.precision import autocast, resolve_precision
+from stseg.models.precision import autocast, casting_once, resolve_precision
 from stseg.models.state import device_of, evaluating, laid_out
 from stseg.progress import progress_bar
 from stseg.types import Precision
@@ -70,8 +71,10 @@ class Sweep:
         *,
         indices: Sequence[int] | None = None,
         on_item: Callable[..., object] | None = None,
-    ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-        """Yield index and results of the items of this process, or of some of them, in order.
+    ) -> closing[Generator[tuple[int, tuple[Tensor, ...]], None, None]]:
+        """Return a context of index and results of the items of this process, or of some of them, in order.
+
+        On leaving it, also by an error, the networks are as they were.
 
         Args:
             networks: all networks that ``function`` runs, set to evaluation mode, and laid out for speed, meanwhile.
@@ -84,8 +87,15 @@ class Sweep:
         Raises:
             NetworkError: if the logits of an image are not finite; names it.
         """
-        indices = self.share if indices is None else indices
+        return closing(self._predict(networks, function, self.share if indices is None else indices, on_item))
 
+    def _predict(
+        self,
+        networks: Sequence[nn.Module],
+        function: Callable[[Tensor], tuple[Tensor, ...]],
+        indices: Sequence[int],
+        on_item: Callable[..., object] | None,
+    ) -> Generator[tuple[int, tuple[Tensor, ...]], None, None]:
         def images() -> Iterator[tuple[int, Tensor]]:
             for index, value in self._load(indices):
                 if on_item is not None:
@@ -100,8 +110,8 @@ class Sweep:
             return [(rows, row) for row in range(len(batch))]
 
         # What a GPU computes is waited for when the next batch is on its way.
-        ahead = 0 if device.type == "cpu" else self.batch_size
-        with laid_out(*networks):
+        ahead = self.batch_size if device.type == "cuda" else 0
+        with laid_out(*networks), casting_once(device, *networks):
             results = batch_by_size(run, images(), batch_size=self.batch_size, device=device)
             for index, (rows, row) in self._bar(_delayed(results, ahead), len(indices)):
                 *found, finite = rows.get(row)
@@ -140,7 +150,7 @@ class _OnHost:
     """Rows of tensors on their way from the device to the memory of the host."""
 
     def __init__(self, tensors: tuple[Tensor, ...], rows: int) -> None:
-        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._tensors = [tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors]
         if any(len(tensor) != rows for tensor in tensors):
             raise ValueError(f"got {[len(tensor) for tensor in tensors]} rows for {rows} images")
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}

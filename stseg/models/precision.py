@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from stseg.checks import check_choice
+from stseg.models.state import is_compiled
 from stseg.types import Precision
 
 
@@ -47,6 +49,31 @@ def computes_bfloat16(device: torch.device) -> bool:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """Return bfloat16 autocast, or disable autocast, even inside another one, where the precision is float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=resolve_precision(precision, device) == "bf16")
+
+
+@contextmanager
+def casting_once(device: torch.device, *models: nn.Module) -> Iterator[None]:
+    """Let autocast round each weight once for all calls inside, in place of once in each :func:`autocast`.
+
+    PyTorch keeps rounded weights until the outermost autocast is left, and only those that require gradients: here, all
+    do meanwhile. The weights must not change inside.
+    """
+    frozen = [
+        parameter
+        for model in models
+        if not is_compiled(model)
+        for parameter in model.parameters()
+        if parameter.is_floating_point() and not (parameter.requires_grad or parameter.is_inference())
+    ]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=False):
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        torch.clear_autocast_cache()  # made without gradients, which an autocast of the caller around this would keep
 
 
 @cache

@@ -96,7 +96,7 @@ def place_channels_first(model: nn.Module) -> bool:
 
 def _other_weights(model: nn.Module, layout: torch.memory_format) -> list[nn.Parameter]:
     """Return the weights of the convolutions that are laid out otherwise, and whose memory is theirs alone."""
-    if any(map(_is_compiled, model.modules())):
+    if is_compiled(model):
         return []
     convolutions = (each for each in model.modules() if isinstance(each, (nn.Conv2d, nn.ConvTranspose2d)))
     weights = dict.fromkeys(each.weight for each in convolutions if isinstance(each.weight, nn.Parameter))
@@ -112,9 +112,11 @@ def _shares_memory(weight: Tensor) -> bool:
     return part or (weight.device.type == "cpu" and memory.is_shared())
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    outer = getattr(module, "_outer", ())  # of a Segmenter: the compiled network
-    return any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in (module, *outer))
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether a model, or one inside it, is compiled."""
+    outer = (each for module in model.modules() for each in getattr(module, "_outer", ()))  # of a Segmenter
+    modules = (*model.modules(), *(inner for each in outer for inner in each.modules()))
+    return any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in modules)
 
 
 @contextmanager

@@ -710,3 +710,15 @@ def test_logits_that_are_not_finite_are_noticed_without_a_softmax(value, confide
     model = Segmenter(Broken(), mean=None, std=None, stride=1)
     with pytest.raises(NetworkError, match="NaN or infinite logits for image 'city/img_01'"):
         labeler(model).label(data, confidence=confidence)
+
+
+def test_an_error_while_masks_are_written_leaves_the_network_as_it_was():
+    class Full(MaskStore):
+        def put(self, id, mask, confidence=None, *, image=None):
+            raise OSError("disk full")
+
+    model = Pooled().requires_grad_(False)
+    with pytest.raises(OSError, match="disk full") as error:
+        labeler(model, batch_size=1).label(pictures(90), Full())
+    assert error.value.__traceback__ is not None  # which keeps the frames of the loop
+    assert all(each.is_contiguous() and not each.requires_grad for each in model.parameters())

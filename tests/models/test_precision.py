@@ -6,7 +6,7 @@ from torch import nn
 
 import stseg
 from stseg.models import precision
-from stseg.models.precision import _cpu_flags, autocast, computes_bfloat16, resolve_precision
+from stseg.models.precision import _cpu_flags, autocast, casting_once, computes_bfloat16, resolve_precision
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 IMAGES = [torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0)) for _ in range(6)]
@@ -143,3 +143,33 @@ class TestRecords:
         self.refused(native, start, tmp_path / "run.json")
         for record in tmp_path.glob("*/stage.json"):
             assert json.loads(record.read_text())["config"]["precision"] == "bf16"
+
+
+class TestCastingOnce:
+    def casts(self, model, calls=3):
+        """How many weights autocast rounds."""
+        with torch.profiler.profile() as profile, torch.no_grad():
+            for _ in range(calls):
+                with autocast(CPU, "bf16"):
+                    model(torch.rand(1, 3, 4, 4))
+        return sum(event.count for event in profile.key_averages() if event.key == "aten::_to_copy")
+
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_rounds_weights_once_also_frozen_ones(self, trained):
+        model = network().requires_grad_(trained)
+        with torch.autocast("cpu", enabled=False), torch.no_grad(), autocast(CPU, "bf16"):
+            expected = model(torch.ones(1, 3, 4, 4))
+        every = self.casts(model)
+        with casting_once(CPU, model):
+            assert self.casts(model) < every
+            with autocast(CPU, "bf16"):
+                assert torch.equal(model(torch.ones(1, 3, 4, 4)), expected)
+        assert {parameter.requires_grad for parameter in model.parameters()} == {trained}
+
+    def test_leaves_gradients_to_the_autocast_of_the_caller(self):
+        model = network()
+        with torch.autocast("cpu", torch.bfloat16):
+            with casting_once(CPU, model), torch.no_grad(), autocast(CPU, "bf16"):
+                model(torch.rand(1, 3, 4, 4))
+            model(torch.rand(1, 3, 4, 4)).sum().backward()
+        assert model.weight.grad is not None
