@@ -24,7 +24,7 @@ from stseg.data import SyntheticScenes
 CLASSES = SyntheticScenes.classes
 HELD_OUT_SEED = 10_000
 LABELED, UNLABELED, HELD_OUT, SIZE = 20, 400, 150, 48
-STEPS = 2000
+STEPS = 1500
 
 
 class SmallUNet(nn.Module):
