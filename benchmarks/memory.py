@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import stseg
-from stseg.distributed import setup_device
 
 COUNTS = (12_500, 50_000, 200_000)
 SIZE, CLASSES = 32, 4
@@ -59,7 +58,8 @@ def network(width: int, seed: int) -> nn.Module:
 def run(task: str, count: int, size: int, width: int, folder: Path) -> dict[str, float]:
     """Label or rank in this process; return seconds and the highest memory, in MiB, before and in the end."""
     torch.set_num_threads(1)
-    setup_device()
+    if torch.distributed.is_torchelastic_launched():
+        torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
     data = Scenes(count, size)
 
