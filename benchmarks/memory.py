@@ -58,7 +58,7 @@ def network(width: int, seed: int) -> nn.Module:
 def run(task: str, count: int, size: int, width: int, folder: Path) -> dict[str, float]:
     """Label or rank in this process; return seconds and the highest memory, in MiB, before and in the end."""
     torch.set_num_threads(1)
-    if torch.distributed.is_torchelastic_launched():
+    if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
     data = Scenes(count, size)
