@@ -90,9 +90,8 @@ class TrainingSteps:
 
     def _gradients(self, batch: Batch) -> tuple[Losses, Tensor]:
         """Compute the losses of a batch and the gradients, and their norm."""
-        with synchronized_batchnorm(
-            self.config.sync_batchnorm
-        ):  # also in the backward pass, which may recompute layers
+        # Also in the backward pass, which may recompute layers.
+        with synchronized_batchnorm(self.config.sync_batchnorm):
             with autocast(batch.images.device, self.config.precision):
                 losses: Losses = self.network(batch)
             for optimizer in self.optimizers:
