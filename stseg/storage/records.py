@@ -142,7 +142,7 @@ def diff(found: Any, now: Any, name: str = "") -> list[str]:
         ]
     if found == now:
         return []
-    hint = f" (precision={found!r} goes on with it)".replace("'", '"') if name.endswith("precision") and found else ""
+    hint = f' (precision="{found}" goes on with it)' if name.endswith("precision") and found else ""
     return [f"{name} is {found!r} there and {now!r} now{hint}"]
 
 
