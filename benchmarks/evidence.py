@@ -181,7 +181,7 @@ def run_one(
         pseudo=pseudo_quality(outcome, source, case),
         seconds=sum(outcome.seconds.values()),
         cpu_seconds=cpu_seconds if at_once else None,
-        conditions=conditions(),
+        conditions=f"{conditions()}, {config.on(torch.device(DEVICE)).precision}",
     )
     write_json(result_file(out, *job), vars(result))
 
@@ -313,7 +313,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--encoder-lr-factor", type=float, default=0.1, help="of pretrained encoders, as a multiple of --lr"
     )
     parser.add_argument("--evaluations", type=int, default=20, help="on val, during each stage")
-    parser.add_argument("--fp32", action="store_true", help="no bfloat16 autocast")
+    parser.add_argument("--fp32", action="store_true", help="no bfloat16 autocast, even where the device has bfloat16")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument(
         "--known",
@@ -347,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         head_lr_factor=1 / factor,
         eval_every=max(1, args.steps // args.evaluations),
         weight_decay=0.01,
-        precision="fp32" if args.fp32 else "bf16",
+        precision="fp32" if args.fp32 else "auto",
         num_workers=args.workers,
     )
     not_settings = ("data", "out", "fractions", "seeds", "methods", "workers", "evaluations", "known", "save", "page")

@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 tta=None if args.no_tta else stseg.MultiScaleFlip,
                 batch_size=args.batch_size,
                 num_workers=args.workers,
-                precision="fp32" if made_with.fp32 else "bf16",
+                precision="fp32" if made_with.fp32 else stseg.TrainConfig(steps=1).on(device()).precision,
             )
         texts.append(f"{fraction} labeled\n\n{table(found)}")
         figures += [(fraction, seed, name, row) for seed, rows in found.items() for name, row in rows.items()]
