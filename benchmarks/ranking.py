@@ -78,7 +78,7 @@ def measure(
     fraction: float = 0.5,
     batch_size: int = 8,
     num_workers: int = 0,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["auto", "fp32", "bf16"] = "fp32",
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Compare rankings with the truth.
@@ -93,7 +93,7 @@ def measure(
         fraction: share of images that count as reliable.
         batch_size: how many images of equal size at once.
         num_workers: processes that read the data.
-        precision: ``"fp32"`` or ``"bf16"``.
+        precision: see :class:`stseg.TrainConfig`.
         progress: whether to show a bar.
 
     Returns:
@@ -111,6 +111,7 @@ def measure(
         raise ValueError(f"got {len(snapshots)} snapshots; expected two or more")
     networks = [*(as_segmenter(network).eval() for network in snapshots), labeler.eval()]
     where = next(labeler.parameters()).device
+    precision = stseg.TrainConfig(steps=1, precision=precision).on(where).precision
 
     def score(batch: Tensor) -> list[tuple[Tensor, dict[str, float]]]:
         with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -279,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 tta=None if args.no_tta else stseg.MultiScaleFlip,
                 batch_size=args.batch_size,
                 num_workers=args.workers,
-                precision="fp32" if made_with.fp32 else stseg.TrainConfig(steps=1).on(device()).precision,
+                precision="fp32" if made_with.fp32 else "auto",
             )
         texts.append(f"{fraction} labeled\n\n{table(found)}")
         figures += [(fraction, seed, name, row) for seed, rows in found.items() for name, row in rows.items()]
