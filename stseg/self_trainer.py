@@ -19,7 +19,7 @@ from stseg.engine.loop import FitResult
 from stseg.engine.method import Method
 from stseg.functional.classes import check_classes
 from stseg.inference.preflight import refuse_common_ids
-from stseg.methods.st import ST, Baseline, STPlusPlus
+from stseg.methods.registry import create_method, list_methods
 from stseg.models.segmenter import as_segmenter
 from stseg.stages.recipe import OneStage, Recipe
 from stseg.stages.result import SelfTrainingResult
@@ -28,9 +28,6 @@ from stseg.stages.validation import validate_run
 from stseg.stages.workdir import Workdir
 from stseg.storage.files import absolute_folder
 
-_SHORTHANDS = {"supervised": Baseline, "st": ST, "st++": STPlusPlus}
-
-
 class SelfTrainer:
     """Trainer of a network on few labeled and many unlabeled images.
 
@@ -38,7 +35,8 @@ class SelfTrainer:
 
     - a recipe of several trainings: :class:`stseg.methods.ST`, :class:`stseg.methods.STPlusPlus` with their options;
     - one training by a method: ``lambda make_model: stseg.methods.FixMatch(make_model())``;
-    - ``"supervised"``, ``"st"`` or ``"st++"``: the labeled images alone, and the recipes with their defaults.
+    - a name, such as ``"fixmatch"``: the method with its defaults; :func:`stseg.methods.list_methods` has all names.
+      ``"supervised"`` trains on the labeled images alone.
 
     Every training uses new networks. With a ``workdir`` each step is saved on completion, long steps also
     periodically, and the same call again resumes where it was killed. Under ``torchrun`` or ``accelerate launch`` the
@@ -49,7 +47,7 @@ class SelfTrainer:
             seed.
         num_classes: number of classes; 2 for a network with one logit.
         config: settings of every training.
-        method: a recipe, a function ``make_model -> Method``, or one of the three strings.
+        method: a recipe, a function ``make_model -> Method``, or a name.
         keep: ``"final"``, or ``"best"`` for the best weights of each training on ``val``, as in the experiments of
             ST++; this leaks validation labels into the training.
         workdir: folder for all results; None keeps them in memory.
@@ -84,7 +82,7 @@ class SelfTrainer:
         *,
         num_classes: int,
         config: TrainConfig,
-        method: Recipe | MakeMethod | Literal["supervised", "st", "st++"] = "st++",
+        method: Recipe | MakeMethod | str = "st++",
         keep: Literal["final", "best"] = "final",
         workdir: str | Path | None = None,
         skip_unreadable: bool = False,
@@ -104,7 +102,7 @@ class SelfTrainer:
         check_choice("keep", keep, "final", "best")
         check_choice("verify", verify, "sample", "all", "none")
         self.make_model, self.num_classes, self.config = make_model, num_classes, config
-        self.recipe = _as_recipe(method)
+        self.recipe = _as_recipe(method, num_classes)
         self.keep, self.workdir, self.skip_unreadable = keep, absolute_folder(workdir), skip_unreadable
         self.log, self.verify, self.progress = log, verify, progress
         self.recipe.check_settings(config, num_classes=num_classes, on_disk=workdir is not None)
@@ -193,16 +191,16 @@ class SelfTrainer:
         }
 
 
-def _as_recipe(method: object) -> Recipe:
-    if isinstance(method, str) and method in _SHORTHANDS:
-        return _SHORTHANDS[method]()
+def _as_recipe(method: object, num_classes: int) -> Recipe:
+    if isinstance(method, str):
+        return create_method(method, num_classes=num_classes)
     if isinstance(method, Recipe):
         return method
-    if isinstance(method, (str, type, nn.Module)) or not callable(method):
-        kind = repr(method) if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
+    if isinstance(method, (type, nn.Module)) or not callable(method):
+        kind = getattr(method, "__name__", type(method).__name__)
         kind = f"the class {kind}" if isinstance(method, type) else kind
         raise ValueError(
-            f"method is {kind}; expected 'supervised', 'st', 'st++', a recipe such as stseg.methods.STPlusPlus(), or "
-            "a function such as lambda make_model: stseg.methods.FixMatch(make_model())"
+            f"method is {kind}; expected a name ({', '.join(map(repr, list_methods()))}), a recipe such as "
+            "stseg.methods.STPlusPlus(), or a function such as lambda make_model: stseg.methods.FixMatch(make_model())"
         )
     return OneStage(method)

@@ -276,7 +276,7 @@ class TestFiles:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "st+"}, r"method is 'st\+'; expected 'supervised', 'st', 'st\+\+', a recipe"),
+        ({"method": "st+"}, r"method is 'st\+'; expected 'supervised', 'st', 'st\+\+', 'fixmatch'"),
         ({"keep": "last"}, "keep is 'last'; expected 'final' or 'best'"),
         (
             {"config": TrainConfig(steps=3, weak=WeakAugment(16, ignore_index=1), ignore_index=1)},

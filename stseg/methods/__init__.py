@@ -14,6 +14,7 @@ from stseg.methods.ecs import ECS
 from stseg.methods.fixmatch import FixMatch
 from stseg.methods.gct import GCT
 from stseg.methods.mean_teacher import MeanTeacher
+from stseg.methods.registry import create_method, list_methods
 from stseg.methods.s4gan import S4GAN
 from stseg.methods.s4l import S4L
 from stseg.methods.st import ST, Baseline, STPlusPlus
@@ -47,4 +48,6 @@ __all__ = [
     "Supervised",
     "UniMatch",
     "UniMatchV2",
+    "create_method",
+    "list_methods",
 ]
