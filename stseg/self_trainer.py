@@ -28,6 +28,7 @@ from stseg.stages.validation import validate_run
 from stseg.stages.workdir import Workdir
 from stseg.storage.files import absolute_folder
 
+
 class SelfTrainer:
     """Trainer of a network on few labeled and many unlabeled images.
 
