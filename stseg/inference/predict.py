@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from stseg import models
 from stseg.data._reading import ItemReader
 from stseg.data.convert import as_image
 from stseg.data.folder import SegmentationFolder
 from stseg.data.items import Items
 from stseg.description import describe
-from stseg.distributed import barrier, rank
+from stseg.distributed import rank
 from stseg.errors import DataError, NetworkError
 from stseg.inference.fingerprints import check_repeatable, checksum
 from stseg.inference.mask_files import Pixels
@@ -114,7 +114,7 @@ def predict(
             that memory stays that of a tile.
         overlap: share of a tile that the next one covers, too.
         confidence: whether to write the confidence of each mask, the probability of the written class, into a folder
-            beside ``out`` that is called the same with ``-confidence`` behind it: 8-bit gray, 255 times the probability.
+            beside ``out`` whose name has ``-confidence`` behind it: 8-bit gray, 255 times the probability, rounded.
         batch_size: most images of a batch; does not change the masks.
         num_workers: processes that read images.
         precision: ``"fp32"``, ``"bf16"`` for speed, or ``"auto"`` for bfloat16 where the device computes it natively.
@@ -139,6 +139,7 @@ def predict(
 
     Example:
         >>> import tempfile, stseg
+        >>> from PIL import Image
         >>> folder = Path(tempfile.mkdtemp())
         >>> (folder / "images/a").mkdir(parents=True)
         >>> Image.new("RGB", (6, 4)).save(folder / "images/a/1.jpg")
@@ -217,13 +218,15 @@ def _find_todo(sweep: Sweep, masks: MaskFolder) -> Sequence[int]:
     """Return which images of this process have no mask, or one of other pixels."""
     if not sweep.items.concurrent:
         check_repeatable(sweep.items, name="image")
+    if rank() == 0:
+        for folder in masks.folders:
+            remove_leftovers(folder)
     made = masks.made(sweep.share, show=sweep.progress and rank() == 0)
     if not made:
         return sweep.share
     compared = replace(sweep, title="compare images").read(list(made))
-    same = {index for index, image in compared if checksum(image) == made[index]}
-    unreadable = {each.index for each in sweep._skipped}
-    return [index for index in sweep.share if index not in same and index not in unreadable]
+    changed = {index for index, image in compared if checksum(image) != made[index]}
+    return [index for index in sweep.share if index not in made or index in changed]
 
 
 def _prepare(masks: MaskFolder) -> None:
@@ -279,8 +282,8 @@ def _numbers(values: tuple[int, ...] | None, num_classes: int) -> Tensor:
         return torch.arange(num_classes, dtype=_index_dtype(num_classes))
     if len(values) != num_classes:
         raise NetworkError(
-            f"the network gives {num_classes} classes, but values has {len(values)} numbers, {values}; expected one for "
-            "each class"
+            f"the network gives {num_classes} classes, but values has {len(values)} numbers, {values}; expected a "
+            "number for each class"
         )
     return torch.tensor(values, dtype=_index_dtype(max(values) + 1))
 
@@ -348,9 +351,8 @@ def _wrapped(
         if overlap != 0.25:
             raise ValueError(f"overlap is {overlap} without a tile; expected both")
         return model
-    from stseg.models.tiled import Tiled
-
-    return Tiled(model, tile, overlap)
+    tiled: nn.Module = models.Tiled(model, tile, overlap)  # type: ignore[attr-defined, unused-ignore]
+    return tiled
 
 
 def _refuse_overlap(folder: Path, dataset: object) -> None:
@@ -361,8 +363,8 @@ def _refuse_overlap(folder: Path, dataset: object) -> None:
         if there == other or there in other.parents or other in there.parents:
             how = "is" if there == other else "contains" if there in other.parents else "is in"
             raise DataError(
-                f"out is {folder}, which {how} the folder of {source.what}, {other}; expected a folder of its own, such "
-                f"as {other.with_name(f'{other.name}-predicted')}"
+                f"out is {folder}, which {how} the folder of {source.what}, {other}; expected a folder of its own, "
+                f"such as {other.with_name(f'{other.name}-predicted')}"
             )
 
 
@@ -383,7 +385,8 @@ def _image(image: Any) -> Tensor:
     """Return one image as a tensor ``(C, H, W)``; see :func:`predict_mask`."""
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
-        return ItemReader("RGB")(path, None, name=str(path))  # type: ignore[no-any-return]
+        read: Tensor = ItemReader("RGB")(path, None, name=str(path))
+        return read
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3) or image.dtype.kind not in "uf":
             raise TypeError(

@@ -223,7 +223,7 @@ class Segmenter(nn.Module):
             values = values.mean()[None]
         return values.to(images)[:, None, None]
 
-    def _selected(self, output: Any) -> Any:
+    def _selected(self, output: Any) -> Tensor | Any:
         if self.select is None:
             return _logits_in(output)
         return self.select(output) if callable(self.select) else part_of(output, self.select)
