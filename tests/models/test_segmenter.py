@@ -245,7 +245,7 @@ def test_a_place_or_name_that_is_not_there_is_named(function, select, message):
 
 @pytest.mark.parametrize("select", [0.5, True, ("a",), b"a"])
 def test_select_of_another_type_is_refused(select):
-    with pytest.raises(TypeError, match="select is .*; expected a place"):
+    with pytest.raises(TypeError, match=r"select is .*; expected a place"):
         Segmenter(nn.Conv2d(3, 2, 1), select=select)
 
 
