@@ -50,6 +50,12 @@ class Predictions:
         ids: ids of the images, in their order; the mask of ``a/b`` is ``a/b.png`` in the folder.
         skipped: images that could not be read, if ``skip_unreadable`` was set; they are not among the ids.
         values: the number that stands for each class in the files; None where it is the index of the class.
+
+    Example:
+        >>> import tempfile
+        >>> masks = predict(nn.Conv2d(3, 2, 1), [torch.rand(3, 4, 6)], tempfile.mkdtemp(), progress=False)
+        >>> masks.ids, masks[0].shape, masks[0].dtype
+        (('0',), torch.Size([4, 6]), torch.uint8)
     """
 
     folder: Path
