@@ -25,6 +25,7 @@ from stseg.inference.evaluate import evaluate
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
 from stseg.inference.mask_store import MaskStore
 from stseg.inference.mean_iou import MeanIoU
+from stseg.inference.predict import Predictions, predict, predict_mask
 from stseg.inference.rankers import ConfidenceRanker, StabilityRanker
 from stseg.inference.ranking import Ranking
 from stseg.inference.reading import Skipped
@@ -59,6 +60,10 @@ __all__ = [  # noqa: RUF022  grouped
     "Skipped",
     "MeanIoU",
     "evaluate",
+    # delivered predictions
+    "predict",
+    "predict_mask",
+    "Predictions",
     # training
     "Method",
     "Batch",

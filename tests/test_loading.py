@@ -84,12 +84,12 @@ class TestRuns:
 class TestNetworks:
     def test_of_smp_are_made_again(self, tmp_path):
         def make():
-            return stseg.Segmenter(fpn(decoder_dropout=0.1), mean=(0.5,), std=(0.25,), stride=32)
+            return stseg.Segmenter(fpn(decoder_dropout=0.1), mean=(0.5,), std=(0.25,), stride=32, select="out")
 
         result = run(tmp_path, make=make)
         model = stseg.load(tmp_path)
         assert equal(model, result.model)
-        assert (model.mean, model.std, model.stride) == ((0.5,), (0.25,), 32)
+        assert (model.mean, model.std, model.stride, model.select) == ((0.5,), (0.25,), 32, "out")
         assert equal(stseg.load(tmp_path, make()), result.model)
 
     @pytest.mark.parametrize(

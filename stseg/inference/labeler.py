@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from stseg.inference.fingerprints import check_repeatable, checksum, image_check
 from stseg.inference.mask_store import MaskStore
 from stseg.inference.reading import Skipped
 from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_images, predictor
+from stseg.inference.writing import writing_behind
 from stseg.models.precision import resolve_precision
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, evaluating, fingerprint, move
@@ -220,18 +219,13 @@ class PseudoLabeler:
             return mask.to(index_dtype(self.num_classes, self.ignore_index)), finite_images(highest)
 
         # Threads write the PNGs while the network runs; their queue is bounded.
-        with ThreadPoolExecutor(4) as writers:
-            writing: deque[Future[None]] = deque()
+        with writing_behind() as write:
             of: dict[int, int] = {}  # checksums of the images that were read
             note = None if store.folder is None else lambda index, image: of.update({index: checksum(image)})
             with sweep.predict([self.model], label_each, indices=todo, on_item=note) as labeled:
                 for index, (mask, *kept) in labeled:
                     known: dict[str, Any] = {} if note is None else {"image": of.pop(index)}
-                    writing.append(writers.submit(store.put, items.ids[index], mask, *kept, **known))
-                    while len(writing) > 64:
-                        writing.popleft().result()
-            for job in writing:
-                job.result()
+                    write(store.put, items.ids[index], mask, *kept, **known)
         if store.folder is None:
             _share_memory(store, [items.ids[index] for index in sweep.share])
         skipped = sweep.skipped()

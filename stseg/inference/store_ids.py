@@ -35,10 +35,7 @@ def check_store_id(id: str) -> None:
         stseg.errors.DataError: the id '../secret' cannot name a file in a store: it has a part '..'; expected ...
     """
     if (fault := _fault(id)) is not None:
-        raise DataError(
-            f"the id {id!r} cannot name a file in a store: {fault}; expected a relative path with '/' between folders, "
-            "of names that Linux, macOS and Windows can store: rename the image, or give the data set other .ids"
-        )
+        raise _cannot_name(id, "store", fault)
 
 
 def is_store_id(id: str) -> bool:
@@ -69,6 +66,33 @@ def check_store_ids(ids: Sequence[str], folder: Path | None = None) -> None:
         _refuse_long_paths(ids, folder)
 
 
+def check_file_names(names: Sequence[str], folder: Path) -> None:
+    """Check names of files in a folder that is no store, without their ending: no name is reserved.
+
+    Raises:
+        DataError: as :func:`check_store_ids` does.
+
+    Example:
+        >>> check_file_names(["shard-00/1", "1.confidence"], Path("masks"))
+        >>> check_file_names(["../secret"], Path("masks"))
+        Traceback (most recent call last):
+        stseg.errors.DataError: the id '../secret' cannot name a file in a folder: it has a part '..'; expected ...
+    """
+    for name in names:
+        if (fault := _fault_of_path(name, ENDING)) is not None:
+            raise _cannot_name(name, "folder", fault)
+    _refuse_alike(names)
+    _refuse_files_as_folders(names)
+    _refuse_long_paths(names, folder)
+
+
+def _cannot_name(id: str, where: str, fault: str) -> DataError:
+    return DataError(
+        f"the id {id!r} cannot name a file in a {where}: {fault}; expected a relative path with '/' between folders, "
+        "of names that Linux, macOS and Windows can store: rename the image, or give the data set other .ids"
+    )
+
+
 def _fault(id: str) -> str | None:
     """Return what is wrong with an id, if anything is."""
     if len(id) < 100 and _PLAIN.fullmatch(id) and not id.lower().startswith((*_LIKE_DEVICE, "shard-")):
@@ -79,12 +103,9 @@ def _fault(id: str) -> str | None:
 
 
 def _slow_fault(id: str) -> str | None:
-    if id == "":
-        return "it is empty"
+    if (fault := _fault_of_path(id, CONFIDENCE + ENDING)) is not None:
+        return fault
     parts = id.split("/")
-    for place, part in enumerate(parts, start=1):
-        if (fault := _fault_of_part(part, CONFIDENCE + ENDING if place == len(parts) else "")) is not None:
-            return fault
     if _folded(id).endswith(CONFIDENCE):
         return f"it ends with {CONFIDENCE!r}" + (", in other letters" if not id.lower().endswith(CONFIDENCE) else "")
     if _SHARD.match(parts[0]):
@@ -92,6 +113,15 @@ def _slow_fault(id: str) -> str | None:
     if len(parts) > 1 and _folded(parts[0]) == RECORD:
         return f"its folder {parts[0]!r} is a file of the store"
     return None
+
+
+def _fault_of_path(id: str, ending: str) -> str | None:
+    """Return what is wrong with a path, if anything is, with an ending behind its last part."""
+    if id == "":
+        return "it is empty"
+    *folders, name = id.split("/")
+    faults = (_fault_of_part(part, end) for part, end in (*((folder, "") for folder in folders), (name, ending)))
+    return next((fault for fault in faults if fault is not None), None)
 
 
 def _fault_of_part(part: str, ending: str) -> str | None:
@@ -161,7 +191,7 @@ def _refuse_long_paths(ids: Sequence[str], folder: Path) -> None:
             what = f"the path of its mask has {length} bytes" if length > longest_path else "a part of it is too long"
             raise DataError(
                 f"the id {id!r} cannot name a file in {folder}: {what}; the file system takes paths of {longest_path} "
-                f"and names of {longest_name} bytes: use a shorter workdir, rename the image, or give the data set "
+                f"and names of {longest_name} bytes: use a shorter folder, rename the image, or give the data set "
                 "other .ids"
             )
 

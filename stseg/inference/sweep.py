@@ -233,8 +233,10 @@ def _sides(image: Tensor) -> tuple[int, int]:
     return image.shape[-2], image.shape[-1]
 
 
-def predictor(model: nn.Module, num_classes: int, precision: Precision) -> Callable[[Tensor], Tensor]:
+def predictor(model: nn.Module, num_classes: int | None, precision: Precision) -> Callable[[Tensor], Tensor]:
     """Make a function from images ``(B, C, H, W)`` to float logits ``(B, K, H, W)`` of ``num_classes`` classes.
+
+    None is any number of them.
 
     Gradients and training mode are left to the caller (see ``evaluating``).
 
@@ -248,7 +250,7 @@ def predictor(model: nn.Module, num_classes: int, precision: Precision) -> Calla
         device = device_of(model)
         with autocast(device, precision):
             logits: Tensor = model(images.to(device))
-        if logits.shape[1] != num_classes:
+        if num_classes is not None and logits.shape[1] != num_classes:
             raise NetworkError(f"the network gives {logits.shape[1]} classes; num_classes is {num_classes}")
         return logits
 

@@ -22,13 +22,13 @@ def describe_network(model: nn.Module) -> dict[str, Any] | None:
         >>> describe_network(Segmenter(network))["class"], describe_network(nn.Conv2d(3, 3, 1))
         ('Unet', None)
     """
-    if not isinstance(model, Segmenter) or model.select is not None:
+    if not isinstance(model, Segmenter) or callable(model.select):
         return None
     kind, arguments = type(model.network), getattr(model.network, "_hub_mixin_config", None)
     smp = sys.modules.get("segmentation_models_pytorch")  # imported by whoever made a network of it
     if getattr(smp, kind.__name__, None) is not kind or not isinstance(arguments, dict):
         return None
-    wrapper = {"mean": model.mean, "std": model.std, "stride": model.stride}
+    wrapper = {"mean": model.mean, "std": model.std, "stride": model.stride, "select": model.select}
     try:
         # Weights to start from are not needed: the trained ones come from the file.
         found = {"class": kind.__name__, "arguments": {**arguments, "encoder_weights": None}, "segmenter": wrapper}

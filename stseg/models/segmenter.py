@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from stseg.checks import check_image_range
 from stseg.description import describe
 from stseg.errors import NetworkError
+from stseg.models._select import check_select, part_of, refuse_local
 from stseg.models.sides import Sides, find_sides, scale_of
 from stseg.models.state import bare_network, device_of, evaluating, place_channels_first
 
@@ -51,7 +53,11 @@ class Segmenter(nn.Module):
             the first call, starting from the output stride that the network reports (as networks of
             segmentation_models_pytorch do): the smallest one at which the output, scaled by one integer, covers the
             padded image.
-        select: ``output -> logits``, for networks that return them in another way.
+        select: which part of the network's output the logits are, where it is not found: the place in a tuple or list
+            (``0``, ``-1``), the key of a mapping or name of an attribute (``"classes"``), or a function
+            ``output -> logits``. With a place or a name, an output that is a single tensor is taken as it is: many
+            networks return several maps only in training. A model whose ``select`` is a lambda cannot be pickled, as
+            by ``torch.save``.
 
     Shape:
         ``(B, C, H, W)`` uint8 or float in [0, 1], on any device -> ``(B, K, H, W)`` float32 logits (float64 from a
@@ -59,7 +65,9 @@ class Segmenter(nn.Module):
 
     Raises:
         NetworkError: if the network has lazy layers without a shape; when called, if the network does not return a
-            batch of logits, returns several, or logits that, scaled by one integer, do not cover the image.
+            batch of logits, returns several, has nothing at the place or under the name ``select``, or logits that,
+            scaled by one integer, do not cover the image.
+        TypeError: if ``select`` is none of these; when pickled, if it is a lambda or a function inside another one.
         ValueError: when called, if float images are not in [0, 1] (on a GPU only at the first call).
 
     Example:
@@ -78,7 +86,7 @@ class Segmenter(nn.Module):
         mean: Sequence[float] | None = IMAGENET_MEAN,
         std: Sequence[float] | None = IMAGENET_STD,
         stride: int | None = None,
-        select: Callable[[Any], Tensor] | None = None,
+        select: Callable[[Any], Tensor] | int | str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
@@ -94,6 +102,7 @@ class Segmenter(nn.Module):
             raise ValueError(f"stride is {stride}; expected 1 or more")
         if (mean is None) != (std is None):
             raise ValueError("mean and std go together: give both, or None for both")
+        check_select(select)
         bare = bare_network(network)
         self.network = bare
         # In a tuple: not a submodule, so that the weights keep the names of the bare network.
@@ -135,8 +144,23 @@ class Segmenter(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
-        select = "" if self.select is None else f", select={describe(self.select)}"
+        shown = repr(self.select) if isinstance(self.select, (int, str)) else describe(self.select)
+        select = "" if self.select is None else f", select={shown}"
         return f"mean={self.mean}, std={self.std}, stride={self.stride}{select}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        refuse_local(self.select)
+        return super().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Segmenter:
+        made = memo[id(self)] = self.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __copy__(self) -> Segmenter:
+        made = self.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
 
     def _find_sides(self, x: Tensor) -> None:
         """Find the sides that the network takes; if there are none, whether it takes this size."""
@@ -199,13 +223,18 @@ class Segmenter(nn.Module):
             values = values.mean()[None]
         return values.to(images)[:, None, None]
 
+    def _selected(self, output: Any) -> Tensor | Any:
+        if self.select is None:
+            return _logits_in(output)
+        return self.select(output) if callable(self.select) else part_of(output, self.select)
+
     def _logits(self, x: Tensor) -> Tensor:
         network = self.network
         # Hooks that were added later, such as those of stseg.modules.captured, do not reach what is compiled.
         if self._outer and not self._trying and _count_hooks(network) == self._hooks:
             network = self._outer[0]
         output = self._output(network, x)
-        logits = self.select(output) if self.select is not None else _logits_in(output)
+        logits = self._selected(output)
         rows = len(x) * (1 if self._trying else self._rows_per_image)
         is_map = isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim == 4
         if not is_map or len(logits) != rows or logits.shape[1] == 0:
@@ -264,8 +293,8 @@ def _logits_in(output: Any) -> Any:
             key = next(iter(output))
         if key is None:
             raise NetworkError(
-                f"the network returned a mapping with the keys {list(output)}; expected 'out' or 'logits' "
-                "(see select= of stseg.Segmenter)"
+                f"the network returned a mapping with the keys {list(output)}; expected 'out' or 'logits', or the key "
+                f"of the logits, such as stseg.Segmenter(network, select={next(iter(output), 'logits')!r})"
             )
         return output[key]
     if isinstance(output, (tuple, list)) and output:
@@ -274,12 +303,17 @@ def _logits_in(output: Any) -> Any:
             shapes = ", ".join(str(tuple(each.shape)) for each in maps)
             raise NetworkError(
                 f"the network returned a {type(output).__name__} with {len(maps)} maps, of the shapes {shapes}, any of "
-                "which may be the logits; expected one, or their place: stseg.Segmenter(network, select=lambda output: "
-                "output[0]); a network that returns them only in training: select=lambda output: output[0] if "
-                "isinstance(output, (list, tuple)) else output"
+                "which may be the logits; expected one, or its place, such as stseg.Segmenter(network, "
+                f"select={_place_of(maps[0], output)}), which takes a single tensor as it is, as of a network that "
+                "returns several only in training"
             )
         return maps[0] if maps else output[0]
     return output
+
+
+def _place_of(found: Tensor, output: Sequence[Any]) -> int:
+    """Return the first place that holds a map, or maps."""
+    return next(place for place, each in enumerate(output) if any(map_ is found for map_ in _maps_in(each)))
 
 
 def _maps_in(output: Any) -> Iterator[Tensor]:

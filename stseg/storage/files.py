@@ -23,7 +23,7 @@ except ImportError:  # not available on Windows
     fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part")
-_KINDS = {"workdir": "work directory", "store": "store"}
+_KINDS = {"workdir": "work directory", "store": "store", "out": "folder"}
 _TRIES = 10  # names of a temporary file, if others remove it before it is locked
 
 

@@ -69,13 +69,13 @@ class TestWhatTrainsIsWhatPredicts:
     )
     def test_several_maps_need_select(self, give):
         for attempt in (lambda make: fit(make()), run):
-            with pytest.raises(NetworkError, match=r"2 maps, .*select=lambda output"):
+            with pytest.raises(NetworkError, match=r"2 maps, .*select=[01]\)"):
                 attempt(lambda: TwoHeads(give))
 
     def test_select_picks_the_one_that_learns(self):
         network = TwoHeads(lambda training, aux, main: (aux, main) if training else main)
         before = copy.deepcopy(network.state_dict())
-        model = stseg.Segmenter(network, select=lambda output: output[1] if isinstance(output, tuple) else output)
+        model = stseg.Segmenter(network, select=1)
         with pytest.warns(NetworkWarning, match=r"2 trainable parameters .*'model\.network\.aux\.weight'"):
             fit(model)
         assert not torch.equal(network.head[1].weight, before["head.1.weight"])

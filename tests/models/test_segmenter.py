@@ -1,7 +1,8 @@
 import copy
+import io
 import pickle
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
 
 import numpy as np
@@ -180,8 +181,8 @@ def test_select_picks_the_logits():
         (lambda y: y[:1], r"\(1, 4, 7, 9\)"),
         (lambda y: None, "NoneType"),
         (lambda y: (), "tuple"),
-        (lambda y: ((y, y.mean()), None, y), r"a tuple with 2 maps.*select=lambda output"),
-        (lambda y: [y, y + 1], r"a list with 2 maps.*select=lambda output"),
+        (lambda y: ((y, y.mean()), None, y), r"a tuple with 2 maps.*select=0\)"),
+        (lambda y: [y, y + 1], r"a list with 2 maps.*select=0\)"),
         (lambda y: (y, [y]), r"a tuple with 2 maps"),
         (lambda y: (y, {"features": y}), r"a tuple with 2 maps"),
         (lambda y: torch.stack([y, y], 1), r"of shape \(1, 2, 4, 130, 131\)"),
@@ -192,6 +193,73 @@ def test_select_picks_the_logits():
 def test_what_is_no_batch_of_logits_is_refused(function, what):
     with pytest.raises(NetworkError, match=what):
         Segmenter(Returns(function))(torch.rand(2, 3, 7, 9))
+
+
+LOGITS = namedtuple("LOGITS", "aux, main")
+
+
+@pytest.mark.parametrize(
+    ("function", "select"),
+    [
+        (lambda y: (y + 1, y), 1),
+        (lambda y: [y, y + 1, y + 2], -3),
+        (lambda y: (y + 1, y, None), -2),
+        (lambda y: {"depth": y + 1, "classes": y}, "classes"),
+        (lambda y: {"items": y, "out": y + 1}, "items"),
+        (lambda y: SimpleNamespace(aux=y + 1, main=y), "main"),
+        (lambda y: LOGITS(y + 1, y), "main"),
+        (lambda y: LOGITS(y + 1, y), 1),
+        (lambda y: y, 5),
+        (lambda y: y, "classes"),
+    ],
+)
+def test_select_by_place_or_name(function, select):
+    network = Returns(function)
+    images = torch.rand(2, 3, 7, 9)
+    model = Segmenter(network, select=select)
+    torch.testing.assert_close(model(images), network.conv(normalized(images)))
+    assert f"select={select!r}" in repr(model)
+    for copied in (pickle.loads(pickle.dumps(Segmenter(nn.Conv2d(3, 2, 1), select=select))), copy.deepcopy(model)):
+        assert copied.select == select
+
+
+@pytest.mark.parametrize(
+    ("function", "select", "message"),
+    [
+        (lambda y: (y, y), 2, "a tuple of 2, which has no place 2"),
+        (lambda y: [y, y], -3, "a list of 2, which has no place -3"),
+        (lambda y: {"a": y, "b": y}, 0, "a dict, which has no place 0"),
+        (lambda y: {"a": y, "b": y}, "c", r"a dict with the keys \['a', 'b'\]; expected 'c' in it"),
+        (lambda y: {"a": y, "b": y}, "items", r"a dict with the keys \['a', 'b'\]; expected 'items' in it"),
+        (lambda y: SimpleNamespace(a=y), "b", "a SimpleNamespace; expected 'b' in it"),
+        (lambda y: (y, y), "b", "a tuple; expected 'b' in it"),
+        (lambda y: (y, [y]), 1, "returned list"),
+        (lambda y: {"a": y, "b": y}, None, r"such as stseg.Segmenter\(network, select='a'\)"),
+        (lambda y: (y.mean(), y, y), None, r"such as stseg.Segmenter\(network, select=1\)"),
+    ],
+)
+def test_a_place_or_name_that_is_not_there_is_named(function, select, message):
+    with pytest.raises(NetworkError, match=message):
+        Segmenter(Returns(function), select=select)(torch.rand(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("select", [0.5, True, ("a",), b"a"])
+def test_select_of_another_type_is_refused(select):
+    with pytest.raises(TypeError, match=r"select is .*; expected a place"):
+        Segmenter(nn.Conv2d(3, 2, 1), select=select)
+
+
+def test_a_lambda_is_copied_but_not_pickled():
+    model = Segmenter(nn.Conv2d(3, 2, 1), select=lambda output: output)
+    images = torch.rand(1, 3, 4, 4)
+    for copied in (copy.deepcopy(model), copy.copy(model)):
+        assert torch.equal(copied(images), model(images))
+    assert copy.deepcopy(model).network.weight is not model.network.weight
+    assert copy.copy(model).network.weight is model.network.weight
+    for dump in (lambda: torch.save(model, io.BytesIO()), lambda: pickle.dumps(nn.Sequential(model))):
+        with pytest.raises(TypeError, match=r"select=0.*stseg\.save_weights"):
+            dump()
+    torch.save(Segmenter(nn.Conv2d(3, 2, 1), select=torch.neg), io.BytesIO())
 
 
 def test_what_select_returns_is_checked_too():
