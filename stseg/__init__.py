@@ -29,7 +29,7 @@ from stseg.inference.rankers import ConfidenceRanker, StabilityRanker
 from stseg.inference.ranking import Ranking
 from stseg.inference.reading import Skipped
 from stseg.loading import load
-from stseg.models import IMAGENET_MEAN, IMAGENET_STD, MultiScaleFlip, Segmenter
+from stseg.models import IMAGENET_MEAN, IMAGENET_STD, MultiScaleFlip, Segmenter, Tiled
 from stseg.self_trainer import SelfTrainer
 from stseg.stages.report import write_report
 from stseg.stages.result import SelfTrainingResult
@@ -40,6 +40,7 @@ __all__ = [  # noqa: RUF022  grouped
     # networks
     "Segmenter",
     "MultiScaleFlip",
+    "Tiled",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     # augmentation
