@@ -21,12 +21,14 @@ from stseg.errors import (
     WorkdirMissingError,
 )
 from stseg.functional import PseudoLabels
+from stseg.inference.array import predict_array
 from stseg.inference.evaluate import evaluate
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
 from stseg.inference.mask_store import MaskStore
 from stseg.inference.mean_iou import MeanIoU
 from stseg.inference.rankers import ConfidenceRanker, StabilityRanker
 from stseg.inference.ranking import Ranking
+from stseg.inference.raster import predict_raster
 from stseg.inference.reading import Skipped
 from stseg.loading import load
 from stseg.models import IMAGENET_MEAN, IMAGENET_STD, MultiScaleFlip, Segmenter, Tiled
@@ -60,6 +62,9 @@ __all__ = [  # noqa: RUF022  grouped
     "Skipped",
     "MeanIoU",
     "evaluate",
+    # large images
+    "predict_array",
+    "predict_raster",
     # training
     "Method",
     "Batch",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -180,9 +179,9 @@ def _predict_tiles(
         images = [each for each in group if each is not None]
         found: Iterator[Tensor] = iter(())
         if images:
-            parts = torch.cat(images).split(per_pass)
+            parts = torch.split(torch.cat(images), per_pass)
             probability = torch.cat([softmax_of_classes(model(part)) for part in parts])
-            found = iter(probability.unflatten(0, (len(images), count)))
+            found = iter(probability.reshape(len(images), count, *probability.shape[1:]))
         for each in group:
             yield None if each is None else next(found)
 
@@ -233,8 +232,8 @@ def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
         >>> check_size(512), check_size((512, 1024))
         ((512, 512), (512, 1024))
     """
-    sides = (size, size) if isinstance(size, Integral) else size
-    if isinstance(sides, str) or not hasattr(sides, "__len__") or len(sides) != 2:
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2:
         raise TypeError(f"the size of a tile is {size!r}; expected an integer, or (height, width)")
     for side in sides:
         check_count("the size of a tile", side)
