@@ -60,8 +60,8 @@ def predict_array(
         ``out``, or a new array ``(H, W)``: uint8, or int32 for more than 256 classes.
 
     Raises:
-        DataError: if the image has another shape or no pixels, its values do not tell their range or lie outside of it,
-            or ``out`` or ``confidence`` has another size, dtype or range, or cannot be written to.
+        DataError: if the image has another shape, such as ``(H, W, C)``, or no pixels, its values do not tell their
+            range or lie outside of it, or ``out`` or ``confidence`` has another size or dtype or is read-only.
         NetworkError: if the network does not take a tile, or returns NaN or infinite logits.
         TypeError: if ``image`` is not an array.
         ValueError: if ``tile``, ``overlap`` or ``value_range`` is out of its range.
@@ -76,6 +76,7 @@ def predict_array(
     labeler = TileLabeler(model, tile, overlap, precision, device, progress)
     image = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
     channels, height, width = _check_image(image)
+    _check_layout(labeler.model, channels, width)
     scale = ValueScale(np.dtype(image.dtype), value_range, windows=_rows_of(image), name="the image")
     _check_target(out, "out", "iu", "integers", (height, width))
     _check_target(confidence, "confidence", "f", "floats", (height, width))
@@ -94,9 +95,7 @@ def predict_array(
         if confidence is not None:
             confidence[block.rows, block.columns] = block.confidence
 
-    shape = (channels, height, width)
-    way_out = f"; the image is {shape} as (C, H, W); image.transpose(2, 0, 1) makes one of (H, W, C)"
-    labeler.label(height, width, read, write, name="the image", way_out=way_out if channels > width else "")
+    labeler.label(height, width, read, write, name="the image")
     assert mask is not None
     return mask
 
@@ -117,6 +116,16 @@ def _check_image(image: Any) -> tuple[int, int, int]:
             f"image is {image.dtype}; expected uint8, or floats in [0, 1], or other numbers and value_range"
         )
     return shape
+
+
+def _check_layout(model: nn.Module, channels: int, width: int) -> None:
+    """Refuse ``(H, W, C)``: of thousands of channels, the network would make feature maps before it fails."""
+    first = next((each for each in model.modules() if isinstance(each, nn.Conv2d)), None)
+    if first is not None and first.in_channels == width < channels:
+        raise DataError(
+            f"image has {channels} channels and is {width} wide as (C, H, W), and the network takes {width} channels; "
+            "expected image.transpose(2, 0, 1), which makes (C, H, W) of (H, W, C) without a copy"
+        )
 
 
 def _check_target(target: Any, name: str, kinds: str, expected: str, shape: tuple[int, int]) -> None:

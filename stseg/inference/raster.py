@@ -200,7 +200,8 @@ class RasterReader:
         values, empty = self._window(rows, columns)
         if empty.all():
             return None
-        self._valid[rows.start, columns.start] = ~empty.all(0)
+        valid: np.ndarray[Any, Any] = np.logical_not(empty.all(0))
+        self._valid[rows.start, columns.start] = valid
         values[empty] = values[~empty][0]  # one within the range
         image = self._scale(values, rows, columns)
         image[torch.from_numpy(empty)] = 0
@@ -252,7 +253,8 @@ class RasterWriter:
         """Write a part of the classes, and nodata where it is not valid."""
         if self._of_class is None:
             self._of_class = self._values.of(block.num_classes)
-            self._open(self._of_class.dtype)
+            with self._writing():
+                self._open(self._of_class.dtype)
         found = self._of_class[block.mask]
         found[~valid] = self._values.nodata
         with self._writing():
@@ -262,9 +264,9 @@ class RasterWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                if self._file is None:  # no data at all
-                    self._open(self._values.dtype(list((self._values.given or {}).values())))
                 with self._writing():
+                    if self._file is None:  # no data at all
+                        self._open(self._values.dtype(list((self._values.given or {}).values())))
                     self._file.close()
                     self._verify()
                 os.replace(self._temporary, self._out)
