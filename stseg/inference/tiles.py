@@ -108,8 +108,7 @@ class TileLabeler:
                     highest, mask = block[0].max(0)
                     place = f"rows {r.start} to {r.stop} and columns {c.start} to {c.stop}"
                     check_finite(bool(finite_images(highest[None])), name=f"{place} of {name}")
-                    confidence = highest.float().exp()
-                    write(Block(r, c, mask.cpu().numpy(), confidence.cpu().numpy(), block.shape[1]))
+                    write(Block(r, c, mask.cpu().numpy(), highest.float().cpu().numpy(), block.shape[1]))
                 bar.update()
 
 

@@ -69,13 +69,16 @@ class Tiled(nn.Module):
         rows, columns = (
             Axis.cover(length, size, self.overlap) for length, size in zip(images.shape[-2:], self.size, strict=True)
         )
+        if len(rows.starts) == len(columns.starts) == 1:
+            logits: Tensor = self.model(images)
+            return logits.log_softmax(1)
         found: Tensor | None = None
         parts = predict_blocks(self.model, rows, columns, lambda r, c: images[..., r, c], count=len(images))
         for r, c, block in parts:
             assert block is not None
             if found is None:
                 found = block.new_empty(*block.shape[:2], rows.length, columns.length)
-            found[..., r, c] = block
+            found[..., r, c] = block.clamp(min=torch.finfo(block.dtype).tiny).log()
         assert found is not None
         return found
 
@@ -152,18 +155,11 @@ def predict_blocks(
         count: number of images B.
 
     Yields:
-        rows and columns of a part, and ``(B, K, h, w)`` its log of the mean probability; None for parts before the
-        first tile that was computed. A part is the beginning of a tile, in the order of the tiles. Pixels in tiles that
-        were left out mean nothing.
+        rows and columns of a part, and ``(B, K, h, w)`` its mean probability; None for parts before the first tile that
+        was computed. A part is the beginning of a tile, in the order of the tiles. Pixels in tiles that were left out
+        mean nothing.
     """
-    if len(rows.starts) == len(columns.starts) == 1:
-        whole = slice(0, rows.length), slice(0, columns.length)
-        images = read(*whole)
-        yield *whole, None if images is None else model(images).log_softmax(1)
-        return
-    for r, c, probability in _blend(rows, columns, _predict_tiles(model, rows, columns, read, count)):
-        least = 0.0 if probability is None else torch.finfo(probability.dtype).tiny
-        yield r, c, None if probability is None else probability.clamp(min=least).log()
+    return _blend(rows, columns, _predict_tiles(model, rows, columns, read, count))
 
 
 def _predict_tiles(
@@ -179,8 +175,8 @@ def _predict_tiles(
         images = [each for each in group if each is not None]
         found: Iterator[Tensor] = iter(())
         if images:
-            parts = torch.split(torch.cat(images), per_pass)
-            probability = torch.cat([softmax_of_classes(model(part)) for part in parts])
+            parts = [softmax_of_classes(model(part)) for part in torch.split(torch.cat(images), per_pass)]
+            probability = parts[0] if len(parts) == 1 else torch.cat(parts)
             found = iter(probability.reshape(len(images), count, *probability.shape[1:]))
         for each in group:
             yield None if each is None else next(found)
