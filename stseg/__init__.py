@@ -21,6 +21,7 @@ from stseg.errors import (
     WorkdirMissingError,
 )
 from stseg.functional import PseudoLabels
+from stseg.inference.array import predict_array
 from stseg.inference.evaluate import evaluate
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
 from stseg.inference.mask_store import MaskStore
@@ -28,9 +29,10 @@ from stseg.inference.mean_iou import MeanIoU
 from stseg.inference.predict import Predictions, predict, predict_mask
 from stseg.inference.rankers import ConfidenceRanker, StabilityRanker
 from stseg.inference.ranking import Ranking
+from stseg.inference.raster import predict_raster
 from stseg.inference.reading import Skipped
 from stseg.loading import load
-from stseg.models import IMAGENET_MEAN, IMAGENET_STD, MultiScaleFlip, Segmenter
+from stseg.models import IMAGENET_MEAN, IMAGENET_STD, MultiScaleFlip, Segmenter, Tiled
 from stseg.self_trainer import SelfTrainer
 from stseg.stages.report import write_report
 from stseg.stages.result import SelfTrainingResult
@@ -41,6 +43,7 @@ __all__ = [  # noqa: RUF022  grouped
     # networks
     "Segmenter",
     "MultiScaleFlip",
+    "Tiled",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     # augmentation
@@ -64,6 +67,9 @@ __all__ = [  # noqa: RUF022  grouped
     "predict",
     "predict_mask",
     "Predictions",
+    # large images
+    "predict_array",
+    "predict_raster",
     # training
     "Method",
     "Batch",

@@ -330,6 +330,9 @@ NETWORKS = {
     "Segmenter, padded": lambda images: stseg.Segmenter(CONVOLUTION, stride=16)(images),
     "Segmenter, one logit": lambda images: stseg.Segmenter(nn.Conv2d(3, 1, 1))(images),
     "MultiScaleFlip": lambda images: stseg.MultiScaleFlip(CONVOLUTION)(images),
+    "Tiled": lambda images: stseg.Tiled(CONVOLUTION, size=4)(images),
+    "Tiled, bytes": lambda bytes_image: stseg.Tiled(CONVOLUTION, size=4)(bytes_image[None]),
+    "Tiled, one": lambda images: stseg.Tiled(CONVOLUTION)(images),
     "as_segmenter": lambda images: as_segmenter(CONVOLUTION)(images),
     "PseudoLabeler": lambda images: stseg.PseudoLabeler(CONVOLUTION, num_classes=CLASSES)(images),
     "StabilityRanker": lambda images: stseg.StabilityRanker([CONVOLUTION] * 3, num_classes=CLASSES)(images),
@@ -398,7 +401,11 @@ def test_a_generator_that_is_given_is_the_only_one_that_advances():
 WRITES = nn.Hardtanh(0.2, 0.8, inplace=True)  # as of a network that normalizes its input in place
 
 
-@pytest.mark.parametrize("wrap", [lambda net: net, stseg.MultiScaleFlip], ids=["Segmenter", "MultiScaleFlip"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda net: net, stseg.MultiScaleFlip, lambda net: stseg.Tiled(net, 4)],
+    ids=["Segmenter", "MultiScaleFlip", "Tiled"],
+)
 def test_images_stay_as_they_are_in_a_network_that_writes_into_its_input(wrap):
     model = wrap(stseg.Segmenter(nn.Sequential(WRITES, CONVOLUTION), mean=None, std=None, stride=1))
     check_call(lambda images: model(images), "plain")
@@ -456,6 +463,30 @@ def test_lists_and_dictionaries_stay_as_they_are():
     assert {k: v for k, v in given.items() if k not in ("features", "networks")} == {
         k: v for k, v in was.items() if k not in ("features", "networks")
     }
+
+
+def test_arrays_and_networks_stay_as_they_are_in_inference_by_tiles(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    net, image = partly_frozen(), np.random.default_rng(0).random((3, 40, 50), dtype=np.float32)
+    before = image.copy()
+    with rasterio.open(
+        tmp_path / "a.tif",
+        "w",
+        driver="GTiff",
+        width=50,
+        height=40,
+        count=3,
+        dtype="float32",
+        crs="EPSG:32633",
+        transform=rasterio.Affine(1, 0, 0, 0, -1, 0),
+    ) as file:
+        file.write(image)
+    content = (tmp_path / "a.tif").read_bytes()
+    with same_networks(net), same_random_states():
+        stseg.predict_array(net, image, tile=16, progress=False)
+        stseg.predict_raster(net, tmp_path / "a.tif", tmp_path / "b.tif", tile=16, progress=False)
+    assert np.array_equal(image, before)
+    assert (tmp_path / "a.tif").read_bytes() == content
 
 
 # --- networks

@@ -5,6 +5,7 @@ from stseg.models.deeplab import DeepLabV2, DeepLabV3Plus
 from stseg.models.multi_scale import MultiScaleFlip
 from stseg.models.pspnet import PSPNet
 from stseg.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter, as_segmenter
+from stseg.models.tiled import Tiled
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -14,6 +15,7 @@ __all__ = [
     "MultiScaleFlip",
     "PSPNet",
     "Segmenter",
+    "Tiled",
     "as_segmenter",
     "backbone_of",
 ]

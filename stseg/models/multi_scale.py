@@ -64,7 +64,7 @@ class MultiScaleFlip(nn.Module):
                 most = 2 * most if view.device.type == "cpu" else most
                 view = torch.cat([view, view.flip(-1)])
             parts = torch.split(view, images_per_pass(view.device, *size, most))
-            probability = torch.cat([_resize(_softmax(self.model(part)), (height, width)) for part in parts])
+            probability = torch.cat([_resize(softmax_of_classes(self.model(part)), (height, width)) for part in parts])
             total = total + probability[:count]
             if self.flip:
                 total = total + probability[count:].flip(-1)
@@ -77,7 +77,7 @@ class MultiScaleFlip(nn.Module):
         return f"scales={self.scales}, flip={self.flip}"
 
 
-def _softmax(logits: Tensor) -> Tensor:
+def softmax_of_classes(logits: Tensor) -> Tensor:
     """Compute the softmax over the classes along the memory: torch first copies the values where it is another way."""
     if logits.stride(1) == 1:
         return logits.permute(0, 2, 3, 1).softmax(-1).permute(0, 3, 1, 2)

@@ -254,7 +254,7 @@ class Segmenter(nn.Module):
 
 
 def as_segmenter(model: nn.Module) -> nn.Module:
-    """Return the model itself if it is a ``Segmenter`` or ``MultiScaleFlip``, else wrap it.
+    """Return the model itself if it is a ``Segmenter``, ``MultiScaleFlip`` or ``Tiled``, else wrap it.
 
     Example:
         >>> model = as_segmenter(nn.Conv2d(3, 2, 1))
