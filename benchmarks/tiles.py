@@ -1,4 +1,4 @@
-"""Memory and time of one huge image, and of a large one as a whole and by tiles.
+"""Memory and time of one huge image, and of a large one as a whole and by tiles, on Linux.
 
     python benchmarks/tiles.py --publish      a few minutes
     python benchmarks/tiles.py --side 5000
@@ -6,7 +6,8 @@
 The huge image is a memory-mapped file of noise, labeled by one convolution of 1 x 1, so that what is measured is what
 the package itself needs. The large one is labeled by a U-Net. Each row is a program of its own on one thread. Memory is
 the highest sum of what the program allocated (RssAnon of Linux), looked at every 10 ms; pages of memory-mapped files,
-which the system takes back when it needs them, are not in it.
+which the system takes back when it needs them, are not in it. Time is that of the processor, so that other programs
+change it little.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def allocated() -> int:
 
 
 def measure(work: Callable[[], object]) -> dict[str, float]:
-    """Run a function; return seconds, and the memory before it and at most, in bytes."""
+    """Run a function; return the seconds that it computed, and the memory before it and at most, in bytes."""
     done = threading.Event()
     before = most = allocated()
 
@@ -55,11 +56,11 @@ def measure(work: Callable[[], object]) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         work()
     finally:
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         done.set()
         watcher.join()
     return {"seconds": seconds, "before": before, "most": most}
@@ -127,7 +128,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     figures: dict[str, Any] = {"conditions": conditions()}
-    lines = ["| image | network | labeled | memory above the start | s |", "|---|---|---|---:|---:|"]
+    lines = ["| image | network | labeled | memory above the start | CPU, s |", "|---|---|---|---:|---:|"]
     height, width = LARGE
     rows = [
         (f"{args.side:,} x {args.side:,}", f"1 x 1, {HUGE_CLASSES} classes", "huge", HUGE_CLASSES),
