@@ -39,7 +39,7 @@ from evidence_methods import FROM_SUPERVISED, METHODS, Case, MakeModel, Run
 from evidence_tables import Result, read_results, write_results
 from files import claim, read_json, taken, write, write_json
 from pages import between, put
-from pretrained import MEAN, STD, keep_depthwise_in_float32, load_installed_weights
+from precision import keep_depthwise_in_float32
 from timing import conditions
 from torch import nn
 from tqdm.auto import tqdm
@@ -48,7 +48,6 @@ import stseg
 
 IGNORED = 255
 SETTINGS, RESULTS = "evidence.json", "results.csv"
-INSTALLED = "installed"
 SECONDS_BETWEEN_TRIES = 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -244,14 +243,14 @@ def network_of(arguments: argparse.Namespace, in_channels: int = 3, classes: int
         architecture = getattr(stseg.models, name)
         network = architecture(arguments.encoder, num_classes=classes, pretrained=pretrained, **options)
     else:
-        architecture, installed = getattr(smp, name), arguments.weights == INSTALLED
-        weights = None if installed or in_channels != 3 else arguments.weights
-        network = architecture(
-            arguments.encoder, encoder_weights=weights, in_channels=in_channels, classes=classes, **options
+        network = stseg.models.create_network(
+            name,
+            arguments.encoder,
+            num_classes=classes,
+            weights=arguments.weights if in_channels == 3 else None,
+            channels=in_channels,
+            options=options,
         )
-        if installed and in_channels == 3:
-            load_installed_weights(network.encoder, arguments.encoder)
-            network = stseg.Segmenter(network, mean=MEAN, std=STD)
     if DEVICE == "cpu":
         keep_depthwise_in_float32(network)
     made: nn.Module = network.to(memory_format=torch.channels_last)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from evidence import INSTALLED, network_of, source_of
+from evidence import network_of, source_of
 from evidence_data import Selected, share_of
 from files import read_json
 from pages import between, put
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.page is not None:
         between(args.page, "ranking")
     made_with = argparse.Namespace(**settings)
-    if made_with.weights != INSTALLED:  # which come with a normalization of their own
+    if made_with.weights != "installed":  # which come with a normalization of their own
         made_with.weights = None  # they are read from the folders
     source = source_of(args.data, made_with)
     texts, figures = [], []

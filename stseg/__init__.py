@@ -20,6 +20,8 @@ from stseg.errors import (
     WorkdirMismatchError,
     WorkdirMissingError,
 )
+from stseg.folder_check import Estimate, FolderCheck, check_folders
+from stseg.folders import Folders, Training, train_folders
 from stseg.functional import PseudoLabels
 from stseg.inference.array import predict_array
 from stseg.inference.evaluate import evaluate
@@ -83,6 +85,13 @@ __all__ = [  # noqa: RUF022  grouped
     "SelfTrainer",
     "SelfTrainingResult",
     "write_report",
+    # folders
+    "Folders",
+    "Training",
+    "train_folders",
+    "check_folders",
+    "FolderCheck",
+    "Estimate",
     # errors
     "StsegError",
     "DataError",

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import re
+import shlex
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 import stseg
+from stseg.command import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -52,10 +54,34 @@ def write_binary_data() -> None:
                 Image.fromarray(mask).save(Path(folder) / kind / f"{index:03d}.png")
 
 
+COMMANDS = re.compile(r"^stseg .*", re.M)
+SMALL = "--network FPN --encoder tu-test_resnet --weights none --crop 32 --batch-size 2 --steps 3 --quiet"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/guides/command-line.md"])
+def test_commands_of_a_page_run_in_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small network in place of the one that would be downloaded."""
+    monkeypatch.chdir(tmp_path)
+    write_binary_data()
+    Path("images").joinpath("000.png").rename(Path("new.png"))
+    Path("masks/000.png").unlink()
+    Path("new").mkdir()
+    Path("new.png").rename("new/000.png")
+    lines = COMMANDS.findall((ROOT / name).read_text(encoding="utf-8").replace("\\\n", " "))
+    assert lines
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        small = SMALL.split() if words[0] in ("check", "train") else ["--quiet"]
+        # The first check of the page stops at masks of 0 and 255.
+        expected = 1 if words[0] == "check" and "--class-map" not in words else 0
+        assert main([*words, *small]) == expected, line
+    assert {int(value) for value in np.unique(np.array(Image.open("predicted/000.png")))} <= {0, 255}
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if page.name == "README.md":
+    if page.name in ("README.md", "command-line.md"):
         write_binary_data()
     names: dict[str, Any] = {"__name__": "page"}
     with torch.random.fork_rng():

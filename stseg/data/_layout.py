@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from stseg.data._files import Found, image_suffixes, names_of_images, pairs_line, scan
 from stseg.data._names import ending_of, nearest, quoted
-from stseg.data._reading import MASK_SUFFIXES, listed_suffixes
+from stseg.data._reading import MASK_SUFFIXES, check_folder, listed_suffixes
 from stseg.data.items import duplicate
 from stseg.errors import DataError
 
@@ -33,6 +33,7 @@ class Layout(NamedTuple):
             return
         one, other = self.images.resolve(), self.masks.resolve()
         if one == other and not self.mask_suffix:
+            check_folder(self.images)
             raise DataError(
                 "images and masks must be in folders of their own, or differ in their names; "
                 f"both are in {one}: {_beside_line(one)}"

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from stseg.data._layout import Layout, counted
 from stseg.data._reading import ItemReader, Mode
-from stseg.errors import DataWarning
+from stseg.errors import DataError, DataWarning
 
 
 class SegmentationFolder(Dataset[Any]):
@@ -135,8 +135,8 @@ class SegmentationFolder(Dataset[Any]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Any:
-        mask = None if self._mask_suffixes is None else self._mask(index)
-        return self._read(self._image(index), mask, name=self.ids[index])
+        mask = None if self._mask_suffixes is None else self.mask_path(index)
+        return self._read(self.image_path(index), mask, name=self.ids[index])
 
     def __repr__(self) -> str:
         masks = "" if self.masks is None else f", {str(self.masks)!r}"
@@ -145,12 +145,14 @@ class SegmentationFolder(Dataset[Any]):
         more = f"; left out: {left_out}" if left_out else ""
         return f"SegmentationFolder({str(self.images)!r}{masks}: {len(self)} items{more})"
 
-    def _image(self, index: int) -> Path:
+    def image_path(self, index: int) -> Path:
+        """Return the file of an image."""
         return self.images / (self._stem(index) + self._image_suffixes[index])
 
-    def _mask(self, index: int) -> Path:
-        assert self.masks is not None
-        assert self._mask_suffixes is not None
+    def mask_path(self, index: int) -> Path:
+        """Return the file of an image's mask."""
+        if self.masks is None or self._mask_suffixes is None:
+            raise DataError(f"the images in {self.images} were taken without masks; expected masks=")
         return self.masks / (self._stem(index) + self.mask_suffix + self._mask_suffixes[index])
 
     def _stem(self, index: int) -> str:

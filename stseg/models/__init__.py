@@ -5,6 +5,7 @@ from stseg.models.deeplab import DeepLabV2, DeepLabV3Plus
 from stseg.models.multi_scale import MultiScaleFlip
 from stseg.models.pspnet import PSPNet
 from stseg.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter, as_segmenter
+from stseg.models.smp_networks import create_network
 from stseg.models.tiled import Tiled
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "Tiled",
     "as_segmenter",
     "backbone_of",
+    "create_network",
 ]

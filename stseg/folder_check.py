@@ -1,0 +1,410 @@
+"""Check of folders of images and masks before a training."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stseg.data.convert import as_mask, gray_of
+from stseg.data.decoding import decode_mask
+from stseg.data.folder import SegmentationFolder
+from stseg.data.items import Items
+from stseg.errors import DataError, StsegError
+from stseg.folders import Folders, Training
+from stseg.inference.class_counts import ClassCounts
+from stseg.inference.labeler import PseudoLabeler
+from stseg.inference.reading import Skipped
+from stseg.methods import ST, STPlusPlus
+from stseg.models import MultiScaleFlip
+from stseg.progress import progress_bar
+
+_READERS = 4  # threads that decode
+_MOST_VALUES = 256  # of masks that are told apart
+_SHOWN = 5  # of a list in the text
+_TRIAL_STEPS = 4
+Value = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time and memory of a training on this machine, from a few steps.
+
+    Attributes:
+        seconds: of the whole training, without reading the data before it.
+        step_seconds: of one step.
+        memory: peak memory in bytes: of the GPU, or of this process; 0 where the system does not tell.
+        device: the device.
+    """
+
+    seconds: float
+    step_seconds: float
+    memory: int
+    device: str
+
+    def __str__(self) -> str:
+        memory = f", {self.memory / 2**30:.1f} GiB of memory" if self.memory else ""
+        return (
+            f"about {_duration(self.seconds)} on this machine ({self.device}: {self.step_seconds:.2f} s a step){memory}"
+        )
+
+
+@dataclass(frozen=True)
+class FolderCheck:
+    """What a check of folders found; ``print`` shows it.
+
+    Attributes:
+        counts: number of images by use: ``"labeled"``, ``"unlabeled"``, ``"validation"``.
+        sizes: number of images of each ``(height, width)``.
+        channels: number of images of each number of channels.
+        values: pixels of each value, or color, that the mask files hold.
+        class_map: a mapping to classes, proposed where the values are none and ``class_map`` was not given.
+        classes: pixels of each class; None while the classes are not known.
+        same: pairs of images with equal pixels, as ``"use: id"``.
+        unreadable: images and masks that cannot be read, with the reason.
+        problems: what has to be mended before training, each with the way out.
+        notes: what should be known.
+        estimate: time and memory, if it was asked for and the data have no problem.
+    """
+
+    counts: Mapping[str, int]
+    sizes: Mapping[tuple[int, int], int]
+    channels: Mapping[int, int]
+    values: Mapping[Value, int]
+    class_map: Mapping[Value, int] | None
+    classes: ClassCounts | None
+    same: Sequence[tuple[str, str]]
+    unreadable: Sequence[Skipped]
+    problems: Sequence[str]
+    notes: Sequence[str] = ()
+    estimate: Estimate | None = None
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether there is no problem."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        rows = [
+            ("images", ", ".join(f"{count} {use}" for use, count in self.counts.items())),
+            ("sizes", _most_common((f"{h} x {w}", n) for (h, w), n in self.sizes.items()) + " (height x width)"),
+            ("channels", _most_common((str(c), n) for c, n in self.channels.items())),
+            ("mask values", _shares(self.values)),
+        ]
+        lines = [f"{name:<12} {text}" for name, text in rows]
+        if self.class_map is not None:
+            lines.append(f"{'':<12} proposed: {class_map_option(self.class_map)}")
+        if self.classes is not None:
+            lines.append(self.classes.table())
+        lines += [f"note         {note}" for note in self.notes]
+        lines += [f"PROBLEM      {problem}" for problem in self.problems] or ["no problem was found"]
+        if self.estimate is not None:
+            lines.append(f"training     {self.estimate}")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Seen:
+    """What reading the files shows."""
+
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    channels: Counter[int] = field(default_factory=Counter)
+    values: Counter[Value] = field(default_factory=Counter)
+    digests: dict[str, list[str]] = field(default_factory=dict)
+    unreadable: list[Skipped] = field(default_factory=list)
+
+
+def check_folders(folders: Folders, training: Training | None = None, *, progress: bool = True) -> FolderCheck:
+    """Check folders of images and masks: reads every file once.
+
+    Finds files that cannot be read, masks that differ from their image in size, values of masks that are no classes,
+    images of several numbers of channels, and images with equal pixels in two places, such as validation images among
+    the unlabeled ones.
+
+    Args:
+        folders: the folders.
+        training: tries a few of its steps on this machine to estimate time and memory; None does not.
+        progress: whether to show a bar.
+
+    Raises:
+        DataError: if a folder is missing, or no image has a mask.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for name, value in (("images/1.png", 9), ("images/2.png", 8), ("masks/1.png", 0), ("masks/2.png", 255)):
+        ...     (root / name).parent.mkdir(exist_ok=True)
+        ...     Image.new("L", (6, 4), value).save(root / name)
+        >>> check = check_folders(Folders(images=root / "images", masks=root / "masks"), progress=False)
+        >>> check.class_map, check.is_fine
+        ({0: 0, 255: 1}, False)
+    """
+    labeled, val, unlabeled = folders.labeled(), folders.validation(), folders.images_only()
+    parts: dict[str, Any] = {"labeled": labeled, "unlabeled": unlabeled, "validation": val}
+    found = {use: Items.of(part) for use, part in parts.items() if part is not None}
+    masked = {use: part for use, part in (("labeled", labeled), ("validation", val)) if part is not None}
+    # Images and masks are read one by one: a mask that cannot be read says nothing of its image.
+    images = {use: Items.of(folders.without_masks(masked[use])) if use in masked else found[use] for use in found}
+    seen = _read_all(images, masked, folders, progress=progress)
+    proposed = None if folders.class_map is not None else propose_class_map(seen.values)
+    problems, notes, classes = [], [], None
+    if len(seen.channels) > 1:
+        problems.append(
+            f"images have {_most_common((str(c), n) for c, n in seen.channels.items())} channels; expected one number: "
+            "--mode RGB converts all"
+        )
+    problems += [f"{skipped.id}: {skipped.reason}" for skipped in seen.unreadable]
+    if proposed is not None:
+        problems.append(
+            f"the masks hold {_listed(sorted(map(str, seen.values)))}, which are no classes; is it "
+            f"{class_map_option(proposed)}?"
+        )
+    elif not seen.unreadable:
+        try:
+            classes = _count_classes(folders, labeled, seen.values)
+            classes.check()
+        except StsegError as error:
+            problems.append(str(error))
+    same, worst = _same(seen.digests)
+    problems += worst
+    if unlabeled is None:
+        notes.append("there are no unlabeled images: expected images without masks in --images, or --unlabeled")
+    estimate = None
+    if training is not None and not problems:
+        estimate = _estimate(replace(folders, classes=folders.classes or _names(classes)), training)
+    return FolderCheck(
+        counts={use: len(items) for use, items in found.items()},
+        sizes=seen.sizes,
+        channels=seen.channels,
+        values=seen.values,
+        class_map=proposed,
+        classes=classes,
+        same=same,
+        unreadable=seen.unreadable,
+        problems=problems,
+        notes=notes,
+        estimate=estimate,
+    )
+
+
+def propose_class_map(values: Iterable[Value]) -> dict[Value, int] | None:
+    """Propose a class for each value of masks; None if they are classes already: 0, 1, ... and 255 for ignored pixels.
+
+    Example:
+        >>> propose_class_map([0, 1, 2, 255]), propose_class_map([255, 0]), propose_class_map([(0, 0, 0), (9, 9, 9)])
+        (None, {0: 0, 255: 1}, {(0, 0, 0): 0, (9, 9, 9): 1})
+    """
+    found = sorted(values, key=lambda value: value if isinstance(value, tuple) else (value,))
+    if not found or len(found) > _MOST_VALUES:
+        return None
+    if all(isinstance(value, int) for value in found):
+        classes = [value for value in found if value != 255]
+        # 0 and 255 alone are a background and a foreground.
+        if classes and classes == list(range(len(classes))) and found != [0, 255]:
+            return None
+        if len(found) == 1:
+            return None
+    return {value: index for index, value in enumerate(found)}
+
+
+def class_map_option(class_map: Mapping[Any, int]) -> str:
+    """Format a mapping as the option of the console command.
+
+    Example:
+        >>> class_map_option({0: 0, 255: 1}), class_map_option({(0, 0, 0): 0, (128, 0, 0): 1})
+        ('--class-map 0:0 255:1', '--class-map 0,0,0:0 128,0,0:1')
+    """
+    return "--class-map " + " ".join(
+        f"{','.join(map(str, key)) if isinstance(key, tuple) else key}:{to}" for key, to in class_map.items()
+    )
+
+
+def _read_all(
+    parts: Mapping[str, Items], masked: Mapping[str, SegmentationFolder], folders: Folders, *, progress: bool
+) -> _Seen:
+    seen = _Seen()
+    jobs = [(use, items, index) for use, items in parts.items() for index in range(len(items))]
+
+    def read(job: tuple[str, Items, int]) -> tuple[str, Tensor | str, Counter[Value] | str | None]:
+        use, items, index = job
+        name = f"{use}: {items.ids[index]}"
+        folder = masked.get(use)
+        try:
+            image = items.image(index)
+        except StsegError as error:
+            return name, str(error), None
+        if folder is None:
+            return name, image, None
+        try:
+            return name, image, _values(folder, index, image, folders)
+        except StsegError as error:
+            return name, image, str(error)
+
+    with (
+        ThreadPoolExecutor(_READERS) as readers,
+        progress_bar(title="check", total=len(jobs), show=progress) as bar,
+    ):
+        # In parts: a map over all would hold all images.
+        for start in range(0, len(jobs), 8 * _READERS):
+            part = jobs[start : start + 8 * _READERS]
+            for (_, _, index), (name, image, values) in zip(part, readers.map(read, part), strict=True):
+                bar.update()
+                if isinstance(image, str):
+                    seen.unreadable.append(Skipped(index, name, image))
+                    continue
+                seen.sizes[image.shape[-2], image.shape[-1]] += 1
+                seen.channels[image.shape[0]] += 1
+                digest = hashlib.blake2b(image.contiguous().view(torch.uint8).numpy().data, digest_size=16)
+                seen.digests.setdefault(f"{digest.hexdigest()} {tuple(image.shape)}", []).append(name)
+                if isinstance(values, str):
+                    seen.unreadable.append(Skipped(index, f"mask of {name}", values))
+                elif values is not None:
+                    seen.values.update(values)
+    return seen
+
+
+def _values(folder: SegmentationFolder, index: int, image: Tensor, folders: Folders) -> Counter[Value]:
+    """Count the values that a mask file holds, or its colors."""
+    path, name = folder.mask_path(index), folder.ids[index]
+    colored = folders.class_map is not None and any(isinstance(key, tuple) for key in folders.class_map)
+    pixels = decode_mask(path, colors=colored)
+    if pixels.ndim == 3:
+        try:
+            pixels = gray_of(pixels, name=name)
+        except DataError:  # in colors
+            pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels
+    if pixels.shape[:2] != tuple(image.shape[-2:]):
+        (height, width), (h, w) = image.shape[-2:], pixels.shape[:2]
+        raise DataError(f"{path} is {h} x {w}, its image {height} x {width} (height x width); expected equal sizes")
+    if pixels.ndim == 3:
+        colors, counts = np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0, return_counts=True)
+        return Counter({tuple(c): int(n) for c, n in zip(colors[:_MOST_VALUES].tolist(), counts, strict=False)})
+    values, counts = np.unique(as_mask(pixels, name=name).numpy(), return_counts=True)
+    return Counter({int(v): int(n) for v, n in zip(values[:_MOST_VALUES], counts, strict=False)})
+
+
+def _count_classes(folders: Folders, labeled: SegmentationFolder, values: Mapping[Value, int]) -> ClassCounts:
+    """Count pixels of each class, of validation masks too: all are known by the values of the files."""
+    if folders.classes is not None or folders.class_map is not None:
+        num_classes = folders.num_classes()
+    else:
+        num_classes = max((value for value in values if isinstance(value, int) and value != 255), default=0) + 1
+    counts = ClassCounts(max(2, num_classes), name="labeled")
+    for index in range(len(labeled)):
+        mask = labeled[index][1]
+        if (highest := _highest(mask)) >= counts.num_classes:
+            raise DataError(
+                f"the mask of {labeled.ids[index]!r} holds the class {highest}; expected 0 to "
+                f"{counts.num_classes - 1}, or 255 for ignored pixels"
+            )
+        counts.add(mask)
+    return counts
+
+
+def _highest(mask: Tensor) -> int:
+    known = mask[mask != 255]
+    return int(known.max()) if known.numel() else 0
+
+
+def _names(classes: ClassCounts | None) -> list[str]:
+    return [str(index) for index in range(0 if classes is None else classes.num_classes)]
+
+
+def _same(digests: Mapping[str, list[str]]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return pairs of equal images, and what has to be mended."""
+    pairs = [(names[0], other) for names in digests.values() for other in names[1:]]
+    across = [
+        (one, other)
+        for names in digests.values()
+        for place, one in enumerate(names)
+        for other in names[place + 1 :]
+        if (one.split(":")[0] == "validation") != (other.split(":")[0] == "validation")
+    ]
+    problems = []
+    if across:
+        shown = _listed([f"{one} = {other}" for one, other in across])
+        problems.append(
+            f"{len(across)} validation images are among those of the training: {shown}; the validation would be too "
+            "good: leave them out of one"
+        )
+    return pairs, problems
+
+
+def _estimate(folders: Folders, training: Training) -> Estimate:
+    """Try a few steps of the first training, and labeling where there is any."""
+    trainer = training.trainer(folders, None, progress=False)
+    length = trainer.config.steps or 1
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    short = replace(trainer.config, steps=_TRIAL_STEPS + 2, eval_every=1, epochs=None)
+    one = replace(training, config=short, method="supervised" if _trainings(trainer.recipe) > 1 else training.method)
+    labeled, others = folders.labeled(), folders.images_only()
+    unlabeled = None if others is None else Items.of(others)
+    stamps: list[float] = []
+    quick = one.trainer(folders, None, progress=False, log=lambda row: stamps.append(time.perf_counter()))
+    few = None if unlabeled is None else unlabeled.subset(range(min(len(unlabeled), 4 * short.batch_size)))
+    result = quick.fit(labeled, None if one.method == "supervised" else few)
+    step = statistics.median(after - before for before, after in pairwise(stamps))
+    seconds = step * length * _trainings(trainer.recipe)
+    if isinstance(trainer.recipe, ST) and unlabeled is not None:
+        views = MultiScaleFlip(result.model) if trainer.recipe.labeling.tta is not None else result.model
+        labeler = PseudoLabeler(views, num_classes=trainer.num_classes, progress=False)
+        began = time.perf_counter()
+        tried = range(min(2, len(unlabeled)))
+        labeler.label(unlabeled.subset(tried))
+        seconds += (time.perf_counter() - began) / len(tried) * len(unlabeled)
+    return Estimate(seconds, step, _peak_memory(device), device)
+
+
+def _trainings(recipe: object) -> int:
+    return 3 if isinstance(recipe, STPlusPlus) else 2 if isinstance(recipe, ST) else 1
+
+
+def _peak_memory(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _most_common(counted: Iterable[tuple[str, int]]) -> str:
+    rows = sorted(counted, key=lambda row: -row[1])
+    if len(rows) == 1:
+        return f"{rows[0][0]} (all)"
+    return _listed([f"{name} ({count})" for name, count in rows])
+
+
+def _shares(values: Mapping[Value, int]) -> str:
+    everything = max(1, sum(values.values()))
+    rows = sorted(values.items(), key=lambda row: str(row[0]) if isinstance(row[0], tuple) else f"{row[0]:09d}")
+    return _listed([f"{value} ({count / everything:.1%})".replace("%", " %") for value, count in rows], most=12)
+
+
+def _listed(texts: Sequence[str], most: int = _SHOWN) -> str:
+    shown = ", ".join(texts[:most])
+    return shown if len(texts) <= most else f"{shown}, ... ({len(texts)} in all)"
