@@ -11,6 +11,7 @@ from stseg.errors import (
     DataError,
     DataWarning,
     MethodError,
+    MetricError,
     NetworkError,
     NetworkWarning,
     StsegError,
@@ -21,10 +22,12 @@ from stseg.errors import (
     WorkdirMissingError,
 )
 from stseg.functional import PseudoLabels
+from stseg.inference.boundary_iou import BoundaryIoU
 from stseg.inference.evaluate import evaluate
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
 from stseg.inference.mask_store import MaskStore
 from stseg.inference.mean_iou import MeanIoU
+from stseg.inference.plots import draw_confusion_matrix
 from stseg.inference.rankers import ConfidenceRanker, StabilityRanker
 from stseg.inference.ranking import Ranking
 from stseg.inference.reading import Skipped
@@ -58,7 +61,9 @@ __all__ = [  # noqa: RUF022  grouped
     "MaskStore",
     "Skipped",
     "MeanIoU",
+    "BoundaryIoU",
     "evaluate",
+    "draw_confusion_matrix",
     # training
     "Method",
     "Batch",
@@ -79,6 +84,7 @@ __all__ = [  # noqa: RUF022  grouped
     "DamagedFileError",
     "NetworkError",
     "MethodError",
+    "MetricError",
     "TrainingDivergedError",
     "WorkdirMismatchError",
     "WorkdirInUseError",
