@@ -98,7 +98,7 @@ def run_stage(
         kept = tuple(checkpoint.snapshot(method.model, at) for at in plan.snapshots)
         return FitResult(method.model.eval(), kept, tuple(finished.history), finished.seconds)
 
-    names = try_metrics(metrics, val.pair(0)[1], config.ignore_index) if val is not None else ()
+    names = try_metrics(metrics, val.pair(0)[1], config.ignore_index) if metrics and val is not None else ()
     unused = try_step(method, streams, config, metrics=names)
     if unused and rank() == 0:
         _warn_of_unused(unused, type(method).__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any, TypeAlias
@@ -80,9 +80,7 @@ class ExtraMetrics:
         return values
 
 
-def try_metrics(
-    metrics: Metrics | None, mask: Tensor, ignore_index: int
-) -> list[str]:
+def try_metrics(metrics: Metrics | None, mask: Tensor, ignore_index: int) -> list[str]:
     """Update metrics with one mask as if it had been predicted, and reset them.
 
     Args:
@@ -122,6 +120,31 @@ def check_metrics(metrics: object) -> None:
             raise TypeError(
                 f"metric {name!r} is {_kind(metric)}; expected an object with update(prediction, target) and "
                 "compute(), such as stseg.BoundaryIoU(7) or one of torchmetrics"
+            )
+
+
+def check_history_metrics(metrics: Metrics | None, reserved: Collection[str]) -> None:
+    """Check metrics of every validation of a training.
+
+    Args:
+        metrics: what the caller gave.
+        reserved: names of other values of a history; ``"<name>/..."`` are their parts.
+
+    Raises:
+        TypeError: as for :func:`check_metrics`, or if an object cannot be reset.
+        ValueError: if a name is that of another value, or of a part of one.
+    """
+    check_metrics(metrics)
+    for name, metric in (metrics or {}).items():
+        whose = next((other for other in (*reserved, *(metrics or ())) if name.startswith(f"{other}/")), None)
+        if name in reserved or whose is not None:
+            what = "a name of the history itself" if whose is None else f"as a part of {whose!r} is called"
+            raise ValueError(f"metrics has the name {name!r}, {what}; expected another name")
+        if is_metric(metric) and not callable(getattr(metric, "reset", None)):
+            kind = type(metric).__name__
+            raise TypeError(
+                f"metric {name!r} is {_kind(metric)} without reset(), with which each validation begins; expected a "
+                f"function that makes a new one: metrics={{{name!r}: lambda: {kind}(...)}}"
             )
 
 

@@ -62,14 +62,15 @@ def draw_confusion_matrix(
     side = 2.5 + 0.55 * min(len(names), _WRITTEN)
     figure.set_size_inches(side + 1, side)
     axes = figure.subplots()
-    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=None if normalize in (None, "all") else 100)
+    highest = 100.0 if normalize in ("true", "pred") else float(shares.max())
+    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=highest)
     units = {"true": "% of the true class", "pred": "% of the predicted class", "all": "% of all pixels"}
     figure.colorbar(picture, label="pixels" if normalize is None else units[normalize])
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_xticks(range(len(names)), names, rotation=0 if class_names is None else 90)
     axes.set_yticks(range(len(names)), names)
     if len(names) <= _WRITTEN:
-        _write_cells(axes, shares, halfway=picture.norm.vmax / 2, decimals=0 if normalize is None else 1)
+        _write_cells(axes, shares, halfway=highest / 2, decimals=0 if normalize is None else 1)
     return figure
 
 
