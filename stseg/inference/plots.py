@@ -67,8 +67,8 @@ def draw_confusion_matrix(
     units = {"true": "% of the true class", "pred": "% of the predicted class", "all": "% of all pixels"}
     figure.colorbar(picture, label="pixels" if normalize is None else units[normalize])
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_xticks(range(len(names)), names, rotation=0 if class_names is None else 90)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=0 if class_names is None else 90, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     if len(names) <= _WRITTEN:
         _write_cells(axes, shares, halfway=highest / 2, decimals=0 if normalize is None else 1)
     return figure
