@@ -35,8 +35,7 @@ Row = dict[str, float]
 """A row of a history: epoch, step, lr (of the backbone), loss and what the method logged (means since the row before),
 with validation miou, iou/0, iou/1, ... and the extra metrics, and seconds (since the start)."""
 
-RESERVED = ("epoch", "step", "lr", "loss", "miou", "iou", "seconds")
-"""Names of a row, as which nothing else can be logged: neither under them nor, of a metric, under "iou/..."."""
+RESERVED = ("epoch", "step", "lr", "loss", "miou", "seconds")
 
 _INITIAL = "initial weights"  # key of the record of a stage
 _NETWORK = "network"  # key of how the network is made, in progress.json

@@ -40,7 +40,7 @@ def boundary_region(masks: Tensor, distance: int) -> Tensor:
 
 
 def find_boundary_region(masks: Tensor, distance: int) -> Tensor:
-    """Compute :func:`boundary_region` of int64 masks, without checks."""
+    """Compute :func:`boundary_region` of masks of signed integers, without checks."""
     height, width = masks.shape[-2:]
     if not masks.numel():
         return torch.zeros_like(masks, dtype=torch.bool)

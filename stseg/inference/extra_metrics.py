@@ -89,7 +89,7 @@ def try_metrics(metrics: Metrics | None, mask: Tensor, ignore_index: int) -> lis
         ignore_index: its value where there is no label.
 
     Returns:
-        Names of the values that they computed.
+        Their names, and those of the values that they computed.
 
     Raises:
         MetricError: if a metric cannot be updated, or computes something else than numbers.
@@ -98,7 +98,7 @@ def try_metrics(metrics: Metrics | None, mask: Tensor, ignore_index: int) -> lis
     extra = ExtraMetrics(metrics)
     extra.update(mask.masked_fill(mask == ignore_index, 0), mask)
     extra.merge_processes()
-    names: list[str] = []
+    names = list(extra.metrics)
     for name, metric in extra.metrics.items():
         try:
             value = metric.compute()
@@ -128,13 +128,14 @@ def check_history_metrics(metrics: Metrics | None, reserved: Collection[str]) ->
 
     Args:
         metrics: what the caller gave.
-        reserved: names of other values of a history; ``"<name>/..."`` are their parts.
+        reserved: names of other values of a history, beside those of the classes, ``"iou/..."``.
 
     Raises:
         TypeError: as for :func:`check_metrics`, or if an object cannot be reset.
         ValueError: if a name is that of another value, or of a part of one.
     """
     check_metrics(metrics)
+    reserved = (*reserved, "iou")
     for name, metric in (metrics or {}).items():
         whose = next((other for other in (*reserved, *(metrics or ())) if name.startswith(f"{other}/")), None)
         if name in reserved or whose is not None:
