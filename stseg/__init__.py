@@ -11,6 +11,7 @@ from stseg.errors import (
     DataError,
     DataWarning,
     MethodError,
+    MetricError,
     NetworkError,
     NetworkWarning,
     StsegError,
@@ -24,10 +25,12 @@ from stseg.folder_check import Estimate, FolderCheck, check_folders
 from stseg.folders import Folders, Training, train_folders
 from stseg.functional import PseudoLabels
 from stseg.inference.array import predict_array
+from stseg.inference.boundary_iou import BoundaryIoU
 from stseg.inference.evaluate import evaluate
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
 from stseg.inference.mask_store import MaskStore
 from stseg.inference.mean_iou import MeanIoU
+from stseg.inference.plots import draw_confusion_matrix
 from stseg.inference.predict import Predictions, predict, predict_mask
 from stseg.inference.rankers import ConfidenceRanker, StabilityRanker
 from stseg.inference.ranking import Ranking
@@ -64,7 +67,9 @@ __all__ = [  # noqa: RUF022  grouped
     "MaskStore",
     "Skipped",
     "MeanIoU",
+    "BoundaryIoU",
     "evaluate",
+    "draw_confusion_matrix",
     # delivered predictions
     "predict",
     "predict_mask",
@@ -99,6 +104,7 @@ __all__ = [  # noqa: RUF022  grouped
     "DamagedFileError",
     "NetworkError",
     "MethodError",
+    "MetricError",
     "TrainingDivergedError",
     "WorkdirMismatchError",
     "WorkdirInUseError",

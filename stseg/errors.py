@@ -38,6 +38,10 @@ class MethodError(StsegError, RuntimeError):
     """A training step fails, or a method does not implement the interface of :class:`stseg.Method`."""
 
 
+class MetricError(StsegError, RuntimeError):
+    """An extra metric fails, or computes something else than numbers."""
+
+
 class TrainingDivergedError(StsegError, RuntimeError):
     """The loss became NaN or infinite.
 

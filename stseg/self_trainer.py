@@ -13,11 +13,12 @@ from stseg.checks import check_choice, check_log
 from stseg.data.items import Items
 from stseg.description import describe
 from stseg.distributed import setup_device
-from stseg.engine.checkpoint import Row
+from stseg.engine.checkpoint import RESERVED, Row
 from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult
 from stseg.engine.method import Method
 from stseg.functional.classes import check_classes
+from stseg.inference.extra_metrics import Metrics, check_history_metrics
 from stseg.inference.preflight import refuse_common_ids
 from stseg.methods.registry import create_method, list_methods
 from stseg.models.segmenter import as_segmenter
@@ -55,6 +56,7 @@ class SelfTrainer:
         skip_unreadable: whether to leave out unlabeled images that cannot be read; they are listed in the result.
         log: called with each row of each training's history, in the first process; the names are
             ``"<step>/<name>"``.
+        metrics: more metrics of ``val``, in every training's history; as for :func:`stseg.fit`.
         verify: which pseudo-masks on disk are opened when a run goes on: 10,000 of each labeling, ``"all"`` or
             ``"none"``; all of them are verified when they are read. See :class:`stseg.MaskStore`.
         progress: whether to show bars.
@@ -88,6 +90,7 @@ class SelfTrainer:
         workdir: str | Path | None = None,
         skip_unreadable: bool = False,
         log: Callable[[Row], object] | None = None,
+        metrics: Metrics | None = None,
         verify: Literal["sample", "all", "none"] = "sample",
         progress: bool = True,
     ) -> None:
@@ -99,13 +102,14 @@ class SelfTrainer:
         if not isinstance(config, TrainConfig):
             raise TypeError(f"config is {type(config).__name__}; expected a stseg.TrainConfig")
         check_log(log)
+        check_history_metrics(metrics, RESERVED)
         check_classes(num_classes, config.ignore_index)
         check_choice("keep", keep, "final", "best")
         check_choice("verify", verify, "sample", "all", "none")
         self.make_model, self.num_classes, self.config = make_model, num_classes, config
         self.recipe = _as_recipe(method, num_classes)
         self.keep, self.workdir, self.skip_unreadable = keep, absolute_folder(workdir), skip_unreadable
-        self.log, self.verify, self.progress = log, verify, progress
+        self.log, self.metrics, self.verify, self.progress = log, metrics, verify, progress
         self.recipe.check_settings(config, num_classes=num_classes, on_disk=workdir is not None)
 
     def fit(
@@ -134,6 +138,7 @@ class SelfTrainer:
             DataError: if a data set is empty, an id is in two of them, or an item is invalid; names it.
             NetworkError: if the network does not return logits of ``num_classes`` classes.
             MethodError: if a training step fails.
+            MetricError: if one of ``metrics`` fails; names it.
             ValueError: if arguments and data do not match.
             WorkdirMismatchError: if the work directory was made with other settings or data.
             WorkdirInUseError: if another run is using it.
@@ -144,6 +149,8 @@ class SelfTrainer:
         recipe = self.recipe
         if self.keep == "best" and val is None:
             raise ValueError("keep='best' needs a validation set (val) to tell which weights are best")
+        if self.metrics and val is None:
+            raise ValueError("metrics need a validation set (val) of which they are computed")
         if unlabeled is None and recipe.uses_unlabeled:
             raise ValueError(f"{type(recipe).__name__} learns from unlabeled images; expected fit(labeled, unlabeled)")
         if isinstance(teacher, Method):
@@ -173,6 +180,7 @@ class SelfTrainer:
                 val=held_out,
                 teacher=teacher,
                 log=self.log,
+                metrics=self.metrics,
                 verify=self.verify,
                 progress=self.progress,
             )

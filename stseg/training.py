@@ -16,12 +16,13 @@ from stseg.data.items import Items
 from stseg.description import describe
 from stseg.distributed import rank, setup_device
 from stseg.engine.batches import Draw, Streams
-from stseg.engine.checkpoint import Row
+from stseg.engine.checkpoint import RESERVED, Row
 from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult, run_stage
 from stseg.engine.method import Method, view_of
 from stseg.engine.trial import check_model
 from stseg.errors import DataError
+from stseg.inference.extra_metrics import Metrics, check_history_metrics
 from stseg.inference.fingerprints import dataset_fingerprint
 from stseg.inference.preflight import check_labeled, check_network, find_unreadable, refuse_common_ids
 from stseg.methods.supervised import Supervised
@@ -41,6 +42,7 @@ def fit(
     keep: Literal["final", "best"] = "final",
     workdir: str | Path | None = None,
     log: Callable[[Row], object] | None = None,
+    metrics: Metrics | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Train a network by a method.
@@ -67,12 +69,17 @@ def fit(
             A finished stage is loaded from there.
         log: called with each row of the history, a dictionary of floats, in the first process; such as ``wandb.log``.
             After a killed run resumes, rows since its last save are repeated.
+        metrics: more metrics of ``val`` by name, such as :class:`stseg.BoundaryIoU` or those of torchmetrics, or
+            functions that make one, for those without ``reset``; see :class:`stseg.types.Metric`. Each is reset before
+            every validation; its value is in the history as ``"<name>"``, those of a vector as ``"<name>/0"``, ...
+            They do not change the training: a run can be resumed with others.
         progress: whether to show a bar.
 
     Raises:
         DataError: if an image or a mask is invalid; names the item.
         NetworkError: if the network does not return logits.
         MethodError: if the first training step fails.
+        MetricError: if one of ``metrics`` fails; names it. Each is tried with one mask before training starts.
         ValueError: if arguments do not match each other.
         TrainingDivergedError: if loss or gradients are NaN or infinite. Method and saved state are those before
             that step.
@@ -99,12 +106,15 @@ def fit(
             "(recipes such as stseg.methods.STPlusPlus() belong to SelfTrainer)"
         )
     check_log(log)
+    check_history_metrics(metrics, RESERVED)
     workdir = absolute_folder(workdir)
     method = method if isinstance(method, Method) else Supervised(method, ignore_index=config.ignore_index)
     check_model(method)
     check_choice("keep", keep, "final", "best")
     if keep == "best" and val is None:
         raise ValueError("keep='best' needs a validation set (val) to tell which weights are best")
+    if metrics and val is None:
+        raise ValueError("metrics need a validation set (val) of which they are computed")
     name = type(method).__name__
     if method.uses_unlabeled and unlabeled is None:
         raise ValueError(f"{name} learns from unlabeled images; expected fit(..., unlabeled=dataset)")
@@ -141,6 +151,7 @@ def fit(
             keep=keep,
             workdir=workdir,
             log=log,
+            metrics=metrics,
             progress=progress,
         )
 

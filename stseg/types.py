@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,3 +32,22 @@ Precision: TypeAlias = Literal["auto", "fp32", "bf16"]
 """``"fp32"``; ``"bf16"`` for bfloat16 autocast with float32 weights; or ``"auto"``, which is ``"bf16"`` where the
 device computes bfloat16 natively (GPUs of Nvidia from compute capability 8 on, CPUs with AVX-512 BF16 or AMX), else
 ``"fp32"``."""
+
+
+class Metric(Protocol):
+    """Metric of the caller, as those of torchmetrics are: it is updated with each image, and then computes a value.
+
+    The maps are int64, ``(1, H, W)``, on the CPU or on the metric's own ``device``, one image at a time, as images
+    differ in size. The target holds the ignore index where there is no label, and the prediction a class there, too:
+    the metric leaves these pixels out, as those of torchmetrics with ``ignore_index=255`` do. Both are copies.
+
+    Optional: ``reset()`` returns to the state before the first update. ``merge_processes()`` makes the state that of
+    all processes of ``torch.distributed``, of which each sees some of the images; metrics of torchmetrics do so
+    themselves.
+    """
+
+    def update(self, prediction: Tensor, target: Tensor, /) -> object:
+        """Add the predicted and the true class map of an image."""
+
+    def compute(self) -> Any:
+        """Return a number, a vector of numbers, or a mapping of names to these."""

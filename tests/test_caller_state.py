@@ -249,6 +249,9 @@ FUNCTIONAL = {
     "expected_iou": lambda logits: F.expected_iou(logits),
     "feature_matching": lambda vectors, tokens: F.feature_matching(vectors, tokens[:, 0]),
     "flaw_target": lambda logits, masks: F.flaw_target(logits, masks),
+    "boundary_region": lambda masks: F.boundary_region(masks, 2),
+    "dice": lambda matrix: F.dice(matrix),
+    "pixel_accuracy": lambda matrix: F.pixel_accuracy(matrix),
     "iou": lambda matrix: F.iou(matrix),
     "less_flawed_target": lambda logits, others, scores: F.less_flawed_target(
         logits, others, scores[:, 0], scores[:, 0].flip(0)
@@ -351,6 +354,9 @@ NETWORKS = {
     "PixelShuffleDecoder": lambda images: DECODER(images),
     "RotationHead": lambda logits: ROTATION(logits),
     "MeanIoU": lambda classes, masks: stseg.MeanIoU(CLASSES).update(classes, masks),
+    "MeanIoU of images": lambda classes, masks: stseg.MeanIoU(CLASSES, per_image=True).update(classes, masks),
+    "BoundaryIoU": lambda classes, masks: stseg.BoundaryIoU(CLASSES).update(classes, masks),
+    "draw_confusion_matrix": lambda matrix: str(stseg.draw_confusion_matrix(matrix)),
     "DeepLabV3Plus": lambda images: DeepLabV3Plus("resnet18", num_classes=2)(images),
     "PSPNet": lambda images: PSPNet("resnet18", num_classes=2)(images),
     "DeepLabV2": lambda images: DeepLabV2("resnet18", num_classes=2)(images),
@@ -814,6 +820,7 @@ NO_ARGUMENT_THAT_COULD_CHANGE = {
     *("IMAGENET_MEAN", "IMAGENET_STD", "__version__", "Skipped", "Losses", "Method", "FitResult", "SelfTrainingResult"),
     *("DataWarning", "NetworkWarning"),
     *("StsegError", "DataError", "UnreadableImageError", "NetworkError", "MethodError", "TrainingDivergedError"),
+    "MetricError",
     *("WorkdirMismatchError", "WorkdirInUseError", "WorkdirMissingError", "DamagedFileError"),
     *("augment", "data", "functional", "methods", "models", "modules"),
     *("OneStage", "Recipe", "Baseline"),

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -33,7 +33,7 @@ from stseg.storage.seals import damaged, seal, seal_tensors, what_to_delete
 
 Row = dict[str, float]
 """A row of a history: epoch, step, lr (of the backbone), loss and what the method logged (means since the row before),
-miou (with validation) and seconds (since the start)."""
+with validation miou, iou/0, iou/1, ... and the extra metrics, and seconds (since the start)."""
 
 RESERVED = ("epoch", "step", "lr", "loss", "miou", "seconds")
 
@@ -122,11 +122,11 @@ class StageState:
         for name, number in numbers.items():
             self.logged.setdefault(name, []).append(number)
 
-    def add_row(self, *, epoch: float, lr: float, miou: float | None, seconds: float) -> Row:
-        """Add a row to the history: the means of the numbers since the row before."""
+    def add_row(self, *, epoch: float, lr: float, validation: Mapping[str, float], seconds: float) -> Row:
+        """Add a row to the history: the means of the numbers since the row before, and what validation found."""
         means = {name: math.fsum(numbers) / len(numbers) for name, numbers in self.logged.items()}
         row = {"epoch": epoch, "step": float(self.step), "lr": float(lr), **means}
-        self.history.append({**row, **({} if miou is None else {"miou": miou}), "seconds": seconds})
+        self.history.append(_with_nan({**row, **validation, "seconds": seconds}))
         self.logged.clear()
         return self.history[-1]
 
@@ -202,6 +202,7 @@ class StageCheckpoint:
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             progress = StageState(**saved["progress"])
+            progress.history = list(map(_with_nan, progress.history))
         except Exception as error:  # torch raises many types, with advice that does not apply
             raise damaged(path, f"cannot be loaded ({type(error).__name__}: {error})", to=_START_AGAIN) from error
         if progress.best is not None:
@@ -481,8 +482,9 @@ def _without_nan(row: Row) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
-def _with_nan(row: dict[str, float | None]) -> Row:
-    return {name: math.nan if value is None else value for name, value in row.items()}
+def _with_nan(row: Mapping[str, float | None]) -> Row:
+    """Return a row with the one ``math.nan`` for all that is no number, so that equal rows compare equal."""
+    return {name: math.nan if value is None or math.isnan(value) else value for name, value in row.items()}
 
 
 def _bare(model: nn.Module) -> nn.Module:

@@ -28,6 +28,7 @@ from stseg.engine.step import TrainingSteps
 from stseg.engine.trial import preserved_random_state, try_step
 from stseg.errors import DataError, NetworkError, NetworkWarning, TrainingDivergedError
 from stseg.inference.evaluate import evaluate
+from stseg.inference.extra_metrics import ExtraMetrics, Metrics, try_metrics
 from stseg.models.state import device_of, train_unfrozen
 from stseg.progress import progress_bar
 from stseg.seeds import derive_seed, seed_step
@@ -40,8 +41,9 @@ class FitResult:
     Attributes:
         model: the trained network, wrapped, in evaluation mode, on the device it was trained on.
         snapshots: copies of it on the CPU, in the order of training.
-        history: rows of ``epoch``, ``step``, ``lr``, ``loss``, the values that the method logged, ``miou`` (with
-            validation) and ``seconds``.
+        history: rows of ``epoch``, ``step``, ``lr``, ``loss``, the values that the method logged, with validation
+            ``miou``, the IoU of each class as ``iou/0``, ``iou/1``, ..., NaN where it is neither true nor predicted,
+            and the values of ``metrics``, and ``seconds``.
         seconds: duration, summed over all runs if interrupted.
     """
 
@@ -62,6 +64,7 @@ def run_stage(
     keep: Literal["final", "best"] = "final",
     workdir: str | Path | None = None,
     log: Callable[[Row], object] | None = None,
+    metrics: Metrics | None = None,
     progress: bool = True,
     title: str = "train",
 ) -> FitResult:
@@ -77,6 +80,7 @@ def run_stage(
         keep: which weights to return.
         workdir: folder of the stage.
         log: called with each row.
+        metrics: more metrics of the validation.
         progress: whether to show a bar.
         title: name on the bar and in messages.
     """
@@ -94,7 +98,8 @@ def run_stage(
         kept = tuple(checkpoint.snapshot(method.model, at) for at in plan.snapshots)
         return FitResult(method.model.eval(), kept, tuple(finished.history), finished.seconds)
 
-    unused = try_step(method, streams, config)
+    names = try_metrics(metrics, val.pair(0)[1], config.ignore_index) if metrics and val is not None else ()
+    unused = try_step(method, streams, config, metrics=names)
     if unused and rank() == 0:
         _warn_of_unused(unused, type(method).__name__)
     device = device_of(method)
@@ -104,7 +109,7 @@ def run_stage(
     copies = [checkpoint.snapshot(method.model, at) for at in plan.snapshots if at * plan.unit <= state.step]
     train_unfrozen(method)
     network = _distribute(method, device, find_unused_parameters=bool(unused))
-    validate = partial(_mean_iou, method, val, streams.num_classes, config)
+    validate = partial(_validate, method, val, streams.num_classes, config, metrics)
     began = saved = time.monotonic()
     before = state.seconds
 
@@ -137,13 +142,14 @@ def run_stage(
             if is_row or snapshot is not None:
                 broadcast_buffers(method)
             if is_row:
-                miou = validate()
+                validation = validate()
+                miou = validation.get("miou")
                 if keep == "best" and miou is not None and miou > (-math.inf if state.best is None else state.best):
                     state.best = miou
                     checkpoint.keep_best(method.model, state)
                 seconds = before + time.monotonic() - began
                 epoch = state.step / plan.steps_per_epoch
-                row = state.add_row(epoch=epoch, lr=config.lr * factor, miou=miou, seconds=seconds)
+                row = state.add_row(epoch=epoch, lr=config.lr * factor, validation=validation, seconds=seconds)
                 checkpoint.write_history(state)
                 if log is not None and rank() == 0:
                     log(dict(row))
@@ -182,11 +188,16 @@ def _distribute(method: Method, device: torch.device, *, find_unused_parameters:
     )
 
 
-def _mean_iou(method: Method, val: Items | None, num_classes: int | None, config: TrainConfig) -> float | None:
-    """Return None without validation, and NaN if logits are not finite: the next training step reports that."""
+def _validate(
+    method: Method, val: Items | None, num_classes: int | None, config: TrainConfig, metrics: Metrics | None
+) -> Row:
+    """Return the numbers of a validation: none without data, and NaN, which the next step reports, of other logits."""
     if val is None or num_classes is None:
-        return None
+        return {}
+    ious = [math.nan] * num_classes
+    miou, values = math.nan, {}
     with suppress(NetworkError):
+        extra = ExtraMetrics(metrics)
         metric = evaluate(
             method.model,
             val,
@@ -195,7 +206,8 @@ def _mean_iou(method: Method, val: Items | None, num_classes: int | None, config
             batch_size=config.eval_batch_size,
             num_workers=config.num_workers,
             precision=config.precision,
+            metrics=extra.metrics,
             progress=False,
         )
-        return metric.compute()
-    return math.nan
+        miou, ious, values = metric.compute(), metric.iou().tolist(), extra.compute()
+    return {"miou": miou, **{f"iou/{index}": value for index, value in enumerate(ious)}, **values}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,10 +28,16 @@ from stseg.models.state import bare_network, device_of, train_unfrozen
 from stseg.seeds import derive_seed, fixed_seed
 
 
-def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]:
+def try_step(method: Method, streams: Streams, config: TrainConfig, *, metrics: Collection[str] = ()) -> list[str]:
     """Run one forward pass, backward pass and update on a copy of the method, with the first batch of the training.
 
     The method and all random generators are unchanged afterwards.
+
+    Args:
+        method: the method.
+        streams: its data.
+        config: the settings.
+        metrics: names of the values of extra metrics, which the method cannot log.
 
     Returns:
         Names of the trainable parameters that got no gradient.
@@ -68,7 +74,7 @@ def try_step(method: Method, streams: Streams, config: TrainConfig) -> list[str]
             with autocast(device, config.precision):
                 losses = trial(batch)
             handle.remove()
-            _check_losses(losses, name)
+            _check_losses(losses, name, metrics)
             _check_training_logits(outputs)
             _check_ignore_index(outputs, config.ignore_index)
             losses.total.backward()
@@ -145,7 +151,7 @@ def _check_ignore_index(outputs: Sequence[Any], ignore_index: int) -> None:
             check_classes(max(2, logits.shape[1]), ignore_index)
 
 
-def _check_losses(losses: object, name: str) -> None:
+def _check_losses(losses: object, name: str, metrics: Collection[str]) -> None:
     if not isinstance(losses, Losses):
         raise MethodError(f"{name} returned {type(losses).__name__}; expected stseg.Losses(total, logged)")
     total = losses.total
@@ -156,8 +162,10 @@ def _check_losses(losses: object, name: str) -> None:
     if not isinstance(losses.logged, Mapping):
         raise MethodError(f"{name} logs {type(losses.logged).__name__}; expected a dictionary of scalars by name")
     for key, value in losses.logged.items():
-        if key in RESERVED:
+        if key in RESERVED or key.startswith("iou/"):
             raise MethodError(f"{name} logs {key!r}, a name of the history itself; expected another name")
+        if key in metrics:
+            raise MethodError(f"{name} logs {key!r}, which is a metric, too; expected another name in metrics={{...}}")
         if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
             raise MethodError(f"{name} logs {key!r} as {type(value).__name__}; expected a scalar tensor")
 

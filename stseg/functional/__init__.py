@@ -1,9 +1,10 @@
 """Pure, batched functions on tensors of any device."""
 
+from stseg.functional.boundaries import boundary_region
 from stseg.functional.classes import one_hot
 from stseg.functional.components import connected_components
 from stseg.functional.confidence import expected_iou, mean_certainty, mean_confidence, mean_margin
-from stseg.functional.confusion import confusion_matrix, iou, mean_iou
+from stseg.functional.confusion import confusion_matrix, dice, iou, mean_iou, pixel_accuracy
 from stseg.functional.consistency import confident_share, consistency_loss, consistency_target, sure_share
 from stseg.functional.contrast import directional_contrast
 from stseg.functional.flaws import flaw_target, less_flawed_target, refine_flaws
@@ -28,6 +29,7 @@ from stseg.functional.rotation import turn
 __all__ = [
     "PseudoLabels",
     "adversarial_loss",
+    "boundary_region",
     "box_mask",
     "class_mask",
     "confident_share",
@@ -36,6 +38,7 @@ __all__ = [
     "consistency_loss",
     "consistency_target",
     "cross_entropy",
+    "dice",
     "directional_contrast",
     "entropy",
     "expected_iou",
@@ -52,6 +55,7 @@ __all__ = [
     "ohem_cross_entropy",
     "one_hot",
     "paste",
+    "pixel_accuracy",
     "pixel_agreement",
     "polynomial_decay",
     "pseudo_label",

@@ -1,4 +1,4 @@
-"""Confusion matrix and intersection over union."""
+"""Confusion matrix, and intersection over union, Dice coefficient and pixel accuracy of it."""
 
 from __future__ import annotations
 
@@ -64,6 +64,40 @@ def iou(matrix: Tensor) -> Tensor:
     matrix = countable(matrix).double()
     intersection = matrix.diagonal(dim1=-2, dim2=-1)
     return intersection / (matrix.sum(-1) + matrix.sum(-2) - intersection)
+
+
+def dice(matrix: Tensor) -> Tensor:
+    """Compute the Dice coefficient (F1 score) of each class.
+
+    Args:
+        matrix: ``(..., K, K)`` confusion matrices.
+
+    Returns:
+        ``(..., K)`` float64; NaN for classes that are neither true nor predicted anywhere.
+
+    Example:
+        >>> dice(torch.tensor([[1, 1], [0, 1]]))
+        tensor([0.6667, 0.6667], dtype=torch.float64)
+    """
+    matrix = countable(matrix).double()
+    return 2 * matrix.diagonal(dim1=-2, dim2=-1) / (matrix.sum(-1) + matrix.sum(-2))
+
+
+def pixel_accuracy(matrix: Tensor) -> Tensor:
+    """Compute the share of the pixels whose class is right.
+
+    Args:
+        matrix: ``(..., K, K)`` confusion matrices.
+
+    Returns:
+        ``(...)`` float64; NaN where no pixel is counted.
+
+    Example:
+        >>> pixel_accuracy(torch.tensor([[1, 1], [0, 1]]))
+        tensor(0.6667, dtype=torch.float64)
+    """
+    matrix = countable(matrix).double()
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / matrix.sum((-2, -1))
 
 
 def mean_iou(prediction: Tensor, target: Tensor, num_classes: int, *, ignore_index: int | None = None) -> Tensor:

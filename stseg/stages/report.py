@@ -182,6 +182,7 @@ def _draw_training(figure: Figure, result: SelfTrainingResult) -> None:
     """Draw the logged losses and the validation mIoU over the steps, a line for each training."""
     rows = [row for stage in result.stages.values() for row in stage.history]
     names = dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "step", "lr", "seconds"))
+    names = {name: None for name in names if not name.startswith("iou/")}  # too many to draw
     columns = min(2, len(names))
     figure.set_size_inches(5 * columns, 3.5 * -(-len(names) // columns))
     for axes, name in zip(figure.subplots(-(-len(names) // columns), columns, squeeze=False).flat, names, strict=False):

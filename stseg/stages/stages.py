@@ -25,6 +25,7 @@ from stseg.engine.method import Method, view_of
 from stseg.engine.trial import preserved_random_state
 from stseg.errors import DataError, WorkdirMissingError
 from stseg.functional.thresholds import check_threshold
+from stseg.inference.extra_metrics import Metrics
 from stseg.inference.fingerprints import join_checksums
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
 from stseg.inference.mask_store import MaskStore
@@ -69,6 +70,7 @@ class Stages:
         val: labeled items, evaluated during training.
         teacher: result of an earlier training, used in place of the step ``"teacher"``.
         log: called with each row of each history; the names are ``"<step>/<name>"``.
+        metrics: more metrics of the validation, in every history.
         verify: which pseudo-masks a labeling that goes on opens; see :class:`stseg.MaskStore`.
         progress: whether to show bars.
     """
@@ -84,12 +86,13 @@ class Stages:
         val: Items | None = None,
         teacher: FitResult | None = None,
         log: Callable[[Row], object] | None = None,
+        metrics: Metrics | None = None,
         verify: Literal["sample", "all", "none"] = "sample",
         progress: bool = True,
     ) -> None:
         self.verify = verify
         self.make_model, self.num_classes, self.config, self.workdir = make_model, num_classes, config, workdir
-        self.keep, self.val, self.log, self.progress = keep, val, log, progress
+        self.keep, self.val, self.log, self.metrics, self.progress = keep, val, log, metrics, progress
         self.device = setup_device()
         self.unlabeled: Items | None = None
         self.trained: dict[str, FitResult] = {} if teacher is None else {"teacher": teacher}
@@ -138,6 +141,7 @@ class Stages:
             keep=self.keep,
             workdir=self.workdir.path(step),
             log=None if log is None else lambda row: log({f"{step}/{name}": value for name, value in row.items()}),
+            metrics=self.metrics,
             progress=self.progress,
             title=step,
         )

@@ -94,7 +94,8 @@ def _try_methods(stages: Stages, methods: Mapping[str, MakeMethod], labeled: Ite
     """Try a step of each method, with the labeled images in place of pseudo-labeled ones."""
     for step, make_method in methods.items():
         method = stages.new_method(step, make_method)
-        try_step(method, stages.streams(method, Items.of(_AsPseudo(labeled)), stages.config), stages.config)
+        streams = stages.streams(method, Items.of(_AsPseudo(labeled)), stages.config)
+        try_step(method, streams, stages.config, metrics=stages.metrics or ())
 
 
 def _check_network(stages: Stages, image: Tensor, labeling: Labeling | None) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -67,7 +69,7 @@ class TestProgress:
         state = StageState(step=1)
         for loss in (1.0, 2.0, 6.0):
             state.record({"loss": loss, "entropy": loss / 2})
-        row = state.add_row(epoch=2, lr=0.1, miou=None, seconds=3.0)
+        row = state.add_row(epoch=2, lr=0.1, validation={}, seconds=3.0)
         assert row == {"epoch": 2, "step": 4, "lr": 0.1, "loss": 3.0, "entropy": 1.5, "seconds": 3.0}
         assert state.history == [row]
         assert state.logged == {}
@@ -76,15 +78,24 @@ class TestProgress:
         state = StageState()
         for numbers in ({"loss": 1.0}, {"loss": 2.0, "rare": 5.0}, {"loss": 3.0}):
             state.record(numbers)
-        assert state.add_row(epoch=1, lr=0.1, miou=0.5, seconds=1.0) == {
-            **{"epoch": 1, "step": 3, "lr": 0.1, "loss": 2.0, "rare": 5.0, "miou": 0.5, "seconds": 1.0}
+        assert state.add_row(epoch=1, lr=0.1, validation={"miou": 0.5, "iou/0": math.nan}, seconds=1.0) == {
+            **{
+                "epoch": 1,
+                "step": 3,
+                "lr": 0.1,
+                "loss": 2.0,
+                "rare": 5.0,
+                "miou": 0.5,
+                "iou/0": math.nan,
+                "seconds": 1.0,
+            }
         }
 
     def test_shows_the_last_numbers_and_the_last_miou(self):
         state = StageState()
         state.record({"loss": 1.0})
         assert state.shown({"loss": 0.12345, "entropy": 2.0}) == {"loss": "0.123", "entropy": "2.000"}
-        state.add_row(epoch=1, lr=0.1, miou=0.4567, seconds=1.0)
+        state.add_row(epoch=1, lr=0.1, validation={"miou": 0.4567, "iou/0": 0.1}, seconds=1.0)
         assert state.shown({"loss": 2}) == {"loss": "2.000", "mIoU": "45.7"}
 
 

@@ -153,7 +153,7 @@ class TestLog:
             progress=False,
         )
         assert rows == list(result.history)
-        assert list(rows[0]) == ["epoch", "step", "lr", "loss", "entropy", "miou", "seconds"]
+        assert list(rows[0]) == ["epoch", "step", "lr", "loss", "entropy", "miou", "iou/0", "iou/1", "seconds"]
         assert {type(value) for row in rows for value in row.values()} == {float}
 
     def test_may_change_its_row(self):

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from stseg import MaskStore, PseudoLabeler, Ranking, StabilityRanker, evaluate
+from stseg import BoundaryIoU, MaskStore, PseudoLabeler, Ranking, StabilityRanker, evaluate
 
 SIZES = [(9, 12), (12, 9), (7, 7)]
 BROKEN = 4
@@ -62,6 +63,15 @@ def networks():
     return [Pooled(seed=0), Pooled(seed=1), Pooled(seed=2)]
 
 
+def extra_metrics():
+    metrics = {"boundary": BoundaryIoU(4)}
+    with suppress(ImportError):
+        from torchmetrics.classification import MulticlassJaccardIndex
+
+        metrics["jaccard"] = MulticlassJaccardIndex(4, average=None)
+    return metrics
+
+
 def everything(folder):
     """What the package does in one process or in several, and how many images the networks saw in this one."""
     options = {"num_classes": 4, "batch_size": 3, "precision": "fp32", "progress": False}
@@ -97,7 +107,10 @@ def everything(folder):
     seen["thresholds"] = network.images_seen()
 
     network = Pooled(seed=2)
-    result["evaluation"] = evaluate(network, data, **options).matrix
+    metric = evaluate(network, data, per_image=True, metrics=(extra := extra_metrics()), **options)
+    result["evaluation"] = metric.matrix
+    result["images"] = list(metric.miou_per_image().items())
+    result["extra"] = [torch.as_tensor(each.compute(), dtype=torch.float64) for each in extra.values()]
     seen["evaluation"] = network.images_seen()
     return result, seen
 
@@ -139,12 +152,22 @@ def both(folder):
 
 
 CASES = [
-    "in memory", "in the caller's memory", "on disk", "on disk again", "broken", "fewer than processes",
-    "ranking", "ranking again", "broken ranking", "thresholds", "evaluation",
-]  # fmt: skip
+    "in memory",
+    "in the caller's memory",
+    "on disk",
+    "on disk again",
+    "broken",
+    "fewer than processes",
+    "ranking",
+    "ranking again",
+    "broken ranking",
+    "thresholds",
+    "evaluation",
+]
+OF_EVALUATION = ["images", "extra"]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *OF_EVALUATION])
 def test_each_process_has_the_result_of_a_single_one(both, single, case):
     (expected, _) = single
     for result, _ in both:
@@ -161,6 +184,8 @@ def test_the_work_is_shared_and_done_once(both, single, case):
 def test_results_are_worth_comparing(single):
     result, seen = single
     assert seen["in memory"] == seen["ranking"] == seen["evaluation"] == 11
+    assert [id for id, _ in result["images"]] == [f"city/{i}" for i in range(11)]
+    assert len({miou for _, miou in result["images"]}) == 11
     assert seen["on disk again"] == seen["ranking again"] == 0
     assert len(set(result["thresholds"].tolist())) == 4
     assert result["broken"][2] == [(BROKEN, "city/4", "item 'city/4': disk on fire")]

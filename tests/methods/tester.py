@@ -170,7 +170,8 @@ class MethodTester:
         assert result.model is method.model
         assert any(not torch.equal(value, before[name]) for name, value in cpu_state(method).items())
         logged = set(method(batch()).logged)
-        assert all(set(row) == {"epoch", "step", "lr", "loss", "miou", "seconds"} | logged for row in result.history)
+        names = {"epoch", "step", "lr", "loss", "miou", *(f"iou/{index}" for index in range(CLASSES)), "seconds"}
+        assert all(set(row) == names | logged for row in result.history)
         assert all(math.isfinite(value) for row in result.history for value in row.values())
 
     @pytest.mark.parametrize("stop", [1, 3])
