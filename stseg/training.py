@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,11 @@ from stseg.data.items import Items
 from stseg.description import describe
 from stseg.distributed import rank, setup_device
 from stseg.engine.batches import Draw, Streams
-from stseg.engine.checkpoint import Row
 from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult, run_stage
 from stseg.engine.method import Method, view_of
 from stseg.engine.trial import check_model
+from stseg.engine.watch import Log
 from stseg.errors import DataError
 from stseg.inference.fingerprints import dataset_fingerprint
 from stseg.inference.preflight import check_labeled, check_network, find_unreadable, refuse_common_ids
@@ -40,7 +40,7 @@ def fit(
     snapshots: Sequence[int] = (),
     keep: Literal["final", "best"] = "final",
     workdir: str | Path | None = None,
-    log: Callable[[Row], object] | None = None,
+    log: Log | Sequence[Log] | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Train a network by a method.
@@ -65,8 +65,10 @@ def fit(
         keep: ``"final"``, or ``"best"`` for the best weights on ``val``, which is then no longer held out.
         workdir: folder for ``model.safetensors``, ``snapshots/``, ``history.jsonl`` and, during training, ``state/``.
             A finished stage is loaded from there.
-        log: called with each row of the history, a dictionary of floats, in the first process; such as ``wandb.log``.
-            After a killed run resumes, rows since its last save are repeated.
+        log: called with each row of the history, a dictionary of floats, in the first process: a function such as
+            ``print``, one of ``stseg.loggers`` such as :class:`stseg.loggers.TensorBoard`, or a list of them. After a
+            killed run resumes, rows since its last save are repeated, with the same numbers. If it raises an
+            ``Exception``, there is a ``RuntimeWarning``, and training goes on.
         progress: whether to show a bar.
 
     Raises:

@@ -21,7 +21,9 @@ PUBLIC = [
     *(getattr(stseg, name) for name in stseg.__all__),
     *(
         getattr(module, name)
-        for module in (stseg.data, stseg.models, stseg.functional, stseg.methods, stseg.modules, augment)
+        for module in (
+            *(stseg.data, stseg.models, stseg.functional, stseg.methods, stseg.modules, augment, stseg.loggers),
+        )
         for name in module.__all__
     ),
 ]
