@@ -32,7 +32,9 @@ class _Tracker(ABC):
             RuntimeError: if the tracker is closed.
         """
         if self._closed:
-            raise RuntimeError(f"this {type(self).__name__} is closed; expected a new one, or close() after the training")
+            raise RuntimeError(
+                f"this {type(self).__name__} is closed; expected a new one, or close() after the training"
+            )
         name = next((name for name in row if name == "step" or name.endswith("/step")), None)
         if name is None:
             raise ValueError(f"the row holds {', '.join(row) or 'nothing'}; expected a row of a history, with its step")
@@ -101,12 +103,15 @@ class TensorBoard(_Tracker):
 
     def _write(self, training: str, step: int, values: dict[str, float]) -> None:
         writer, last = self._writers.get(training, (None, -1))
-        if writer is None or step <= last:
-            if writer is not None:
-                writer.close()
+        if writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(self.folder / training), purge_step=step)  # type: ignore[no-untyped-call]
+            writer = SummaryWriter(str(self.folder / training), purge_step=step)
+        elif step <= last:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            # As SummaryWriter does for purge_step; another file of the same second might be read before this one.
+            writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
         for name, value in values.items():
             writer.add_scalar(name, value, step)
         writer.flush()
@@ -182,8 +187,8 @@ class MLflow(_Tracker):
     Needs mlflow (``pip install stseg[mlflow]``).
 
     Args:
-        start: arguments of ``mlflow.start_run``, such as ``run_name``, ``run_id`` or ``experiment_id``. Without any, the
-            active run is taken if there is one, and stays open. Else a run is started with the first row; only the
+        start: arguments of ``mlflow.start_run``, such as ``run_name``, ``run_id`` or ``experiment_id``. Without any,
+            the active run is taken if there is one, and stays open. Else a run is started with the first row; only the
             first process gets rows, so no other one starts a run.
 
     Raises:

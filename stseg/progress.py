@@ -6,8 +6,7 @@ import logging
 import sys
 import time
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -19,26 +18,6 @@ _EVERY, _LONGEST = 30.0, 300.0  # seconds between two lines, at first and in lon
 _IN_NOTEBOOK = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
 
 Self = TypeVar("Self", bound="Lines")
-
-
-class Progress(Protocol):
-    """What a bar and lines have in common."""
-
-    n: Any
-
-    def __enter__(self) -> Any:
-        """Begin."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> object:
-        """Show where it ended."""
-
-    def update(self, n: int = 1) -> object:
-        """Count what was done."""
-
-    def set_postfix(self, numbers: Any = None, refresh: bool | None = True) -> object:
-        """Set the numbers that are shown beside it, formatted, by name."""
 
 
 class _Stream:
@@ -156,6 +135,10 @@ class Lines:
             parts.append(f"{format_duration(seconds / done * (self.total - self.n))} left")
         _STDERR.write(f"{self.title}: {', '.join(parts)}\n")
         _STDERR.flush()
+
+
+Progress: TypeAlias = _Bar | Lines
+"""Where work that is done is counted."""
 
 
 def show_message(text: str) -> None:

@@ -71,10 +71,9 @@ def vanished_classes(labeled: ClassCounts, predicted: ClassCounts) -> str | None
     shares = ", ".join(f"{before[index]:.3%}".replace("%", " %") for index in gone[:_SHOWN])
     return (
         f"the pseudo-masks hold {', '.join(shown)}, the labeled masks in {shares}{more}: the network that labels does "
-        "not predict what it has seen, and the one that learns from these masks will not either. Usual where a class is "
-        "rare or the network is trained for too short a time. Try a supervised loss= that weights rare classes, more "
-        "steps, pretrained weights, or more labeled images that hold them; with a threshold, "
-        "Labeling(keep_per_class=0.8) keeps pixels of each class"
+        "not predict them, and the one that learns from these masks will not either. Usual where a class is rare or the "
+        "training was short. Try a supervised loss= that weights rare classes, more steps, pretrained weights, or more "
+        "labeled images that hold them; in place of a threshold, Labeling(keep_per_class=0.8) keeps pixels of each class"
     )
 
 
@@ -144,8 +143,8 @@ def _one_class(history: Sequence[Row], steps: int) -> str | None:
     return (
         f"on validation the network finds class {name} alone at step {history[-1]['step']:.0f}; the IoU of each other "
         f"class is below {_percent(_LEAST_IOU)}: it may be that it predicts one class everywhere, usually because the "
-        "learning rate is too high or too low, the other classes are rare, or masks hold other values than those meant. "
-        "Try another lr, a loss= that weights rare classes, and a look at the table of classes and at class_map"
+        "learning rate is too high or too low, the other classes are rare, or masks hold other values than meant. Try "
+        "another lr, a loss= that weights rare classes, and a look at the table of classes and at class_map"
     )
 
 

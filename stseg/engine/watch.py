@@ -44,7 +44,9 @@ class Watch:
     def started(self, state: StageState) -> None:
         """Tell that the training starts, or resumes."""
         steps = f"{self.plan.steps} step{'s' if self.plan.steps > 1 else ''}"
-        self._info(f"training for {steps}" if not state.step else f"training resumes after step {state.step} of {steps}")
+        self._info(
+            f"training for {steps}" if not state.step else f"training resumes after step {state.step} of {steps}"
+        )
 
     @contextmanager
     def validation(self, state: StageState) -> Iterator[None]:
@@ -65,11 +67,8 @@ class Watch:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in ("epoch", "step"))
         LOG.debug(f"{self.title}: step {row['step']:.0f} of {self.plan.steps}, {numbers}")
         self._tell_of_slow_validation(state)
-        for number, log in enumerate(self.logs):
-            try:
-                log({f"{self.prefix}{name}": value for name, value in row.items()})
-            except Exception as error:  # of any type: trackers fail with the network, and training goes on
-                self._tell_of_failure(number, error)
+        for number in range(len(self.logs)):
+            self._hand_out(row, number)
 
     def finished(self, state: StageState) -> None:
         """Tell how the training went."""
@@ -82,6 +81,12 @@ class Watch:
         for log, failed in zip(self.logs, self._failed, strict=True):
             if failed:
                 self._warn(f"log={_name(log)} did not take {failed} of the rows; all of them are in the history")
+
+    def _hand_out(self, row: Row, number: int) -> None:
+        try:
+            self.logs[number]({f"{self.prefix}{name}": value for name, value in row.items()})
+        except Exception as error:  # of any type: a tracker fails with its network, and the training goes on
+            self._tell_of_failure(number, error)
 
     def _tell_of_slow_validation(self, state: StageState) -> None:
         if self._slow or "miou" not in state.history[-1]:
@@ -105,7 +110,7 @@ class Watch:
                 f"{self.title}: log={_name(self.logs[number])} raised {type(error).__name__}: {error}. The training "
                 "goes on, and each further row is tried; all rows are in the history of the result",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
 
     def _info(self, text: str) -> None:

@@ -66,7 +66,7 @@ class Sweep:
             for item in self._load(indices):
                 yield item
                 bar.update()
-            bar.update(len(indices) - bar.n)  # those that were skipped
+            bar.update(len(indices) - int(bar.n))  # those that were skipped
 
     def predict(
         self,
@@ -123,7 +123,7 @@ class Sweep:
                 *found, finite = rows.get(row)
                 check_finite(bool(finite), name=f"image {self.items.ids[index]!r}")
                 yield index, tuple(found)
-            bar.update(len(indices) - bar.n)  # those that were skipped
+            bar.update(len(indices) - int(bar.n))  # those that were skipped
 
     def skipped(self) -> tuple[Skipped, ...]:
         """Return the items that could not be read by any process, in order.

@@ -328,7 +328,8 @@ class Stages:
             signs = [text for text in found if text is not None]
             for text in signs:
                 warn_of_run(f"{step}: {text}", show=self.progress)
-        return all_gather(signs)[0]
+        gathered: list[list[str]] = all_gather(signs)
+        return gathered[0]
 
     def _tell(self, step: str, text: str) -> None:
         if rank() == 0:

@@ -86,7 +86,9 @@ def validate_run(
         if stages.skipped and rank() == 0:
             first, count = stages.skipped[0], len(stages.skipped)
             images = f"{count} unlabeled images" if count > 1 else "an unlabeled image"
-            warn_of_run(f"left out {images} that cannot be read, first {first.id!r}: {first.reason}", show=stages.progress)
+            warn_of_run(
+                f"left out {images} that cannot be read, first {first.id!r}: {first.reason}", show=stages.progress
+            )
     if unlabeled is not None:
         left_out = {one.index for one in stages.skipped}
         readable = [index for index in range(len(unlabeled)) if index not in left_out]

@@ -168,7 +168,9 @@ class TestLog:
             tried.append(row["step"])
             raise ZeroDivisionError("mine")
 
-        with pytest.warns(RuntimeWarning, match=r"log=.*broken raised ZeroDivisionError: mine\. The training goes on") as w:
+        with pytest.warns(
+            RuntimeWarning, match=r"log=.*broken raised ZeroDivisionError: mine\. The training goes on"
+        ) as w:
             result = fit(network(), pairs(4), config(), log=[broken, rows.append], progress=False)
         assert len([each for each in w if each.category is RuntimeWarning]) == 1
         assert rows == list(result.history)
