@@ -71,9 +71,9 @@ def vanished_classes(labeled: ClassCounts, predicted: ClassCounts) -> str | None
     shares = ", ".join(f"{before[index]:.3%}".replace("%", " %") for index in gone[:_SHOWN])
     return (
         f"the pseudo-masks hold {', '.join(shown)}, the labeled masks in {shares}{more}: the network that labels does "
-        "not predict them, and the one that learns from these masks will not either. Usual where a class is rare or the "
-        "training was short. Try a supervised loss= that weights rare classes, more steps, pretrained weights, or more "
-        "labeled images that hold them; in place of a threshold, Labeling(keep_per_class=0.8) keeps pixels of each class"
+        "not predict them, nor will one that learns from these masks. Usual where a class is rare or the training was "
+        "short. Try a supervised loss= that weights rare classes, more steps, pretrained weights, more labeled images "
+        "that hold them; Labeling(keep_per_class=0.8) in place of a threshold keeps pixels of each class"
     )
 
 
