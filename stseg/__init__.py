@@ -1,6 +1,6 @@
 """Semi-supervised segmentation in PyTorch: methods for any network, from primitives to complete training."""
 
-from stseg import augment, data, functional, methods, models, modules
+from stseg import augment, data, functional, loggers, methods, models, modules
 from stseg.augment import ClassMix, CutMix, Cutout, StrongAugment, WeakAugment
 from stseg.engine.checkpoint import load_weights, save_weights
 from stseg.engine.config import TrainConfig
@@ -115,6 +115,7 @@ __all__ = [  # noqa: RUF022  grouped
     "augment",
     "data",
     "functional",
+    "loggers",
     "methods",
     "models",
     "modules",

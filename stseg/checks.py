@@ -71,9 +71,15 @@ def check_mixing(mix: object) -> None:
 
 
 def check_log(log: object) -> None:
-    """Raise a ``TypeError`` unless it is callable or None."""
-    if log is not None and not callable(log):
-        raise TypeError(f"log is {log!r}; expected a function of a dictionary of numbers, such as print or wandb.log")
+    """Raise a ``TypeError`` unless it is callable, a list or tuple of callables, or None."""
+    several = isinstance(log, (list, tuple))
+    for each in log if isinstance(log, (list, tuple)) else () if log is None else (log,):
+        if not callable(each) or isinstance(each, type):
+            what = f"the class {each.__name__}" if isinstance(each, type) else repr(each)
+            raise TypeError(
+                f"log {'holds' if several else 'is'} {what}; expected a function of a dictionary of numbers, such as "
+                "print or stseg.loggers.TensorBoard(folder), or a list of them"
+            )
 
 
 def check_image_range(images: Tensor, checked: set[str], *, rows: Tensor | None = None) -> None:

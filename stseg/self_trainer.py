@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,11 @@ from stseg.checks import check_choice, check_log
 from stseg.data.items import Items
 from stseg.description import describe
 from stseg.distributed import setup_device
-from stseg.engine.checkpoint import RESERVED, Row
+from stseg.engine.checkpoint import RESERVED
 from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult
 from stseg.engine.method import Method
+from stseg.engine.watch import Log
 from stseg.functional.classes import check_classes
 from stseg.inference.extra_metrics import Metrics, check_history_metrics
 from stseg.inference.preflight import refuse_common_ids
@@ -55,7 +56,7 @@ class SelfTrainer:
         workdir: folder for all results; None keeps them in memory.
         skip_unreadable: whether to leave out unlabeled images that cannot be read; they are listed in the result.
         log: called with each row of each training's history, in the first process; the names are
-            ``"<step>/<name>"``.
+            ``"<step>/<name>"``. See :func:`stseg.fit`.
         metrics: more metrics of ``val``, in every training's history; as for :func:`stseg.fit`.
         verify: which pseudo-masks on disk are opened when a run goes on: 10,000 of each labeling, ``"all"`` or
             ``"none"``; all of them are verified when they are read. See :class:`stseg.MaskStore`.
@@ -89,7 +90,7 @@ class SelfTrainer:
         keep: Literal["final", "best"] = "final",
         workdir: str | Path | None = None,
         skip_unreadable: bool = False,
-        log: Callable[[Row], object] | None = None,
+        log: Log | Sequence[Log] | None = None,
         metrics: Metrics | None = None,
         verify: Literal["sample", "all", "none"] = "sample",
         progress: bool = True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,12 @@ from stseg.data.items import Items
 from stseg.description import describe
 from stseg.distributed import rank, setup_device
 from stseg.engine.batches import Draw, Streams
-from stseg.engine.checkpoint import RESERVED, Row
+from stseg.engine.checkpoint import RESERVED
 from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult, run_stage
 from stseg.engine.method import Method, view_of
 from stseg.engine.trial import check_model
+from stseg.engine.watch import Log
 from stseg.errors import DataError
 from stseg.inference.extra_metrics import Metrics, check_history_metrics
 from stseg.inference.fingerprints import dataset_fingerprint
@@ -41,7 +42,7 @@ def fit(
     snapshots: Sequence[int] = (),
     keep: Literal["final", "best"] = "final",
     workdir: str | Path | None = None,
-    log: Callable[[Row], object] | None = None,
+    log: Log | Sequence[Log] | None = None,
     metrics: Metrics | None = None,
     progress: bool = True,
 ) -> FitResult:
@@ -67,8 +68,10 @@ def fit(
         keep: ``"final"``, or ``"best"`` for the best weights on ``val``, which is then no longer held out.
         workdir: folder for ``model.safetensors``, ``snapshots/``, ``history.jsonl`` and, during training, ``state/``.
             A finished stage is loaded from there.
-        log: called with each row of the history, a dictionary of floats, in the first process; such as ``wandb.log``.
-            After a killed run resumes, rows since its last save are repeated.
+        log: called with each row of the history, a dictionary of floats, in the first process: a function such as
+            ``print``, one of ``stseg.loggers`` such as :class:`stseg.loggers.TensorBoard`, or a list of them. After a
+            killed run resumes, rows since its last save are repeated, with the same numbers. If it raises an
+            ``Exception``, there is a ``RuntimeWarning``, and training goes on.
         metrics: more metrics of ``val`` by name, such as :class:`stseg.BoundaryIoU` or those of torchmetrics, or
             functions that make one, for those without ``reset``; see :class:`stseg.types.Metric`. Each is reset before
             every validation; its value is in the history as ``"<name>"``, those of a vector as ``"<name>/0"``, ...

@@ -103,7 +103,7 @@ def public_names() -> set[str]:
     functions = inspect.getmembers(stseg.functional, inspect.isfunction)
     own = [name for name, f in functions if f.__module__ == "stseg.functional" and not name.startswith("_")]
     modules = {"stseg": stseg.__all__}
-    modules |= {module.__name__: module.__all__ for module in (stseg.data, stseg.models, stseg.modules)}
+    modules |= {module.__name__: module.__all__ for module in (stseg.data, stseg.models, stseg.modules, stseg.loggers)}
     return {f"{module}.{name}" for module, names in {**modules, "stseg.functional": own}.items() for name in names}
 
 

@@ -21,7 +21,7 @@ PUBLIC = [
     *(getattr(stseg, name) for name in stseg.__all__),
     *(
         getattr(module, name)
-        for module in (stseg.data, stseg.models, stseg.functional, stseg.methods, stseg.modules, augment)
+        for module in (stseg.data, stseg.models, stseg.functional, stseg.methods, stseg.modules, augment, stseg.loggers)
         for name in module.__all__
     ),
 ]
@@ -98,7 +98,10 @@ def test_every_public_class_and_function_shows_an_example():
 
 def not_public(folder: str) -> list[str]:
     """What the files of a folder import from the package that is not in the ``__all__`` of a public module."""
-    faces = ("stseg", *(f"stseg.{name}" for name in ("methods", "functional", "data", "models", "modules", "augment")))
+    faces = (
+        "stseg",
+        *(f"stseg.{name}" for name in ("methods", "functional", "data", "models", "modules", "augment", "loggers")),
+    )
     found = []
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -120,7 +123,7 @@ def test_what_is_outside_the_package_uses_public_names_alone(folder):
 
 
 def test_every_public_module_says_what_is_public():
-    for name in ("methods", "functional", "data", "models", "modules", "augment"):
+    for name in ("methods", "functional", "data", "models", "modules", "augment", "loggers"):
         module = importlib.import_module(f"stseg.{name}")
         assert sorted(module.__all__, key=str.lower) == sorted(set(module.__all__), key=str.lower)
         for each in module.__all__:

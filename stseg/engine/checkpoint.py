@@ -115,6 +115,10 @@ class StageState:
     logged: dict[str, list[float]] = field(default_factory=dict)
     """The loss and what the method logged, for each step since the last row of the history."""
     history: list[Row] = field(default_factory=list)
+    val_seconds: float = 0.0
+    """How much of the time was spent in validation."""
+    warnings: dict[str, str] = field(default_factory=dict)
+    """Early signs of a collapse, by kind; see ``collapse.py``."""
 
     def record(self, numbers: dict[str, float]) -> None:
         """Count a step and keep its numbers for the next row."""

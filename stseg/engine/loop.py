@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,13 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from stseg.data.items import Items
 from stseg.distributed import broadcast_buffers, rank, world_size
 from stseg.engine.batches import Streams
-from stseg.engine.checkpoint import Row, StageCheckpoint
+from stseg.engine.checkpoint import Row, StageCheckpoint, StageState
 from stseg.engine.config import TrainConfig
 from stseg.engine.method import Method, provenance_of
 from stseg.engine.optimizers import keep_initial_rates, learning_rate_factor, set_learning_rates
 from stseg.engine.plan import Plan
 from stseg.engine.step import TrainingSteps
 from stseg.engine.trial import preserved_random_state, try_step
+from stseg.engine.watch import Log, Watch
 from stseg.errors import DataError, NetworkError, NetworkWarning, TrainingDivergedError
 from stseg.inference.evaluate import evaluate
 from stseg.inference.extra_metrics import ExtraMetrics, Metrics, try_metrics
@@ -45,12 +46,16 @@ class FitResult:
             ``miou``, the IoU of each class as ``iou/0``, ``iou/1``, ..., NaN where it is neither true nor predicted,
             and the values of ``metrics``, and ``seconds``.
         seconds: duration, summed over all runs if interrupted.
+        val_seconds: how much of it was spent in validation.
+        warnings: early signs of a collapse that were seen, each once: what, what it usually means, what to try.
     """
 
     model: nn.Module = field(repr=False)
     snapshots: tuple[nn.Module, ...] = field(repr=False)
     history: tuple[Row, ...] = field(repr=False)
     seconds: float
+    val_seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
 
 def run_stage(
@@ -63,10 +68,11 @@ def run_stage(
     snapshots: Sequence[int] = (),
     keep: Literal["final", "best"] = "final",
     workdir: str | Path | None = None,
-    log: Callable[[Row], object] | None = None,
+    log: Log | Sequence[Log] | None = None,
     metrics: Metrics | None = None,
     progress: bool = True,
     title: str = "train",
+    prefix: str = "",
 ) -> FitResult:
     """Train a method on validated data; arguments as for :func:`stseg.fit`.
 
@@ -79,10 +85,11 @@ def run_stage(
         snapshots: after which epochs or steps to keep a copy.
         keep: which weights to return.
         workdir: folder of the stage.
-        log: called with each row.
+        log: what is called with each row.
         metrics: more metrics of the validation.
         progress: whether to show a bar.
         title: name on the bar and in messages.
+        prefix: what the names in the rows for ``log`` begin with.
     """
     config = config.on(device_of(method))
     plan = Plan.of(config, streams.steps_per_epoch, snapshots)
@@ -94,9 +101,11 @@ def run_stage(
         "keep": keep,
     }
     checkpoint = StageCheckpoint(workdir, record, method)
+    watch = Watch(title, plan, log=log, prefix=prefix, progress=progress)
     if finished := checkpoint.finished(method.model):
+        watch.reused(finished, workdir)
         kept = tuple(checkpoint.snapshot(method.model, at) for at in plan.snapshots)
-        return FitResult(method.model.eval(), kept, tuple(finished.history), finished.seconds)
+        return _result(method, kept, finished)
 
     names = try_metrics(metrics, val.pair(0)[1], config.ignore_index) if metrics and val is not None else ()
     unused = try_step(method, streams, config, metrics=names)
@@ -110,6 +119,7 @@ def run_stage(
     train_unfrozen(method)
     network = _distribute(method, device, find_unused_parameters=bool(unused))
     validate = partial(_validate, method, val, streams.num_classes, config, metrics)
+    watch.started(state)
     began = saved = time.monotonic()
     before = state.seconds
 
@@ -142,17 +152,17 @@ def run_stage(
             if is_row or snapshot is not None:
                 broadcast_buffers(method)
             if is_row:
-                validation = validate()
+                with watch.validation(state):
+                    validation = validate()
                 miou = validation.get("miou")
                 if keep == "best" and miou is not None and miou > (-math.inf if state.best is None else state.best):
                     state.best = miou
                     checkpoint.keep_best(method.model, state)
                 seconds = before + time.monotonic() - began
                 epoch = state.step / plan.steps_per_epoch
-                row = state.add_row(epoch=epoch, lr=config.lr * factor, validation=validation, seconds=seconds)
+                state.add_row(epoch=epoch, lr=config.lr * factor, validation=validation, seconds=seconds)
                 checkpoint.write_history(state)
-                if log is not None and rank() == 0:
-                    log(dict(row))
+                watch.row(state)
             if snapshot is not None:
                 copies.append(checkpoint.add_snapshot(method.model, snapshot))
             if is_due:
@@ -164,7 +174,19 @@ def run_stage(
             raise DataError("keep='best': no mIoU of the validation set is a number")
         checkpoint.load_best(method.model, state)
     checkpoint.finish(method.model, state, plan.snapshots)
-    return FitResult(method.model.eval(), tuple(copies), tuple(state.history), state.seconds)
+    watch.finished(state)
+    return _result(method, tuple(copies), state)
+
+
+def _result(method: Method, snapshots: tuple[nn.Module, ...], state: StageState) -> FitResult:
+    return FitResult(
+        method.model.eval(),
+        snapshots,
+        tuple(state.history),
+        state.seconds,
+        state.val_seconds,
+        tuple(state.warnings.values()),
+    )
 
 
 def _warn_of_unused(names: Sequence[str], method: str) -> None:

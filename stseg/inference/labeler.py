@@ -25,6 +25,7 @@ from stseg.inference.writing import writing_behind
 from stseg.models.precision import resolve_precision
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, evaluating, fingerprint, move
+from stseg.progress import LOG
 from stseg.storage.files import remove_leftovers
 from stseg.storage.folder_lock import check_folders
 from stseg.types import Precision
@@ -208,6 +209,8 @@ class PseudoLabeler:
         if len(missing) < len(mine):
             absent = set(missing)
             todo = [index for index in sweep.share if items.ids[index] in absent]
+            if rank() == 0:
+                LOG.info(f"label: {len(mine) - len(missing)} of {len(mine)} masks are in {store} already")
         del mine, missing
 
         def label_each(batch: Tensor) -> tuple[Tensor, ...]:

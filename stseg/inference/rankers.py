@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from stseg.data.items import Items
 from stseg.description import describe
-from stseg.distributed import all_gather, barrier
+from stseg.distributed import all_gather, barrier, rank
 from stseg.functional import mean_confidence, stability
 from stseg.functional.classes import check_classes
 from stseg.functional.reliability import compute_stability
@@ -24,6 +24,7 @@ from stseg.inference.sweep import Sweep, check_batch_size, check_finite, finite_
 from stseg.models.precision import resolve_precision
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, evaluating, fingerprint, move
+from stseg.progress import LOG
 from stseg.types import Precision
 
 
@@ -94,6 +95,8 @@ class _Ranker(ABC):
         sweep = Sweep(items, "rank", self.batch_size, self.num_workers, self.progress, skip_unreadable)
         log = None if store is None else ScoreLog(Path(store), self.provenance(), image_checksums(items))
         scores: dict[int, float] = {} if log is None else log.read(items.ids)
+        if scores and rank() == 0:
+            LOG.info(f"rank: {len(scores)} of {len(items)} scores are in {store} already")
         barrier()
 
         def score_each(batch: Tensor) -> tuple[Tensor, Tensor]:

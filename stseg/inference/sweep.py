@@ -19,7 +19,7 @@ from stseg.inference.reading import Skipped, read_ahead, read_items
 from stseg.models.batching import images_per_pass
 from stseg.models.precision import autocast, casting_once, resolve_precision
 from stseg.models.state import device_of, evaluating, laid_out
-from stseg.progress import progress_bar
+from stseg.progress import Progress, progress_bar
 from stseg.types import Precision
 
 T = TypeVar("T")
@@ -62,7 +62,11 @@ class Sweep:
     def read(self, indices: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
         """Yield index and image, or ``(image, mask)``, of the items of this process, or of some of them."""
         indices = self.share if indices is None else indices
-        yield from self._bar(self._load(indices), len(indices))
+        with self._bar(len(indices)) as bar:
+            for item in self._load(indices):
+                yield item
+                bar.update()
+            bar.update(len(indices) - int(bar.n))  # those that were skipped
 
     def predict(
         self,
@@ -107,16 +111,19 @@ class Sweep:
         def run(batch: Tensor) -> list[tuple[_OnHost, int]]:
             with evaluating(*networks), torch.no_grad():
                 rows = _OnHost(function(batch), len(batch))
+            # Here and not where they are yielded, which is in order: results come in bursts there.
+            bar.update(len(batch))
             return [(rows, row) for row in range(len(batch))]
 
         # What a GPU computes is waited for when the next batch is on its way.
         ahead = self.batch_size if device.type == "cuda" else 0
-        with laid_out(*networks), casting_once(device, *networks):
+        with laid_out(*networks), casting_once(device, *networks), self._bar(len(indices)) as bar:
             results = batch_by_size(run, images(), batch_size=self.batch_size, device=device)
-            for index, (rows, row) in self._bar(_delayed(results, ahead), len(indices)):
+            for index, (rows, row) in _delayed(results, ahead):
                 *found, finite = rows.get(row)
                 check_finite(bool(finite), name=f"image {self.items.ids[index]!r}")
                 yield index, tuple(found)
+            bar.update(len(indices) - int(bar.n))  # those that were skipped
 
     def skipped(self) -> tuple[Skipped, ...]:
         """Return the items that could not be read by any process, in order.
@@ -142,8 +149,14 @@ class Sweep:
         # Workers read ahead anyway.
         return read_ahead(items, self.batch_size) if self.items.concurrent and self.num_workers == 0 else items
 
-    def _bar(self, iterable: Iterable[T], total: int) -> Iterable[T]:
-        return progress_bar(iterable, title=self.title, total=total, show=self.progress and rank() == 0)
+    def _bar(self, total: int) -> Progress:
+        return progress_bar(
+            title=self.title,
+            total=total,
+            show=self.progress and rank() == 0,
+            unit="image",
+            warm_up=2 * self.batch_size,  # the first batch also waits until it is read
+        )
 
 
 class _OnHost:

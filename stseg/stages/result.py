@@ -25,6 +25,8 @@ class SelfTrainingResult:
         skipped: unlabeled images that could not be read and were left out.
         seconds: duration of each step by name, in order; for a resumed labeling or ranking, only of the
             last part.
+        warnings: early signs of a collapse by step, if there are any: what was seen, what it usually means, what to
+            try.
     """
 
     model: nn.Module = field(repr=False)
@@ -33,3 +35,4 @@ class SelfTrainingResult:
     ranking: Ranking | None
     skipped: tuple[Skipped, ...]
     seconds: dict[str, float]
+    warnings: dict[str, tuple[str, ...]] = field(default_factory=dict)

@@ -18,13 +18,16 @@ from stseg.data.items import Items
 from stseg.description import describe
 from stseg.distributed import all_gather, barrier, rank, setup_device
 from stseg.engine.batches import Streams
-from stseg.engine.checkpoint import Row, copy_to_cpu
+from stseg.engine.checkpoint import copy_to_cpu
+from stseg.engine.collapse import nothing_kept, vanished_classes
 from stseg.engine.config import TrainConfig
 from stseg.engine.loop import FitResult, run_stage
 from stseg.engine.method import Method, view_of
 from stseg.engine.trial import preserved_random_state
+from stseg.engine.watch import Log
 from stseg.errors import DataError, WorkdirMissingError
 from stseg.functional.thresholds import check_threshold
+from stseg.inference.class_counts import ClassCounts, count_classes
 from stseg.inference.extra_metrics import Metrics
 from stseg.inference.fingerprints import join_checksums
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
@@ -34,6 +37,7 @@ from stseg.inference.ranking import Ranking
 from stseg.inference.reading import Skipped
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, fingerprint, place
+from stseg.progress import LOG, format_duration, warn_of_run
 from stseg.seeds import derive_seed, fixed_seed
 from stseg.stages.labeling import Labeling
 from stseg.stages.ranking_file import read_ranking, write_ranking
@@ -69,7 +73,7 @@ class Stages:
         keep: which weights each training returns.
         val: labeled items, evaluated during training.
         teacher: result of an earlier training, used in place of the step ``"teacher"``.
-        log: called with each row of each history; the names are ``"<step>/<name>"``.
+        log: what is called with each row of each history; the names are ``"<step>/<name>"``.
         metrics: more metrics of the validation, in every history.
         verify: which pseudo-masks a labeling that goes on opens; see :class:`stseg.MaskStore`.
         progress: whether to show bars.
@@ -85,7 +89,7 @@ class Stages:
         keep: Literal["final", "best"] = "final",
         val: Items | None = None,
         teacher: FitResult | None = None,
-        log: Callable[[Row], object] | None = None,
+        log: Log | Sequence[Log] | None = None,
         metrics: Metrics | None = None,
         verify: Literal["sample", "all", "none"] = "sample",
         progress: bool = True,
@@ -95,11 +99,13 @@ class Stages:
         self.keep, self.val, self.log, self.metrics, self.progress = keep, val, log, metrics, progress
         self.device = setup_device()
         self.unlabeled: Items | None = None
+        self.labeled_classes: ClassCounts | None = None
         self.trained: dict[str, FitResult] = {} if teacher is None else {"teacher": teacher}
         self.labeled: dict[str, PseudoLabeled] = {}
         self.ranking: Ranking | None = None
         self.skipped: tuple[Skipped, ...] = ()
         self.seconds: dict[str, float] = {}
+        self.warnings: dict[str, tuple[str, ...]] = {}
         self._kept: list[tuple[str, str]] = []  # files beside those of trainings and labelings
 
     def train(
@@ -127,7 +133,6 @@ class Stages:
         config = self.config.with_seed(derive_seed(self.config.seed, step))
         method = self.new_method(step, make_method, init)
         streams = self.streams(method, Items.of(labeled), config)
-        log = self.log
         self.trained[step] = run_stage(
             method,
             streams,
@@ -140,17 +145,20 @@ class Stages:
             snapshots=snapshots,
             keep=self.keep,
             workdir=self.workdir.path(step),
-            log=None if log is None else lambda row: log({f"{step}/{name}": value for name, value in row.items()}),
+            log=self.log,
             metrics=self.metrics,
             progress=self.progress,
             title=step,
+            prefix=f"{step}/",
         )
-        self._done(step, self.trained[step].seconds)
+        self._done(step, self.trained[step].seconds, self.trained[step].warnings)
         return self.trained[step]
 
     def label(self, step: str, teacher: FitResult, images: Items, labeling: Labeling) -> PseudoLabeled:
         """Label images with the network of a training."""
-        began = time.monotonic()
+        began, known = time.monotonic(), self.workdir.facts(step)
+        if known is None:
+            self._tell(step, f"labeling {len(images)} images")
         before = device_of(teacher.model)
         model = teacher.model.to(self.device)
         labeler = partial(
@@ -171,7 +179,9 @@ class Stages:
             raise error
         self.labeled[step] = labeler(threshold=threshold).label(images, MaskStore(folder, verify=self.verify))
         model.to(before)
-        self._done(step, time.monotonic() - began)
+        self._done(step, time.monotonic() - began, self._signs_in_labels(step) if known is None else ())
+        done = f"labeled {len(images)} images in {format_duration(self.seconds[step])}"
+        self._tell(step, done if known is None else f"{len(images)} images were labeled before; taken from {folder}")
         return self.labeled[step]
 
     def rank(self, step: str, teacher: FitResult, images: Items, ranker: Ranker | None = None) -> Ranking:
@@ -185,6 +195,8 @@ class Stages:
             "items": join_checksums(images.ids, []),
         }
         found = None if path is None else read_ranking(path, owner)
+        if found is None:
+            self._tell(step, f"ranking {len(images)} images")
         if found is not None:
             ranking = found
         elif ranker is not None:
@@ -204,6 +216,8 @@ class Stages:
         if path is not None and found is None and rank() == 0:
             write_ranking(path, owner, self.ranking)
         self._done(step, time.monotonic() - began)
+        done = f"ranked {len(images)} images in {format_duration(self.seconds[step])}"
+        self._tell(step, done if found is None else f"{len(images)} images were ranked before; taken from {path}")
         return self.ranking
 
     def result(self, last: FitResult) -> SelfTrainingResult:
@@ -215,6 +229,7 @@ class Stages:
             ranking=self.ranking,
             skipped=self.skipped,
             seconds=self.seconds,
+            warnings=self.warnings,
         )
         if self.workdir.folder is not None and rank() == 0 and not self.workdir.is_finished:
             write_report(result, self.workdir.folder)
@@ -301,10 +316,28 @@ class Stages:
         except (TypeError, ValueError):
             raise DataError(f"{path} is damaged; delete it to compute the thresholds again") from None
 
-    def _done(self, step: str, seconds: float) -> None:
+    def _done(self, step: str, seconds: float, warnings: Sequence[str] = ()) -> None:
         facts = self.workdir.facts(step) or {}
         self.seconds[step] = facts.get("seconds", seconds)
-        self.workdir.done(step, seconds=round(self.seconds[step], 3))
+        if found := tuple(facts.get("warnings", warnings)):
+            self.warnings[step] = found
+        self.workdir.done(step, seconds=round(self.seconds[step], 3), **({"warnings": list(found)} if found else {}))
+
+    def _signs_in_labels(self, step: str) -> list[str]:
+        """Warn of pseudo-masks that lack classes, or hold nothing, and return the warnings."""
+        signs: list[str] = []
+        if rank() == 0 and self.labeled_classes is not None:
+            predicted = count_classes(self.labeled[step].store, self.labeled[step].ids, self.labeled_classes)
+            found = (vanished_classes(self.labeled_classes, predicted), nothing_kept(predicted))
+            signs = [text for text in found if text is not None]
+            for text in signs:
+                warn_of_run(f"{step}: {text}", show=self.progress)
+        gathered: list[list[str]] = all_gather(signs)
+        return gathered[0]
+
+    def _tell(self, step: str, text: str) -> None:
+        if rank() == 0:
+            LOG.info(f"{step}: {text}")
 
 
 def _check_ranking(ranking: Ranking, ids: Sequence[str], source: str) -> Ranking:

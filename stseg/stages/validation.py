@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stseg.data.items import Items
+from stseg.distributed import rank
 from stseg.engine.trial import try_step
 from stseg.inference.fingerprints import dataset_fingerprint
 from stseg.inference.preflight import check_labeled, check_network, find_unreadable
@@ -18,6 +19,7 @@ from stseg.inference.reading import Skipped
 from stseg.inference.store_ids import check_store_ids
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import fingerprint
+from stseg.progress import warn_of_run
 from stseg.stages.labeling import Labeling
 from stseg.stages.stages import MakeMethod, Stages
 
@@ -57,6 +59,7 @@ def validate_run(
     facts: dict[str, Any] = {} if teacher is None else {"teacher": fingerprint(teacher.model)}
     facts["labeled"], counts = check(labeled, name="labeled")
     facts["labeled classes"] = counts.provenance()
+    stages.labeled_classes = counts
     image = labeled.image(0)
     if stages.val is not None:
         facts["validation"], counts = check(stages.val, name="validation", channels=len(image))
@@ -80,6 +83,12 @@ def validate_run(
                 progress=stages.progress,
             )
         )
+        if stages.skipped and rank() == 0:
+            first, count = stages.skipped[0], len(stages.skipped)
+            images = f"{count} unlabeled images" if count > 1 else "an unlabeled image"
+            warn_of_run(
+                f"left out {images} that cannot be read, first {first.id!r}: {first.reason}", show=stages.progress
+            )
     if unlabeled is not None:
         left_out = {one.index for one in stages.skipped}
         readable = [index for index in range(len(unlabeled)) if index not in left_out]

@@ -467,9 +467,10 @@ def test_trains_the_model_itself_and_returns_it_in_evaluation_mode():
     assert not same(before, model)
 
 
-def test_progress_bar_tells_loss_miou_and_time_left(capsys):
+def test_progress_bar_tells_loss_miou_and_time_left(capsys, monkeypatch):
+    monkeypatch.setattr("stseg.progress._is_terminal", lambda: True)
     run(progress=True, val=pairs(2, seed=5))
     text = capsys.readouterr().err
-    assert all(word in text for word in ("train", "loss=", "mIoU=", "6/6", "<"))
+    assert all(word in text for word in ("train", "loss=", "mIoU=", "6/6", "<", "\r"))
     run(progress=False, val=pairs(2, seed=5))
     assert capsys.readouterr().err == ""

@@ -161,12 +161,36 @@ class TestLog:
         assert len(result.history) == 4
         assert all(row["loss"] > 0 for row in result.history)
 
-    def test_that_fails_is_the_callers_error(self):
-        def log(row):
+    def test_that_fails_does_not_end_the_training(self, caplog):
+        rows, tried = [], []
+
+        def broken(row):
+            tried.append(row["step"])
             raise ZeroDivisionError("mine")
 
-        with pytest.raises(ZeroDivisionError, match="mine"):
+        with pytest.warns(
+            RuntimeWarning, match=r"log=.*broken raised ZeroDivisionError: mine\. The training goes on"
+        ) as w:
+            result = fit(network(), pairs(4), config(), log=[broken, rows.append], progress=False)
+        assert len([each for each in w if each.category is RuntimeWarning]) == 1
+        assert rows == list(result.history)
+        assert tried == [row["step"] for row in rows]
+        assert "broken did not take 4 of the rows" in caplog.text
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+    def test_can_end_the_training_as_ctrl_c_does(self, error):
+        def log(row):
+            raise error
+
+        with pytest.raises(error):
             fit(network(), pairs(4), config(), log=log, progress=False)
+
+    @pytest.mark.parametrize("log", ["tensorboard", ["tensorboard"], [print, None], 3, {}, stseg.loggers.TensorBoard])
+    def test_of_another_type_is_refused(self, log):
+        with pytest.raises(TypeError, match=r"^log (is|holds) .*; expected a function"):
+            fit(network(), pairs(4), config(), log=log, progress=False)
+        with pytest.raises(TypeError, match=r"^log (is|holds) .*; expected a function"):
+            stseg.SelfTrainer(network, num_classes=2, config=config(), log=log)
 
 
 def naive_dice(logits: torch.Tensor, masks: torch.Tensor) -> float:
