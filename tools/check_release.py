@@ -45,7 +45,7 @@ def build(folder: Path) -> tuple[Path, Path]:
         if name and (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes((ROOT / name).read_bytes())
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(tree), show=False)
+    run(sys.executable, "-m", "build", "--outdir", str(folder / "dist"), str(tree), show=False)
     (source,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
     return source, wheel
 
