@@ -2,13 +2,14 @@
 # make test    runs the tests
 # make lint    formatting, types, layers
 # make docs    builds the documentation into site/
+# make release-check    installs wheel and sdist with the lowest and the newest dependencies (half an hour, 6 GB for a while)
 # Each creates the environment in .venv first, where there is none (Python 3.10 to 3.13; PYTHON=... chooses one).
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs release-check clean
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
@@ -26,6 +27,9 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict --quiet
+
+release-check: $(READY)
+	$(BIN)/python tools/check_release.py
 
 clean:
 	rm -rf .venv demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

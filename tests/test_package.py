@@ -8,6 +8,7 @@ import inspect
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -28,14 +29,20 @@ PUBLIC = [
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
+def test_a_wheel_holds_the_package_and_the_source_distribution_all_that_tests_read(tmp_path):
     # Of a copy: what earlier builds left in the folder would go into the wheel.
     left = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "runs", "demo", "site", ".*_cache")
     tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=left)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(tree)]
-    built = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(tree)]
+    built = subprocess.run(command, capture_output=True, text=True)  # the wheel, out of the source distribution
     assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,), (source,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")} <= files
+    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "README.md", "mkdocs.yml", "setup.cfg"} <= files
+    assert {"docs/index.md", "docs/images/demo.png", "tools/smoke.py", ".github/workflows/release.yml"} <= files
+    assert not [name for name in files if name.endswith(".pyc") or "__pycache__" in name]
     names = set(zipfile.ZipFile(wheel).namelist())
     information = f"stseg-{stseg.__version__}.dist-info/"
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "stseg").rglob("*.py")}
@@ -128,6 +135,37 @@ def test_every_public_module_says_what_is_public():
         assert sorted(module.__all__, key=str.lower) == sorted(set(module.__all__), key=str.lower)
         for each in module.__all__:
             assert hasattr(module, each), each
+
+
+def test_the_citation_names_the_version_and_the_paper():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # what its format requires
+    assert (citation["type"], citation["license"]) == ("software", "MIT")
+    assert citation["version"] == stseg.__version__
+    assert citation["authors"] == [{"name": "The stseg authors"}]
+    (paper,) = citation["references"]
+    assert paper["title"].startswith("ST++: Make Self-training Work Better")
+    assert [author["family-names"] for author in paper["authors"]] == ["Yang", "Zhuo", "Qi", "Shi", "Gao"]
+    assert paper["year"] == 2022
+
+
+def test_a_release_is_built_checked_and_published_in_this_order():
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
+    jobs = workflow["jobs"]
+    assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads the key "on" as true
+    assert (jobs["check"]["needs"], jobs["publish"]["needs"]) == ("build", "check")
+    assert workflow["permissions"] == {"contents": "read"}
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert jobs["check"]["strategy"]["matrix"]["kind"] == ["lowest", "newest"]
+
+
+def test_every_required_package_has_a_lower_bound(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    pins = importlib.import_module("check_release").lower_bounds(ROOT / "setup.cfg")
+    assert {"torch==2.4", "timm==1.0.10", "safetensors==0.4.3", "matplotlib==3.7"} <= set(pins)
+    assert len(pins) == 11
 
 
 def test_types_ship():

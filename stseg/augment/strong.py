@@ -346,7 +346,7 @@ def _blurred(x: Tensor, weights: Tensor) -> Tensor:
         size = x.shape[axis]
         padded = F.pad(x, padding, mode="replicate")
         x = x * center
-        for distance, weight in enumerate(sides, start=1):
+        for distance, weight in enumerate(sides, 1):
             pair = padded.narrow(axis, radius - distance, size) + padded.narrow(axis, radius + distance, size)
             x.addcmul_(pair, weight)
     return x

@@ -11,6 +11,7 @@ from stseg.data._files import Found, image_suffixes, names_of_images, pairs_line
 from stseg.data._names import ending_of, nearest, quoted
 from stseg.data._reading import MASK_SUFFIXES, check_folder, listed_suffixes
 from stseg.data.items import duplicate
+from stseg.data.named import check_ids
 from stseg.errors import DataError
 
 _LOSSY = (".jpg", ".jpeg", ".webp", ".gif")  # lossy, or with a palette that image editors may reorder
@@ -142,12 +143,7 @@ class Layout(NamedTuple):
         return beside
 
     def _known(self, ids: Sequence[str], argument: str, images: Found) -> list[str]:
-        if isinstance(ids, (str, os.PathLike)):
-            raise TypeError(
-                f"{argument} is {ids!r}; expected a sequence of ids (stseg.data.read_ids reads a file of them)"
-            )
-        if hasattr(ids, "ids"):
-            raise TypeError(f"{argument} is a {type(ids).__name__}; expected its ids: {argument}=dataset.ids")
+        check_ids(argument, ids)
         ids, prefix = list(ids), self.id_prefix
         for id in ids:
             if not isinstance(id, str) or not id.startswith(prefix) or id[len(prefix) :] not in images.files:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
-
+from stseg.data._files import Found
 from stseg.data._layout import Layout, counted
 from stseg.data._reading import ItemReader, Mode
+from stseg.data.named import NamedDataset
 from stseg.errors import DataError, DataWarning
 
 
-class SegmentationFolder(Dataset[Any]):
+class SegmentationFolder(NamedDataset[Any]):
     """Data set of the images in a folder, with or without masks in another.
 
     Files are paired by their path in the folder without suffix, which is the id: ``images/a/0001.jpg`` with
@@ -32,6 +34,7 @@ class SegmentationFolder(Dataset[Any]):
         ids: which of the images, in which order; by default all, sorted.
         exclude: ids of images to leave out, such as those of the labeled ones.
         labeled_only: whether to take only the images that have a mask. If False, an image without mask is an error.
+            :func:`split_by_masks` returns the others as well.
         mask_suffix: what the names of masks have after those of their images: with ``"_mask"``, the mask of
             ``car_0.jpg`` is ``car_0_mask.png``. Other files in the folder of masks are ignored. In a folder of both,
             and if ``masks`` is None, files whose names end so are masks and not images.
@@ -116,20 +119,22 @@ class SegmentationFolder(Dataset[Any]):
         layout.check()
         found, masked = layout.find()
         stems = chosen = layout.choose(ids, exclude, found)
-        # Only suffixes, parallel to the ids: full paths of a million files would fill the workers' memory.
-        self._mask_suffixes = None
         if masked is not None:
             stems = layout.pair(chosen, found, masked, labeled_only=labeled_only)
             if ids is None:
                 layout.refuse_lone_masks(found, masked)
-            self._mask_suffixes = [masked.files[id] for id in masked.linked_all(stems)]
-        self._image_suffixes = [found.files[stem] for stem in stems]
-        self.ids = [id_prefix + stem for stem in stems] if id_prefix else stems
+        self._take(stems, found, masked)
         self.without_mask, self.left_out = len(chosen) - len(stems), found.left_out
         if self.left_out:
-            warnings.warn(_left_out(self.images, self.left_out), DataWarning, stacklevel=2)
+            _warn(_left_out(self.images, self.left_out))
         if text := layout.perhaps_masks(stems, found):
-            warnings.warn(text, DataWarning, stacklevel=2)
+            _warn(text)
+
+    def _take(self, stems: list[str], images: Found, masks: Found | None) -> None:
+        # Only suffixes, parallel to the ids: full paths of a million files would fill the workers' memory.
+        self._image_suffixes = [images.files[stem] for stem in stems]
+        self._mask_suffixes = None if masks is None else [masks.files[stem] for stem in masks.linked_all(stems)]
+        self.ids = [self.id_prefix + stem for stem in stems] if self.id_prefix else stems
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -157,6 +162,93 @@ class SegmentationFolder(Dataset[Any]):
 
     def _stem(self, index: int) -> str:
         return self.ids[index][len(self.id_prefix) :]
+
+
+def split_by_masks(
+    images: str | Path,
+    masks: str | Path,
+    *,
+    ids: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    mask_suffix: str = "",
+    id_prefix: str = "",
+    mode: Mode | None = "RGB",
+    class_map: Mapping[Any, int] | None = None,
+    unmapped: int | None = 255,
+    value_range: tuple[float, float] | None = None,
+    apply_exif: bool | None = None,
+) -> tuple[SegmentationFolder, SegmentationFolder]:
+    """Split a folder of images, some of which have a mask, into labeled and unlabeled ones.
+
+    Args:
+        images: folder of images.
+        masks: folder of the masks of some of them. With ``mask_suffix`` it may be the folder of the images.
+        ids: which of the images, in which order; by default all, sorted.
+        exclude: ids of images to leave out of both, such as those of the validation images.
+        mask_suffix: as of :class:`SegmentationFolder`, as are those that follow.
+        id_prefix: what to put before all ids.
+        mode: channels into which images are converted.
+        class_map: the class of each value, or of each color, of the masks.
+        unmapped: class of the values that ``class_map`` lacks.
+        value_range: the values of black and white in images of more than 8 bits.
+        apply_exif: whether images are turned by their EXIF orientation.
+
+    Returns:
+        The images that have a mask, with it, and the images that have none.
+
+    Raises:
+        DataError: if no image has a mask, or every one has, or a mask has no image; names it. Also where
+            :class:`SegmentationFolder` raises one.
+        TypeError: if ``ids`` or ``exclude`` is a string, a path or a data set.
+        ValueError: if ``mask_suffix`` or ``id_prefix`` cannot be part of a path.
+
+    Warns:
+        DataWarning: if files in the folder of images were left out.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for name in ("images/0001", "images/0002", "masks/0001"):
+        ...     (root / name).parent.mkdir(exist_ok=True)
+        ...     Image.new("L", (6, 4)).save(root / f"{name}.png")
+        >>> labeled, unlabeled = split_by_masks(root / "images", root / "masks")
+        >>> labeled.ids, unlabeled.ids
+        (['0001'], ['0002'])
+    """
+    labeled = SegmentationFolder(
+        images,
+        masks,
+        ids=ids,
+        exclude=exclude,
+        labeled_only=True,
+        mask_suffix=mask_suffix,
+        id_prefix=id_prefix,
+        mode=mode,
+        class_map=class_map,
+        unmapped=unmapped,
+        value_range=value_range,
+        apply_exif=apply_exif,
+    )
+    if not labeled.without_mask:
+        raise DataError(
+            f"every image of {images} that is chosen has a mask in {masks}; expected some without. "
+            "SegmentationFolder(images, masks) is the data set of all, and stseg.data.split_ids draws some of its ids"
+        )
+    layout = Layout(labeled.images, labeled.masks, mask_suffix, id_prefix)
+    found, _ = layout.find()
+    unlabeled = copy(labeled)
+    unlabeled.masks, unlabeled.without_mask = None, 0
+    unlabeled._take(layout.choose(ids, [*exclude, *labeled.ids], found), found, None)
+    return labeled, unlabeled
+
+
+def _warn(text: str) -> None:
+    """Warn on behalf of the code that called this module."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"] == __name__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, DataWarning, stacklevel=level)
 
 
 def _left_out(root: Path, left_out: dict[str, int]) -> str:

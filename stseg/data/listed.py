@@ -10,10 +10,10 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from stseg.data._files import image_suffixes
 from stseg.data._reading import MASK_SUFFIXES, ItemReader, Mode, check_folder, listed_suffixes, numbered_lines
+from stseg.data.named import NamedDataset
 from stseg.errors import DataError
 
 
@@ -115,7 +115,7 @@ def _header_line(pairs: list[FilePair]) -> str:
     return f"; {pairs[0].line} may be a header: remove it from the file" if header else ""
 
 
-class ListedFiles(Dataset[Any]):
+class ListedFiles(NamedDataset[Any]):
     """Data set of the images, with or without masks, given in a list.
 
     For data whose masks are not where :class:`SegmentationFolder` expects them, such as next to their images or under

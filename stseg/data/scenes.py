@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
-from torch.utils.data import Dataset
+
+from stseg.data.named import NamedDataset
 
 GROUND, SKY, ROAD, BUILDING, TREE, CAR, PERSON = range(7)
 _OVERSAMPLING = 2  # colors are drawn this much larger, for soft edges
@@ -17,7 +18,7 @@ _Color = tuple[int, int, int]
 _Point = tuple[float, float]
 
 
-class SyntheticScenes(Dataset[tuple[Tensor, Tensor]]):
+class SyntheticScenes(NamedDataset[tuple[Tensor, Tensor]]):
     """Synthetic street scenes with seven classes and varying light, season and colors.
 
     Classes differ in shape and position but hardly in color: facades can be as green as trees, cars as gray as the

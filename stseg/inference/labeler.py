@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from stseg.data.convert import image_of
 from stseg.data.items import Items
+from stseg.data.named import NamedDataset
 from stseg.distributed import all_gather, all_reduce_sum, barrier, rank
 from stseg.errors import DataError
 from stseg.functional import PseudoLabels, pseudo_label
@@ -31,7 +32,7 @@ from stseg.storage.folder_lock import check_folders
 from stseg.types import Precision
 
 
-class PseudoLabeled(Dataset[tuple[Tensor, Tensor]]):
+class PseudoLabeled(NamedDataset[tuple[Tensor, Tensor]]):
     """Pseudo-labeled data set: items ``(image, mask)`` in the order of the images' data set.
 
     The mask is a copy of the stored one; the image may be the tensor of the images' data set itself.

@@ -48,7 +48,9 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """Return bfloat16 autocast, or disable autocast, even inside another one, where the precision is float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=resolve_precision(precision, device) == "bf16")
+    enabled = resolve_precision(precision, device) == "bf16"
+    keeps = None if not enabled or not torch.is_grad_enabled() or _rounds_for_gradients() else False
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keeps)
 
 
 @contextmanager
@@ -74,6 +76,19 @@ def casting_once(device: torch.device, *models: nn.Module) -> Iterator[None]:
         for parameter in frozen:
             parameter.requires_grad_(False)
         torch.clear_autocast_cache()  # made without gradients, which an autocast of the caller around this would keep
+
+
+@cache
+def _rounds_for_gradients() -> bool:
+    """Return whether autocast rounds a weight for gradients that it has rounded and kept without: not in PyTorch 2.4.
+
+    Else a network that predicts without gradients first, such as the one that makes its own targets, learns nothing.
+    """
+    weight = torch.zeros(1, 1, device="cpu", requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=True):
+        with torch.no_grad():
+            torch.mm(weight, weight)
+        return torch.mm(weight, weight).requires_grad
 
 
 @cache

@@ -18,8 +18,9 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter or buffer; the CPU if it has none."""
-    tensor = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+    for tensor in chain(model.parameters(), model.buffers()):  # torch.compile of PyTorch 2.4 has no next() of a chain
+        return tensor.device
+    return torch.device("cpu")
 
 
 def bare_network(network: nn.Module) -> nn.Module:

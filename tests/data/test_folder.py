@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 import stseg
 from stseg.data._files import image_suffixes
 from stseg.data._names import nearest
-from stseg.data.folder import SegmentationFolder
+from stseg.data.folder import SegmentationFolder, split_by_masks
 from stseg.data.items import Items
 from stseg.data.listed import ListedFiles
 from stseg.data.splits import read_ids
@@ -281,6 +281,76 @@ class TestLabeledOnly:
         fill(images, masks, "b")
         with pytest.raises(DataError, match=r"a_0_mask\.png has no image 'a_0_mask' in .*write mask_suffix=\"_mask\""):
             SegmentationFolder(images, masks, labeled_only=True)
+
+
+class TestSplitByMasks:
+    def test_gives_what_two_folders_give(self, images, masks):
+        fill(images, masks, "a", "c/d")
+        fill(images, None, "b", "c/e", "f")
+        labeled, unlabeled = split_by_masks(images, masks, mode="L", class_map={1: 0, 2: 1})
+        expected = SegmentationFolder(images, masks, labeled_only=True, mode="L", class_map={1: 0, 2: 1})
+        others = SegmentationFolder(images, exclude=expected.ids, mode="L")
+        assert labeled.ids == expected.ids == ["a", "c/d"]
+        assert unlabeled.ids == others.ids == ["b", "c/e", "f"]
+        assert all(torch.equal(*pair) for i in range(2) for pair in zip(labeled[i], expected[i], strict=True))
+        assert all(torch.equal(unlabeled[i], others[i]) for i in range(3))
+        assert (repr(labeled), repr(unlabeled)) == (repr(expected), repr(others))
+        assert (labeled.without_mask, unlabeled.without_mask) == (3, 0)
+
+    def test_masks_may_be_among_the_images(self, images):
+        save(images / "car_0.jpg")
+        save(images / "car_1.jpg")
+        save(images / "car_1_mask.png", CLASSES)
+        labeled, unlabeled = split_by_masks(images, images, mask_suffix="_mask")
+        assert (labeled.ids, unlabeled.ids) == (["car_1"], ["car_0"])
+        assert unlabeled[0].shape == (3, 4, 6)
+
+    def test_ids_and_exclude_are_of_both(self, images, masks):
+        fill(images, masks, "a", "b", "val-1")
+        fill(images, None, "c", "d", "val-2")
+        options = {"exclude": ["p/val-1", "p/val-2"], "id_prefix": "p/"}
+        labeled, unlabeled = split_by_masks(images, masks, **options)
+        assert (labeled.ids, unlabeled.ids) == (["p/a", "p/b"], ["p/c", "p/d"])
+        labeled, unlabeled = split_by_masks(
+            images, masks, ids=["p/d", "p/b", "p/c", "p/val-1"], **(options | {"exclude": ["p/c"]})
+        )
+        assert (labeled.ids, unlabeled.ids) == (["p/b", "p/val-1"], ["p/d"])
+
+    def test_a_mask_without_an_image_is_named(self, images, masks):
+        fill(images, masks, "a")
+        fill(images, None, "b")
+        save(masks / "B.png", CLASSES)
+        with pytest.raises(
+            DataError, match=r"the mask .*B\.png has no image 'B' .*; 'b' is there, which differs in letter"
+        ):
+            split_by_masks(images, masks)
+
+    def test_masks_for_all_images_are_refused_with_the_line_to_write(self, images, masks):
+        fill(images, masks, "a", "b")
+        with pytest.raises(
+            DataError, match=r"every image of .* has a mask in .*; .* SegmentationFolder\(images, masks\)"
+        ):
+            split_by_masks(images, masks)
+
+    def test_masks_for_no_image_are_refused(self, images, masks):
+        fill(images, None, "a")
+        masks.mkdir()
+        with pytest.raises(DataError, match="the image 'a' has no mask"):
+            split_by_masks(images, masks)
+
+    def test_images_without_masks_are_named_as_such(self, images, masks):
+        fill(images, masks, "a")
+        with pytest.raises(DataError, match="there is no folder"):
+            split_by_masks(images, masks / "none")
+
+    def test_files_that_are_left_out_are_told_once_where_it_is_called(self, images, masks):
+        fill(images, masks, "a")
+        fill(images, None, "b")
+        (images / "notes.txt").touch()
+        with pytest.warns(DataWarning, match="1 file in .* was left out") as caught:
+            labeled, unlabeled = split_by_masks(images, masks)
+        assert [warning.filename for warning in caught] == [__file__]
+        assert labeled.left_out == unlabeled.left_out == {".txt": 1}
 
 
 class TestMaskSuffix:
@@ -676,6 +746,8 @@ class TestBrokenFiles:
     @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
     @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp"])
     def test_are_named_wherever_they_end(self, images, suffix):
+        if suffix == "tif":
+            pytest.importorskip("tifffile")
         noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
         path = save(images / "deep" / f"a.{suffix}", noise)
         whole = path.read_bytes()

@@ -162,3 +162,131 @@ class TestSplitIds:
     def test_a_path_is_no_sequence_of_ids(self):
         with pytest.raises(TypeError, match=r"ids is the string 'train\.txt'"):
             split_ids("train.txt", 1)
+
+
+@st.composite
+def grouped(draw):
+    """Ids with a group each, of two groups or more, and a number of images to draw."""
+    sizes = draw(st.lists(st.integers(1, 6), min_size=2, max_size=8))
+    groups = {f"{group}/{index}": group for group, size in enumerate(sizes) for index in range(size)}
+    ids = draw(st.permutations(sorted(groups)))
+    return ids, groups, draw(st.integers(1, len(ids) - 1)), draw(st.integers(0, 5))
+
+
+def members(ids, groups):
+    return {group: {id for id in ids if groups[id] == group} for group in {groups[id] for id in ids}}
+
+
+def draw_groups_by_hand(ids, groups, count, seed):
+    """The rule of the documentation, word for word."""
+    asked = min(count, len(ids) - count)
+    by_first_id = sorted(members(ids, groups).values(), key=min)
+    order = torch.randperm(len(by_first_id), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [by_first_id[place] for place in order]
+    side = []
+    for group in shuffled:
+        if abs(len(side) + len(group) - asked) < abs(len(side) - asked):
+            side += group
+    if not side:
+        side = next(group for group in shuffled if len(group) == min(map(len, shuffled)))
+    return set(side) if count <= len(ids) - count else set(ids) - set(side)
+
+
+class TestSplitOfGroups:
+    @given(grouped())
+    @settings(derandomize=True, deadline=None)
+    def test_no_group_is_split_and_no_side_is_empty(self, given):
+        ids, groups, count, seed = given
+        labeled, unlabeled = split_ids(ids, count, seed, groups=groups)
+        assert labeled
+        assert unlabeled
+        assert not {groups[id] for id in labeled} & {groups[id] for id in unlabeled}
+        assert sorted(labeled + unlabeled) == sorted(ids)
+
+    @given(grouped())
+    @settings(derandomize=True, deadline=None)
+    def test_the_draw_is_that_of_the_documentation(self, given):
+        ids, groups, count, seed = given
+        labeled, unlabeled = split_ids(ids, count, seed, groups=groups)
+        assert set(labeled) == draw_groups_by_hand(ids, groups, count, seed)
+        assert labeled == [id for id in ids if id in labeled]
+        assert unlabeled == [id for id in ids if id in unlabeled]
+
+    @given(grouped())
+    @settings(derandomize=True, deadline=None)
+    def test_no_further_group_would_come_nearer(self, given):
+        ids, groups, count, seed = given
+        labeled, unlabeled = split_ids(ids, count, seed, groups=groups)
+        asked = min(count, len(ids) - count)
+        side, rest = (labeled, unlabeled) if count <= len(ids) - count else (unlabeled, labeled)
+        for group in members(rest, groups).values():
+            assert abs(len(side) + len(group) - asked) >= abs(len(side) - asked)
+
+    @given(grouped())
+    @settings(derandomize=True, deadline=None)
+    def test_the_number_is_off_by_less_than_the_largest_group(self, given):
+        ids, groups, count, seed = given
+        labeled, _ = split_ids(ids, count, seed, groups=groups)
+        assert abs(len(labeled) - count) < max(map(len, members(ids, groups).values()))
+
+    @given(grouped())
+    @settings(derandomize=True, deadline=None)
+    def test_a_function_names_and_order_do_not_change_the_draw(self, given):
+        ids, groups, count, seed = given
+        expected = {*split_ids(ids, count, seed, groups=groups)[0]}
+        assert {*split_ids(sorted(ids), count, seed, groups=groups.get)[0]} == expected
+        renamed = {id: f"patient {99 - group}" for id, group in groups.items()}
+        assert {*split_ids(ids, count, seed, groups=renamed.__getitem__)[0]} == expected
+
+    @pytest.mark.parametrize("count", [1, 7, 20])
+    def test_groups_of_one_image_are_single_images(self, count):
+        ids = [str(i) for i in range(40)]
+        assert split_ids(ids, count, 3, groups=lambda id: id) == split_ids(ids, count, 3)
+
+    def test_seeds_draw_differently_even_if_one_draw_fits_best(self):
+        groups = {f"{group}-{index}": group for group in range(8) for index in range(20 + group)}
+        draws = {tuple(split_ids(list(groups), 20, seed, groups=groups)[0]) for seed in range(40)}
+        assert len(draws) == 8
+
+    def test_equal_groups_are_drawn_equally_often(self):
+        groups = {f"{group}-{index}": group for group in range(4) for index in range(3)}
+        counts = dict.fromkeys(range(4), 0)
+        for seed in range(400):
+            counts[groups[split_ids(list(groups), 3, seed, groups=groups)[0][0]]] += 1
+        assert all(65 < count < 135 for count in counts.values())  # 100 expected, 4 deviations of 8.7
+
+    def test_training_validation_and_test_sets_share_no_group(self):
+        groups = {f"{group}-{index}": group for group in range(20) for index in range(5)}
+        test, others = split_ids(list(groups), 0.2, groups=groups)
+        val, train = split_ids(others, 0.25, groups=groups)
+        assert [len(part) for part in (test, val, train)] == [20, 20, 60]
+        assert sum(len({groups[id] for id in part}) for part in (test, val, train)) == 20
+
+    def test_ids_without_a_group_are_counted_and_one_is_named(self):
+        with pytest.raises(DataError, match=r"groups lacks the id 'a/2' \(2 of 3\).*'A/2' is there, which differs"):
+            split_ids(["a/1", "a/2", "a/3"], 1, groups={"a/1": 0, "A/2": 0})
+
+    @pytest.mark.parametrize("group", [None, float("nan")])
+    def test_an_empty_cell_is_no_group(self, group):
+        with pytest.raises(DataError, match=r"the group of 'b' is (None|nan); expected a name or a number"):
+            split_ids(["a", "b"], 1, groups={"a": 1, "b": group})
+
+    def test_a_single_group_is_refused(self):
+        with pytest.raises(DataError, match="all 3 ids are of the group 'ann'; expected two groups or more"):
+            split_ids(["a", "b", "c"], 1, groups=lambda id: "ann")
+
+    @pytest.mark.parametrize("group", [["ann", 1], torch.tensor(1)])
+    def test_a_group_that_cannot_be_compared_is_named(self, group):
+        with pytest.raises(TypeError, match=r"the group of 'a' is .*; expected a name or a number"):
+            split_ids(["a", "b"], 1, groups=lambda id: group)
+
+    @pytest.mark.parametrize("groups", [[0, 1], "ab", 3])
+    def test_other_types_of_groups_say_how_to_make_a_mapping(self, groups):
+        with pytest.raises(
+            TypeError, match=r"groups is a \w+; expected a mapping or a function .*dict\(zip\(ids, groups"
+        ):
+            split_ids(["a", "b"], 1, groups=groups)
+
+    def test_an_error_of_the_function_is_not_hidden(self):
+        with pytest.raises(ZeroDivisionError):
+            split_ids(["a", "b"], 1, groups=lambda id: 1 / 0)

@@ -145,6 +145,20 @@ class TestRecords:
             assert json.loads(record.read_text())["config"]["precision"] == "bf16"
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["this PyTorch", "as PyTorch 2.4"])
+def test_a_network_that_predicted_without_gradients_learns_in_the_same_autocast(monkeypatch, old):
+    if old:
+        monkeypatch.setattr(precision, "_rounds_for_gradients", lambda: False)
+    model = network()
+    with autocast(CPU, "bf16"):
+        with torch.no_grad():
+            target = model(torch.rand(1, 3, 4, 4)).argmax(1)
+        torch.nn.functional.cross_entropy(model(torch.rand(1, 3, 4, 4)), target).backward()
+        assert torch.is_autocast_cache_enabled() is not old
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert torch.is_autocast_cache_enabled()
+
+
 class TestCastingOnce:
     def casts(self, model, calls=3):
         """How many weights autocast rounds."""
