@@ -25,6 +25,7 @@ class SelfTrainingResult:
         skipped: unlabeled images that could not be read and were left out.
         seconds: duration of each step by name, in order; for a resumed labeling or ranking, only of the
             last part.
+        labeled_by: the training whose network made each of ``labels``, by name.
     """
 
     model: nn.Module = field(repr=False)
@@ -33,3 +34,4 @@ class SelfTrainingResult:
     ranking: Ranking | None
     skipped: tuple[Skipped, ...]
     seconds: dict[str, float]
+    labeled_by: dict[str, str] = field(default_factory=dict)

@@ -33,6 +33,7 @@ from stseg.inference.ranking import Ranking
 from stseg.inference.reading import Skipped
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, fingerprint, place
+from stseg.models.summary import summarize_network
 from stseg.seeds import derive_seed, fixed_seed
 from stseg.stages.labeling import Labeling
 from stseg.stages.ranking_file import read_ranking, write_ranking
@@ -71,6 +72,7 @@ class Stages:
         log: called with each row of each history; the names are ``"<step>/<name>"``.
         verify: which pseudo-masks a labeling that goes on opens; see :class:`stseg.MaskStore`.
         progress: whether to show bars.
+        class_names: names of the classes in the report.
     """
 
     def __init__(
@@ -86,14 +88,16 @@ class Stages:
         log: Callable[[Row], object] | None = None,
         verify: Literal["sample", "all", "none"] = "sample",
         progress: bool = True,
+        class_names: Sequence[str] | None = None,
     ) -> None:
-        self.verify = verify
+        self.verify, self.class_names = verify, class_names
         self.make_model, self.num_classes, self.config, self.workdir = make_model, num_classes, config, workdir
         self.keep, self.val, self.log, self.progress = keep, val, log, progress
         self.device = setup_device()
         self.unlabeled: Items | None = None
         self.trained: dict[str, FitResult] = {} if teacher is None else {"teacher": teacher}
         self.labeled: dict[str, PseudoLabeled] = {}
+        self.labeled_by: dict[str, str] = {}
         self.ranking: Ranking | None = None
         self.skipped: tuple[Skipped, ...] = ()
         self.seconds: dict[str, float] = {}
@@ -141,7 +145,7 @@ class Stages:
             progress=self.progress,
             title=step,
         )
-        self._done(step, self.trained[step].seconds)
+        self._done(step, self.trained[step].seconds, network=summarize_network(self.trained[step].model))
         return self.trained[step]
 
     def label(self, step: str, teacher: FitResult, images: Items, labeling: Labeling) -> PseudoLabeled:
@@ -167,7 +171,10 @@ class Stages:
             raise error
         self.labeled[step] = labeler(threshold=threshold).label(images, MaskStore(folder, verify=self.verify))
         model.to(before)
-        self._done(step, time.monotonic() - began)
+        by = next((name for name, trained in self.trained.items() if trained is teacher), None)
+        if by is not None:
+            self.labeled_by[step] = by
+        self._done(step, time.monotonic() - began, labeled_by=by)
         return self.labeled[step]
 
     def rank(self, step: str, teacher: FitResult, images: Items, ranker: Ranker | None = None) -> Ranking:
@@ -211,9 +218,12 @@ class Stages:
             ranking=self.ranking,
             skipped=self.skipped,
             seconds=self.seconds,
+            labeled_by=self.labeled_by,
         )
-        if self.workdir.folder is not None and rank() == 0 and not self.workdir.is_finished:
-            write_report(result, self.workdir.folder)
+        if self.workdir.folder is not None and not self.workdir.is_finished:
+            self.workdir.finish()
+            if rank() == 0:
+                write_report(result, self.workdir.folder, class_names=self.class_names)
         self._check_files()
         barrier()
         return result
@@ -297,10 +307,10 @@ class Stages:
         except (TypeError, ValueError):
             raise DataError(f"{path} is damaged; delete it to compute the thresholds again") from None
 
-    def _done(self, step: str, seconds: float) -> None:
-        facts = self.workdir.facts(step) or {}
-        self.seconds[step] = facts.get("seconds", seconds)
-        self.workdir.done(step, seconds=round(self.seconds[step], 3))
+    def _done(self, step: str, seconds: float, **facts: Any) -> None:
+        known = self.workdir.facts(step) or {}
+        self.seconds[step] = known.get("seconds", seconds)
+        self.workdir.done(step, seconds=round(self.seconds[step], 3), **facts)
 
 
 def _check_ranking(ranking: Ranking, ids: Sequence[str], source: str) -> Ranking:
