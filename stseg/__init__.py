@@ -31,6 +31,7 @@ from stseg.inference.reading import Skipped
 from stseg.loading import load
 from stseg.models import IMAGENET_MEAN, IMAGENET_STD, MultiScaleFlip, Segmenter
 from stseg.self_trainer import SelfTrainer
+from stseg.stages.comparison import compare_runs
 from stseg.stages.report import write_report
 from stseg.stages.result import SelfTrainingResult
 from stseg.training import fit
@@ -72,6 +73,7 @@ __all__ = [  # noqa: RUF022  grouped
     "SelfTrainer",
     "SelfTrainingResult",
     "write_report",
+    "compare_runs",
     # errors
     "StsegError",
     "DataError",

@@ -40,17 +40,16 @@ class Charts:
         """Draw lines by name; values that are not finite are gaps."""
         if not self.are_drawn or not lines:
             return Html("")
-        columns = 1 if max(map(len, lines)) > 24 else 3
+        columns = max(1, min(3, 52 // (max(map(len, lines)) + 4)))
         rows = -(-len(lines) // columns) if len(lines) > 1 else 0
-        figure = self._figure(_HEIGHT + _ROW * rows)
-        axes = figure.subplots()
+        figure, axes = self._figure(rows)
         for number, (name, (across, up)) in enumerate(lines.items()):
             color, stroke = _COLORS[number % len(_COLORS)], _STROKES[number // len(_COLORS) % len(_STROKES)]
             dot = "." if len(across) <= 60 else ""
             known = [value if math.isfinite(value) else math.nan for value in up]
             axes.plot(across, known, stroke, marker=dot, color=color, label=_literal(name), linewidth=1.4)
         if rows:
-            figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5, labelcolor=_INK)
+            figure.legend(loc="lower center", ncols=columns, frameon=False, fontsize=8.5, labelcolor=_INK)
         _dress(axes, x, y)
         names = ", ".join(lines)
         return self._svg(figure, title, f"{title}: {y} over {x}, of {names}" if rows else f"{title}: {y} over {x}")
@@ -61,8 +60,7 @@ class Charts:
         """Draw a histogram, with a line at a cut between two parts of the values, to the right and to the left."""
         if not self.are_drawn or not values:
             return Html("")
-        figure = self._figure(_HEIGHT)
-        axes = figure.subplots()
+        figure, axes = self._figure()
         low, high = min(values), max(values)
         limits = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high if high > low else low + 1)
         axes.hist(values, bins=40, range=limits, color=_COLORS[0])
@@ -78,12 +76,16 @@ class Charts:
         note = "" if cut is None else f"; the cut between {parts[0]} and {parts[1]} is at {cut:.3f}"
         return self._svg(figure, title, f"{title}: {len(values)} {y} by {x}{note}")
 
-    def _figure(self, height: float) -> Figure:
+    def _figure(self, rows: int = 0) -> tuple[Figure, Axes]:
+        """Return a figure with room for rows of a legend below its axes."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        height = _HEIGHT + _ROW * rows
+        figure = Figure(figsize=(_WIDTH, height))
         figure.patch.set_alpha(0)
-        return figure
+        left, bottom, around = 0.7, 0.5 + _ROW * rows, 0.15
+        place = (left / _WIDTH, bottom / height, (_WIDTH - left - around) / _WIDTH, (height - bottom - around) / height)
+        return figure, figure.add_axes(place)
 
     def _svg(self, figure: Figure, title: str, description: str) -> Html:
         """Return a figure as an element, in which no id is that of another one."""

@@ -31,8 +31,9 @@ dt { color: var(--soft) } dd { margin: 0 }
 .scroll { overflow-x: auto; margin: .8rem 0 } table { border-collapse: collapse; font-size: .93rem }
 .scroll:focus-visible { outline: 2px solid var(--accent) } caption { text-align: left; padding-bottom: .3rem }
 td, th { padding: .25rem 1.2rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: normal } th { font-weight: 600 } td.number, th.number { text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums } td.long { min-width: 14rem; overflow-wrap: anywhere }
+  white-space: nowrap } th { font-weight: 600 }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+td.long { min-width: 14rem; white-space: normal }
 .bar { display: block; width: var(--share); height: .3rem; min-width: 1px; background: var(--accent);
   border-radius: .15rem; margin-left: auto }
 .charts, .pictures { display: grid; gap: 1.2rem }
@@ -40,7 +41,7 @@ td, th { padding: .25rem 1.2rem .25rem 0; text-align: left; border-bottom: 1px s
 .pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)) }
 figure { margin: 0; min-width: 0 } figcaption { font-size: .85rem; line-height: 1.35; padding-top: .3rem }
 figcaption b { color: var(--ink); font-weight: 600 }
-.charts figcaption { color: var(--ink); font-weight: 600 }
+.charts figure { max-width: 34rem } .charts figcaption { color: var(--ink); font-weight: 600 }
 svg.chart { display: block; width: 100%; height: auto } svg.chart * { stroke-linejoin: round; stroke-linecap: butt }
 .overlay { position: relative; background: var(--panel) } .overlay img { display: block; width: 100% }
 .overlay img + img { position: absolute; inset: 0; height: 100%; opacity: var(--mask) }
@@ -51,8 +52,10 @@ svg.chart { display: block; width: 100%; height: auto } svg.chart * { stroke-lin
 .legend i { display: inline-block; width: 1em; height: 1em; border: 1px solid var(--line); margin-right: .35em;
   vertical-align: -.1em }
 summary { cursor: pointer; margin: .5rem 0 }
+@media (max-width: 30rem) { dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .5rem } }
 @media print { .slider { position: static } figure, tr { break-inside: avoid } }
 """
+_MOST_ROWS = 40  # of a table that is not folded up
 _TITLE = re.compile("[^a-z0-9]+")
 
 
@@ -140,6 +143,19 @@ def details(title: str, *content: object) -> Html:
     """Return what is folded up under a title; nothing if it is empty."""
     body = join(content)
     return element("details", element("summary", title), body) if body else Html("")
+
+
+def folded(title: str, rows: Sequence[object], content: Html) -> Html:
+    """Return a table, folded up under its title if it has many rows."""
+    return details(title, content) if len(rows) > _MOST_ROWS else content
+
+
+def alert(title: str, texts: Sequence[str]) -> Html:
+    """Return a list that stands out; nothing if it is empty."""
+    if not texts:
+        return Html("")
+    items = element("ul", *(element("li", text) for text in texts))
+    return element("section", element("h2", title), items, kind="alert", id="alert", aria_label=title)
 
 
 def share_bar(text: str, share: float) -> Html:

@@ -60,8 +60,9 @@ def _of_single_class(run: RunSummary, name: str, iou: Sequence[float], miou: flo
         yield f"{name} finds {_named(run, found)} alone on the validation images: the IoU of every other class is 0."
         return
     alone = [index for index, share in shares.items() if math.isclose(miou, share / len(present), rel_tol=1e-9)]
-    if len(only := found if iou else alone) == 1:
-        yield f"{name} predicts {_named(run, only)} alone on the validation images."
+    if only := (alone if not iou else found if len(found) == 1 else []):
+        classes = " or ".join(_named(run, [index]) for index in only)  # several have the same share
+        yield f"{name} predicts {classes} alone on the validation images."
 
 
 def _of_pseudo_masks(run: RunSummary, counted: Mapping[str, ClassCounts]) -> Iterator[str]:

@@ -22,10 +22,12 @@ from stseg.stages.charts import MISSING, Charts
 from stseg.stages.galleries import SCRIPT, Gallery, Picture, draw_galleries
 from stseg.stages.page import (
     Html,
+    alert,
     definitions,
     details,
     duration,
     element,
+    folded,
     join,
     percent,
     section,
@@ -48,7 +50,6 @@ from stseg.storage.files import absolute_folder
 
 _PICTURES = 8  # of a gallery
 _ENDS = 10  # rows of a ranking at each end
-_MOST_ROWS = 40  # of a table that is not folded up
 _NO_CURVES = ("epoch", "step", "lr", "seconds", "miou")
 
 
@@ -127,7 +128,7 @@ def write_report(
         title or summary.folder.name,
         _kind(summary),
         _headline(summary),
-        _problems(find_problems(summary, counted)),
+        alert("What is wrong", find_problems(summary, counted)),
         section("What was run", _what_was_run(summary)),
         section("Steps", _steps(summary)),
         section("Training", _curves(summary, charts := Charts())),
@@ -150,10 +151,8 @@ def _absolute(folder: str | Path) -> Path:
 def _kind(run: RunSummary) -> str:
     """Return what the page is, and when the run ended."""
     if run.finished is not None:
-        when = f", finished on {_date(datetime.fromisoformat(run.finished).astimezone())}"
-    else:
-        when = f", as of {_date(datetime.now())}"
-    return f"Report of a {'' if run.is_finished else 'run that is under way: a '}semi-supervised segmentation{when}"
+        return f"Training report: finished on {_date(datetime.fromisoformat(run.finished).astimezone())}"
+    return f"Training report{'' if run.is_finished else ' of a run under way'}, written on {_date(datetime.now())}"
 
 
 def _date(time: datetime) -> str:
@@ -162,7 +161,7 @@ def _date(time: datetime) -> str:
 
 def _headline(run: RunSummary) -> Html:
     """Return the final mIoU, the IoU of each class, and the numbers of images."""
-    name, training = list(run.trainings.items())[-1] if run.trainings else ("", None)
+    name, training = next(reversed(run.trainings), ""), run.last
     row = None if training is None else training.row(run.keep)
     images = run.count("validation")
     if row is None or "miou" not in row:
@@ -192,7 +191,7 @@ def _headline(run: RunSummary) -> Html:
     )
     parts = [
         element("div", score, facts),
-        element("div", _folded(f"IoU of {len(rows)} classes", rows, scores)) if rows else "",
+        element("div", folded(f"IoU of {len(rows)} classes", rows, scores)) if rows else "",
     ]
     return element("div", *parts, kind="headline")
 
@@ -201,25 +200,6 @@ def _images(run: RunSummary, name: str) -> str:
     count = run.count(name)
     left_out = f", {len(run.skipped)} of them left out" if name == "unlabeled" and run.skipped else ""
     return "" if count is None else f"{count:,} images{left_out}"
-
-
-def _folded(title: str, rows: Sequence[Any], content: Html) -> Html:
-    """Fold up a table of many rows."""
-    return details(title, content) if len(rows) > _MOST_ROWS else content
-
-
-def _problems(problems: Sequence[str]) -> Html:
-    if not problems:
-        return Html("")
-    items = (element("li", text) for text in problems)
-    return element(
-        "section",
-        element("h2", "What is wrong"),
-        element("ul", *items),
-        kind="alert",
-        id="problems",
-        aria_label="Problems",
-    )
 
 
 def _what_was_run(run: RunSummary) -> Html:
@@ -295,7 +275,7 @@ def _iou_by_stage(run: RunSummary) -> Html:
         [("mean", *(percent((run.trainings[name].row(run.keep) or {}).get("miou")) for name in found))] if rows else []
     )
     caption = "IoU of each class on the validation images, after each training"
-    return _folded(caption, rows, table(caption, ("Class", *found), rows, numbers=range(1, len(found) + 1)))
+    return folded(caption, rows, table(caption, ("Class", *found), rows, numbers=range(1, len(found) + 1)))
 
 
 def _classes(run: RunSummary, counted: Mapping[str, ClassCounts]) -> Html:
@@ -322,7 +302,7 @@ def _classes(run: RunSummary, counted: Mapping[str, ClassCounts]) -> Html:
     caption = "Share of the pixels of each class"
     whole = table(caption, ("Class", *columns), rows, numbers=range(1, len(columns) + 1))
     note = [element("p", _how_counted(run, counted))] if counted else []
-    return join((*note, _folded(caption, rows, whole))) if columns else Html("")
+    return join((*note, folded(caption, rows, whole))) if columns else Html("")
 
 
 def _how_counted(run: RunSummary, counted: Mapping[str, ClassCounts]) -> str:
@@ -451,7 +431,7 @@ def _confidence(store: MaskStore, id: str) -> str:
 def _skipped(run: RunSummary) -> Html:
     rows = [(skipped.id, skipped.reason) for skipped in run.skipped]
     caption = f"{len(rows):,} images that could not be read"
-    return _folded(caption, rows, table(caption, ("Image", "Reason"), rows))
+    return folded(caption, rows, table(caption, ("Image", "Reason"), rows))
 
 
 def _settings(run: RunSummary) -> Iterator[Html]:

@@ -106,13 +106,18 @@ class RunSummary:
     seconds: Mapping[str, float]
     finished: str | None
     is_finished: bool
-    class_names: Sequence[str] | None
+    class_names: tuple[str, ...] | None
     warnings: Sequence[str]
 
     @property
     def keep(self) -> str:
         """Which weights each training returns."""
         return str(self.settings.get("keep", "final"))
+
+    @property
+    def last(self) -> TrainingSummary | None:
+        """The last training; None before the first one."""
+        return list(self.trainings.values())[-1] if self.trainings else None
 
     @property
     def num_classes(self) -> int | None:
@@ -188,7 +193,7 @@ def summarize_result(result: SelfTrainingResult, folder: Path) -> RunSummary:
         seconds=result.seconds,
         finished=run.get("finished"),
         is_finished=True,
-        class_names=run.get("class names"),
+        class_names=tuple(run["class names"]) if "class names" in run else None,
         warnings=getattr(result, "warnings", ()),
     )
 
@@ -243,7 +248,7 @@ def read_run(workdir: str | Path, images: Dataset[Any] | None = None) -> RunSumm
         | {name: state.seconds for name, state in progress.items() if name not in steps},
         finished=run.get("finished"),
         is_finished="finished" in run or (folder / "report.html").exists(),
-        class_names=run.get("class names"),
+        class_names=tuple(run["class names"]) if "class names" in run else None,
         warnings=(),
     )
 

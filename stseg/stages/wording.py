@@ -43,7 +43,7 @@ def describe_options(run: RunSummary) -> str:
         for name, value in _flat(options)
         if name.rpartition(".")[2] != "type" and isinstance(value, (bool, int, float, str)) and len(str(value)) <= 60
     )
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plain)
+    return ", ".join(f"{name.replace('_', ' ').replace('.', ' ')} {_short(value)}" for name, value in plain)
 
 
 def describe_training(run: RunSummary) -> str:
@@ -100,6 +100,11 @@ def _flat(settings: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, 
             yield from _flat(value, f"{within}{name}.")
         else:
             yield f"{within}{name}", value
+
+
+def _short(value: object) -> str:
+    """Return a value as text, objects of this package without its name."""
+    return str(value).rpartition(".")[2] if str(value).startswith("stseg.") else str(value)
 
 
 def _count(number: int) -> str:
