@@ -12,6 +12,7 @@ from stseg.stages.page import Html, element, escape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Line: TypeAlias = tuple[Sequence[float], Sequence[float]]
@@ -48,6 +49,7 @@ class Charts:
             dot = "." if len(across) <= 60 else ""
             known = [value if math.isfinite(value) else math.nan for value in up]
             axes.plot(across, known, stroke, marker=dot, color=color, label=_literal(name), linewidth=1.4)
+        _count_by_integers(axes.xaxis)
         if rows:
             figure.legend(loc="lower center", ncols=columns, frameon=False, fontsize=8.5, labelcolor=_INK)
         _dress(axes, x, y)
@@ -72,6 +74,7 @@ class Charts:
                     ha=side, va="top", color=_INK, fontsize=8.5,
                 )  # fmt: skip
         axes.set_xlim(*limits)
+        _count_by_integers(axes.yaxis)
         _dress(axes, x, y)
         note = "" if cut is None else f"; the cut between {parts[0]} and {parts[1]} is at {cut:.3f}"
         return self._svg(figure, title, f"{title}: {len(values)} {y} by {x}{note}")
@@ -117,6 +120,12 @@ def _dress(axes: Axes, x: str, y: str) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(_INK)
+
+
+def _count_by_integers(axis: Axis) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def _literal(text: str) -> str:

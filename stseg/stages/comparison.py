@@ -11,7 +11,7 @@ from stseg.stages.charts import MISSING, Charts, Line
 from stseg.stages.page import Html, alert, duration, element, folded, percent, section, table, write_page
 from stseg.stages.problems import iou_of
 from stseg.stages.summary import RunSummary, read_run
-from stseg.stages.wording import describe_network, flatten, name_method
+from stseg.stages.wording import count_of_parameters, flatten, method_of, name_method
 
 
 def compare_runs(folders: Sequence[str | Path], out: str | Path) -> Path:
@@ -56,7 +56,7 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> Path:
         path,
         title,
         "Scores are those of the last training of each run.",
-        alert("Runs that cannot be compared", list(_find_differences(runs))),
+        alert("Before comparing", list(_find_differences(runs))),
         section("Runs", _list_runs(runs)),
         section("Settings that differ", _compare_settings(runs)),
         section("IoU by class", _compare_iou(runs)),
@@ -85,7 +85,7 @@ def _last_row(run: RunSummary) -> Mapping[str, float]:
 
 
 def _find_differences(runs: Mapping[str, RunSummary]) -> Iterator[str]:
-    """Name what the scores of the runs cannot be compared over."""
+    """Name what the scores of the runs differ by, beside their settings."""
     validated = {title: run for title, run in runs.items() if "miou" in _last_row(run)}
     for name, what in (("validation", "were validated"), ("labeled", "learned")):
         groups: dict[str, list[str]] = {}
@@ -104,7 +104,7 @@ def _list_runs(runs: Mapping[str, RunSummary]) -> Html:
     rows = []
     for title, run in runs.items():
         images = [run.count(name) for name in ("labeled", "unlabeled", "validation")]
-        network = describe_network({} if run.last is None else run.last.network)
+        network = {} if run.last is None else run.last.network
         rows.append(
             (
                 title,
@@ -113,16 +113,17 @@ def _list_runs(runs: Mapping[str, RunSummary]) -> Html:
                 *("–" if number is None else f"{number:,}" for number in images),
                 duration(sum(run.seconds.values())),
                 "finished" if run.is_finished else f"under way: {list(run.seconds)[-1] if run.seconds else 'begun'}",
-                network,
+                " / ".join(filter(None, (network.get("class"), network.get("encoder")))),
+                count_of_parameters(network),
             )
         )
-    head = ("Run", "mIoU", "Method", "Labeled", "Unlabeled", "Validation", "Duration", "State", "Network")
-    return table("Runs, their final mIoU and numbers of images", head, rows, numbers=(1, 3, 4, 5, 6))
+    head = ("Run", "mIoU", "Method", "Labeled", "Unlabeled", "Validation", "Duration", "State", "Network", "Parameters")
+    return table("Runs, their final mIoU and numbers of images", head, rows, numbers=(1, 3, 4, 5, 6, 9))
 
 
 def _compare_settings(runs: Mapping[str, RunSummary]) -> Html:
     """Return settings and versions that are not the same in all runs."""
-    found = [flatten({**run.settings, "versions": run.versions}) for run in runs.values()]
+    found = [flatten({**run.settings, "method": method_of(run), "versions": run.versions}) for run in runs.values()]
     names = dict.fromkeys(name for settings in found for name in settings)
     rows = [
         (name, *(settings.get(name, "–") for settings in found))

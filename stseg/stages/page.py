@@ -26,7 +26,7 @@ a { color: var(--accent) } code { font-size: .9em } .soft, figcaption, caption {
 .score { font-size: 3.2rem; font-weight: 650; line-height: 1.1; color: var(--accent); white-space: nowrap }
 .alert { background: var(--alert-back); color: var(--alert); border-left: .3rem solid; border-radius: .3rem;
   padding: .1rem 1.2rem .6rem; margin-top: 1.5rem } .alert h2 { margin-top: .8rem } .alert ul { padding-left: 1.2rem }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .2rem 1.2rem; margin: 0 }
+dl { display: grid; grid-template-columns: fit-content(7rem) 1fr; gap: .2rem 1.2rem; margin: 0 }
 dt { color: var(--soft) } dd { margin: 0 }
 .scroll { overflow-x: auto; margin: .8rem 0 } table { border-collapse: collapse; font-size: .93rem }
 .scroll:focus-visible { outline: 2px solid var(--accent) } caption { text-align: left; padding-bottom: .3rem }
@@ -34,8 +34,8 @@ td, th { padding: .25rem 1.2rem .25rem 0; text-align: left; border-bottom: 1px s
   white-space: nowrap } th { font-weight: 600 }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 td.long { min-width: 14rem; white-space: normal }
-.bar { display: block; width: var(--share); height: .3rem; min-width: 1px; background: var(--accent);
-  border-radius: .15rem; margin-left: auto }
+.bar { display: block; width: 6rem; margin-left: auto; height: .35rem; background: var(--line) }
+.bar i { display: block; width: var(--share); height: 100%; background: var(--accent) }
 .charts, .pictures { display: grid; gap: 1.2rem }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
 .pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)) }
@@ -52,7 +52,6 @@ svg.chart { display: block; width: 100%; height: auto } svg.chart * { stroke-lin
 .legend i { display: inline-block; width: 1em; height: 1em; border: 1px solid var(--line); margin-right: .35em;
   vertical-align: -.1em }
 summary { cursor: pointer; margin: .5rem 0 }
-@media (max-width: 30rem) { dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .5rem } }
 @media print { .slider { position: static } figure, tr { break-inside: avoid } }
 """
 _MOST_ROWS = 40  # of a table that is not folded up
@@ -159,9 +158,9 @@ def alert(title: str, texts: Sequence[str]) -> Html:
 
 
 def share_bar(text: str, share: float) -> Html:
-    """Return a number with a bar of a share of the cell's width below it."""
-    bar = element("span", kind="bar", style=f"--share: {100 * min(max(share, 0), 1):.4g}%", aria_hidden="true")
-    return join((text, bar))
+    """Return a number with a bar below it, filled to a share in [0, 1]."""
+    bar = element("i", style=f"--share: {100 * share:.4g}%")
+    return join((text, element("span", bar, kind="bar", aria_hidden="true")))
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -161,7 +161,7 @@ def _date(time: datetime) -> str:
 
 def _headline(run: RunSummary) -> Html:
     """Return the final mIoU, the IoU of each class, and the numbers of images."""
-    name, training = next(reversed(run.trainings), ""), run.last
+    name, training = ([*run.trainings] or [""])[-1], run.last
     row = None if training is None else training.row(run.keep)
     images = run.count("validation")
     if row is None or "miou" not in row:
@@ -208,7 +208,6 @@ def _what_was_run(run: RunSummary) -> Html:
             ("Method", describe_method(run)),
             ("Its options", describe_options(run)),
             ("Training", describe_training(run)),
-            ("Work directory", element("code", str(run.folder)) if run.settings else ""),
             (
                 "Versions",
                 ", ".join(f"{name} {of}" for name, of in run.versions.items() if name in ("stseg", "torch", "python")),
@@ -307,7 +306,10 @@ def _classes(run: RunSummary, counted: Mapping[str, ClassCounts]) -> Html:
 
 def _how_counted(run: RunSummary, counted: Mapping[str, ClassCounts]) -> str:
     of = {name: (counts.total, len(run.labelings[name].ids)) for name, counts in counted.items()}
-    parts = (f"{total:,} of the {count:,} masks of {name}" for name, (total, count) in of.items())
+    parts = (
+        f"{'all' if total == count else f'{total:,} of the'} {count:,} masks of {name}"
+        for name, (total, count) in of.items()
+    )
     spaced = ", evenly spaced" if any(total < count for total, count in of.values()) else ""
     return f"Pixels of pseudo-masks were counted in {', '.join(parts)}{spaced}."
 

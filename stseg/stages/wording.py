@@ -16,31 +16,30 @@ _RECIPES = {
 _OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 
 
-def name_method(run: RunSummary) -> str:
-    """Return the name of the method; empty if it is not known.
+def method_of(run: RunSummary) -> Mapping[str, Any]:
+    """Return the recipe of a run and its options, or the method of a run of a single training; empty if not known."""
+    recipe = run.settings.get("method", {})
+    if recipe.get("type") != "OneStage":
+        return recipe  # type: ignore[no-any-return]
+    return next((training.method for training in run.trainings.values()), {})
 
-    A run of a single training is named by the method of that training.
-    """
-    kind = str(run.settings.get("method", {}).get("type", ""))
-    if kind == "OneStage":
-        return next((str(training.method["type"]) for training in run.trainings.values() if training.method), "")
+
+def name_method(run: RunSummary) -> str:
+    """Return the name of the method; empty if it is not known."""
+    kind = str(method_of(run).get("type", ""))
     return {"Baseline": "supervised", "STPlusPlus": "ST++"}.get(kind, kind)
 
 
 def describe_method(run: RunSummary) -> str:
     """Return the method in a sentence; empty if it is not known."""
-    kind = str(run.settings.get("method", {}).get("type", ""))
-    return _RECIPES.get(kind, name_method(run))
+    return _RECIPES.get(str(method_of(run).get("type")), name_method(run))
 
 
 def describe_options(run: RunSummary) -> str:
     """Return the options of the method that are numbers, words or true, by name."""
-    options = run.settings.get("method", {})
-    if options.get("type") == "OneStage":
-        options = next((training.method for training in run.trainings.values()), {})
     plain = (
         (name, value)
-        for name, value in _flat(options)
+        for name, value in _flat(method_of(run))
         if name.rpartition(".")[2] != "type" and isinstance(value, (bool, int, float, str)) and len(str(value)) <= 60
     )
     return ", ".join(f"{name.replace('_', ' ').replace('.', ' ')} {_short(value)}" for name, value in plain)
@@ -66,6 +65,11 @@ def describe_training(run: RunSummary) -> str:
         "the best weights on the validation images" if run.keep == "best" else "the last weights",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def count_of_parameters(network: Mapping[str, Any]) -> str:
+    """Return the number of parameters of a network in words; empty if it is not known."""
+    return _count(network["parameters"]) if network else ""
 
 
 def describe_network(network: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pages import Page
 from torch import nn
@@ -65,6 +65,12 @@ def run(method="st++", workdir=None, *, val=None, channels=3, size=(16, 20), **o
 def held_out():
     generator = torch.Generator().manual_seed(1)
     return [(image, (image[0] > 0.6).byte()) for image in torch.rand(3, 3, 16, 20, generator=generator)]
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Leaves out what takes longest, where it does not matter."""
+    monkeypatch.setattr(Charts, "lines", lambda *_, **__: Html(""))
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +191,7 @@ class TestCurves:
         assert len(page.pictures) == 2 * len(IDS)
 
 
+@pytest.mark.usefixtures("no_curves")
 class TestClasses:
     def test_shares_are_those_of_a_count_by_hand(self, finished):
         result, folder = finished
@@ -267,6 +274,7 @@ class Constant(nn.Module):
         return 1e-3 * self.conv(x) + torch.tensor([9.0, 0.0]).reshape(2, 1, 1)
 
 
+@pytest.mark.usefixtures("no_curves")
 class TestProblems:
     def test_a_network_that_predicts_the_background_alone(self, tmp_path):
         run("st++", tmp_path, val=held_out(), make=Constant, class_names=["sky", "disc"])
@@ -276,6 +284,7 @@ class TestProblems:
             assert f"{name} predicts class 0 (sky) alone on the validation images." in page.text
         assert "Class 0 (sky) is the only class in the 2 pseudo-masks of 'reliable'" in page.text
 
+    @settings(max_examples=40)
     @given(st.lists(st.integers(0, 40), min_size=2, max_size=5), st.integers(0, 4), st.booleans())
     def test_one_class_alone_is_found_by_iou_or_their_mean(self, pixels, predicted, by_class):
         metric = stseg.MeanIoU(len(pixels))
@@ -353,6 +362,7 @@ def of(row, pixels):
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_curves")
 class TestGalleries:
     def test_masks_are_those_of_the_store_in_its_colors_over_their_images(self, finished):
         result, folder = finished
@@ -412,6 +422,7 @@ class TestGalleries:
         assert shape[0] <= shape[1] or size == (700, 600)
 
 
+@pytest.mark.usefixtures("no_curves")
 class TestRanking:
     def test_the_cut_and_the_ends_are_those_of_the_run(self, finished):
         result, folder = finished
@@ -454,17 +465,20 @@ class TestFromAFolder:
         assert told.reliable == known.reliable == 2
         assert [dict(row) for row in told.trainings["teacher"].history] == list(result.stages["teacher"].history)
 
+    @pytest.mark.usefixtures("no_curves")
     def test_without_images_it_says_how_to_show_them(self, finished, tmp_path):
         page = Page(stseg.write_report(finished[1], tmp_path))
         assert page.pictures == {}
         assert "write_report(workdir, images=unlabeled)" in page.text
 
+    @pytest.mark.usefixtures("no_curves")
     def test_it_is_written_into_the_folder_of_a_finished_run(self, tmp_path):
         run("supervised", tmp_path)
         (tmp_path / "report.html").unlink()
         assert stseg.write_report(str(tmp_path), class_names=["a", "b"]) == tmp_path / "report.html"
         assert stseg.load(tmp_path, nn.Conv2d(3, 2, 1)) is not None
 
+    @pytest.mark.usefixtures("no_curves")
     def test_of_fit(self, tmp_path):
         labeled, _ = drawn()
         config = stseg.TrainConfig(steps=3, batch_size=2, weak=None)
@@ -476,6 +490,7 @@ class TestFromAFolder:
         with pytest.raises(stseg.DataError, match="is not finished"):
             stseg.write_report(tmp_path)
 
+    @pytest.mark.usefixtures("no_curves")
     def test_of_a_run_under_way_goes_elsewhere(self, finished, tmp_path):
         folder = shutil.copytree(finished[1], tmp_path / "run")
         shutil.rmtree(folder / "ranking")
@@ -505,6 +520,7 @@ class TestFromAFolder:
         with pytest.raises(stseg.DamagedFileError, match=r"history\.jsonl is damaged: line 4 is no row of a history"):
             stseg.write_report(tmp_path, tmp_path / "report")
 
+    @pytest.mark.usefixtures("no_curves")
     def test_files_that_are_damaged_are_named(self, finished, tmp_path):
         folder = shutil.copytree(finished[1], tmp_path / "run")
         mask = next(path for path in (folder / "reliable" / "masks").rglob("*.png"))
@@ -519,6 +535,7 @@ class TestFromAFolder:
         with pytest.raises(stseg.DamagedFileError, match=r"run\.json is damaged"):
             stseg.write_report(folder)
 
+    @pytest.mark.usefixtures("no_curves")
     def test_images_that_are_not_those_of_the_run_are_refused(self, finished, tmp_path):
         _, unlabeled = drawn()
         with pytest.raises(stseg.DataError, match=r"the images have no item .*, whose mask is in .*reliable/masks"):
