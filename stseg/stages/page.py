@@ -167,8 +167,8 @@ def percent(share: float | None, digits: int = 1) -> str:
     """Format a share as percent; a dash if there is none.
 
     Example:
-        >>> percent(0.6125), percent(None), percent(float("nan"))
-        ('61.2 %', '–', '–')
+        >>> percent(0.614), percent(None), percent(float("nan"))
+        ('61.4 %', '–', '–')
     """
     return "–" if share is None or share != share else f"{100 * share:.{digits}f} %"
 
