@@ -59,7 +59,7 @@ def outcome(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.suffix in (".safetensors", ".csv", ".png") and "figures" not in name:
+        if path.suffix in (".safetensors", ".csv", ".png"):
             found[name] = path.read_bytes()
         elif path.name == "history.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -39,6 +39,7 @@ from stseg.inference.reading import Skipped
 from stseg.loading import load
 from stseg.models import IMAGENET_MEAN, IMAGENET_STD, MultiScaleFlip, Segmenter, Tiled
 from stseg.self_trainer import SelfTrainer
+from stseg.stages.comparison import compare_runs
 from stseg.stages.report import write_report
 from stseg.stages.result import SelfTrainingResult
 from stseg.training import fit
@@ -90,6 +91,7 @@ __all__ = [  # noqa: RUF022  grouped
     "SelfTrainer",
     "SelfTrainingResult",
     "write_report",
+    "compare_runs",
     # folders
     "Folders",
     "Training",

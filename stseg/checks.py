@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
@@ -57,6 +58,22 @@ def check_choice(name: str, value: object, *choices: object) -> None:
     if value not in choices:
         *others, last = (repr(choice) for choice in choices)
         raise ValueError(f"{name} is {value!r}; expected {', '.join(others)} or {last}")
+
+
+def check_class_names(names: object, num_classes: int | None) -> None:
+    """Raise an error unless it is None or a sequence of one name for each class.
+
+    Example:
+        >>> check_class_names(["road", "car"], 3)
+        Traceback (most recent call last):
+        ValueError: class_names has 2 names; expected 3, one for each class
+    """
+    if names is None:
+        return
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"class_names is {names!r}; expected a list of names, such as ['background', 'car']")
+    if num_classes is not None and len(names) != num_classes:
+        raise ValueError(f"class_names has {len(names)} names; expected {num_classes}, one for each class")
 
 
 def check_mixing(mix: object) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import Dataset
 
-from stseg.checks import check_choice, check_log
+from stseg.checks import check_choice, check_class_names, check_log
 from stseg.data.items import Items
 from stseg.description import describe
 from stseg.distributed import setup_device
@@ -61,6 +61,7 @@ class SelfTrainer:
         verify: which pseudo-masks on disk are opened when a run goes on: 10,000 of each labeling, ``"all"`` or
             ``"none"``; all of them are verified when they are read. See :class:`stseg.MaskStore`.
         progress: whether to show bars.
+        class_names: name of each class in the report; they may change when a run goes on.
 
     Raises:
         ValueError: if an argument is out of its range; names it.
@@ -94,6 +95,7 @@ class SelfTrainer:
         metrics: Metrics | None = None,
         verify: Literal["sample", "all", "none"] = "sample",
         progress: bool = True,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         if isinstance(make_model, nn.Module):
             raise TypeError(
@@ -107,6 +109,8 @@ class SelfTrainer:
         check_classes(num_classes, config.ignore_index)
         check_choice("keep", keep, "final", "best")
         check_choice("verify", verify, "sample", "all", "none")
+        check_class_names(class_names, num_classes)
+        self.class_names = None if class_names is None else tuple(class_names)
         self.make_model, self.num_classes, self.config = make_model, num_classes, config
         self.recipe = _as_recipe(method, num_classes)
         self.keep, self.workdir, self.skip_unreadable = keep, absolute_folder(workdir), skip_unreadable
@@ -171,7 +175,7 @@ class SelfTrainer:
         if images is not None:
             recipe.check_images(len(images))
         config = self.config.on(setup_device())
-        with Workdir(self.workdir, self._settings(config)) as workdir:
+        with Workdir(self.workdir, self._settings(config), class_names=self.class_names) as workdir:
             stages = Stages(
                 self.make_model,
                 self.num_classes,
@@ -184,6 +188,7 @@ class SelfTrainer:
                 metrics=self.metrics,
                 verify=self.verify,
                 progress=self.progress,
+                class_names=self.class_names,
             )
             methods, skip = recipe.later_methods(config), self.skip_unreadable
             readable = validate_run(stages, items, images, methods, recipe.labeling, skip_unreadable=skip)

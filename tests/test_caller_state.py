@@ -824,7 +824,7 @@ NO_ARGUMENT_THAT_COULD_CHANGE = {
     *("WorkdirMismatchError", "WorkdirInUseError", "WorkdirMissingError", "DamagedFileError"),
     *("augment", "data", "functional", "methods", "models", "modules"),
     *("OneStage", "Recipe", "Baseline"),
-    *("read_ids", "read_pairs"),  # files
+    *("read_ids", "read_pairs", "compare_runs"),  # files
 }
 
 

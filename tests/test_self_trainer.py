@@ -481,7 +481,7 @@ def test_leaves_the_random_state_of_the_caller_alone():
 
 def content(folder: Path) -> dict[str, str]:
     """What a run has computed: every file but those that hold times."""
-    timed = {"run.json", "history.jsonl", "progress.json", "report.html", "training.png"}
+    timed = {"run.json", "history.jsonl", "progress.json", "report.html"}
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in timed)
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

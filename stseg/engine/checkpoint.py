@@ -385,6 +385,39 @@ def read_result(folder: Path, network: nn.Module | None = None) -> nn.Module:
     return model.eval()
 
 
+def read_progress(folder: Path) -> StageState:
+    """Return the progress of a training from its folder: the whole of a finished one, the rows of one under way.
+
+    Raises:
+        DamagedFileError: if a file is damaged, or is not one that a training wrote.
+    """
+    if (folder / "model.safetensors").exists():
+        record = _read_progress(folder, seal(read_record(folder / "stage.json")))
+        record.pop(_NETWORK, None)
+        return StageState(**{**record, "history": [_with_nan(row) for row in record["history"]]})
+    history = _read_rows(folder / "history.jsonl")
+    last = history[-1] if history else {"step": 0.0, "seconds": 0.0}
+    return StageState(step=int(last["step"]), seconds=last["seconds"], history=history)
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """Return the history of a training under way; empty before its first row."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    rows: list[Row] = []
+    try:
+        for line in lines:
+            row = json.loads(line)
+            float(row["step"] + row["seconds"])  # both are there, and are numbers
+            rows.append({name: float(value) for name, value in _with_nan(row).items()})
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        what = f"is damaged: line {len(rows) + 1} is no row of a history ({type(error).__name__}: {error})"
+        raise damaged(path, what, to="have the training write it again") from None
+    return rows
+
+
 def _settings_of(model: nn.Module) -> str:
     """Describe the wrapper of a network."""
     if not isinstance(model, Segmenter):

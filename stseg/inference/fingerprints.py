@@ -40,6 +40,16 @@ def join_checksums(ids: Sequence[str], checksums: Sequence[Any]) -> str:
     return f"{len(ids)} items, {zlib.crc32(repr((list(ids), sorted(checksums))).encode()):08x}"
 
 
+def item_count(description: str) -> int:
+    """Return the number of items in a description by :func:`join_checksums`.
+
+    Example:
+        >>> item_count(join_checksums(["a", "b"], []))
+        2
+    """
+    return int(description.split(" ", 1)[0])
+
+
 def check_repeatable(items: Items, *, name: str, with_mask: bool = False) -> None:
     """Read some evenly spaced items several times, with different states of the random generators.
 

@@ -192,9 +192,19 @@ class MaskStore:
         Raises:
             DamagedFileError: if its record is damaged.
         """
+        labeler = self.labeler
+        return "" if labeler is None else seal(labeler)
+
+    @property
+    def labeler(self) -> dict[str, Any] | None:
+        """Settings of the labeler that fills the store, such as ``"num_classes"``; None if there is none.
+
+        Raises:
+            DamagedFileError: if its record is damaged.
+        """
         if self._owner is None and self.folder is not None:
             self._owner = read_record(self.folder / "labels.json")
-        return "" if self._owner is None else seal(owner_of(self._owner))
+        return None if self._owner is None else owner_of(self._owner)
 
     def expect(self, ids: Sequence[str]) -> None:
         """Prepare the store for masks of these ids: many in one folder are spread over several.

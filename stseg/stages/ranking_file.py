@@ -24,13 +24,31 @@ def read_ranking(path: Path, owner: dict[str, Any]) -> Ranking | None:
         DamagedFileError: if a file is damaged, or is not the one that :func:`write_ranking` wrote.
         WorkdirMismatchError: if the owner differs.
     """
-    record = path.with_suffix(".json")
     if not path.exists():
         return None
+    found = _read_origin(path)
+    refuse_other(owner_of(found), owner, path.parent, to=_AGAIN)
+    return _read(path, found)
+
+
+def read_any_ranking(path: Path) -> Ranking:
+    """Return the ranking in a file, whatever was ranked.
+
+    Raises:
+        DamagedFileError: if a file is damaged, or is not the one that :func:`write_ranking` wrote.
+    """
+    return _read(path, _read_origin(path))
+
+
+def _read_origin(path: Path) -> dict[str, Any]:
+    record = path.with_suffix(".json")
     found = read_record(record, delete=[record, path], to=_AGAIN)
     if found is None:
         raise damaged(path, f"is of unknown origin, as there is no {record.name} beside it", to=_AGAIN)
-    refuse_other(owner_of(found), owner, path.parent, to=_AGAIN)
+    return found
+
+
+def _read(path: Path, found: dict[str, Any]) -> Ranking:
     try:
         content = path.read_bytes()
         if found.get("result") == seal(content):

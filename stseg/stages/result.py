@@ -27,6 +27,7 @@ class SelfTrainingResult:
             last part.
         warnings: early signs of a collapse by step, if there are any: what was seen, what it usually means, what to
             try.
+        labeled_by: the training whose network made each of ``labels``, by name.
     """
 
     model: nn.Module = field(repr=False)
@@ -36,3 +37,4 @@ class SelfTrainingResult:
     skipped: tuple[Skipped, ...]
     seconds: dict[str, float]
     warnings: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    labeled_by: dict[str, str] = field(default_factory=dict)

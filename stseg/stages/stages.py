@@ -37,6 +37,7 @@ from stseg.inference.ranking import Ranking
 from stseg.inference.reading import Skipped
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, fingerprint, place
+from stseg.models.summary import summarize_network
 from stseg.progress import LOG, format_duration, warn_of_run
 from stseg.seeds import derive_seed, fixed_seed
 from stseg.stages.labeling import Labeling
@@ -77,6 +78,7 @@ class Stages:
         metrics: more metrics of the validation, in every history.
         verify: which pseudo-masks a labeling that goes on opens; see :class:`stseg.MaskStore`.
         progress: whether to show bars.
+        class_names: names of the classes in the report.
     """
 
     def __init__(
@@ -93,8 +95,9 @@ class Stages:
         metrics: Metrics | None = None,
         verify: Literal["sample", "all", "none"] = "sample",
         progress: bool = True,
+        class_names: Sequence[str] | None = None,
     ) -> None:
-        self.verify = verify
+        self.verify, self.class_names = verify, class_names
         self.make_model, self.num_classes, self.config, self.workdir = make_model, num_classes, config, workdir
         self.keep, self.val, self.log, self.metrics, self.progress = keep, val, log, metrics, progress
         self.device = setup_device()
@@ -102,6 +105,7 @@ class Stages:
         self.labeled_classes: ClassCounts | None = None
         self.trained: dict[str, FitResult] = {} if teacher is None else {"teacher": teacher}
         self.labeled: dict[str, PseudoLabeled] = {}
+        self.labeled_by: dict[str, str] = {}
         self.ranking: Ranking | None = None
         self.skipped: tuple[Skipped, ...] = ()
         self.seconds: dict[str, float] = {}
@@ -151,7 +155,8 @@ class Stages:
             title=step,
             prefix=f"{step}/",
         )
-        self._done(step, self.trained[step].seconds, self.trained[step].warnings)
+        trained = self.trained[step]
+        self._done(step, trained.seconds, trained.warnings, network=summarize_network(trained.model))
         return self.trained[step]
 
     def label(self, step: str, teacher: FitResult, images: Items, labeling: Labeling) -> PseudoLabeled:
@@ -179,7 +184,11 @@ class Stages:
             raise error
         self.labeled[step] = labeler(threshold=threshold).label(images, MaskStore(folder, verify=self.verify))
         model.to(before)
-        self._done(step, time.monotonic() - began, self._signs_in_labels(step) if known is None else ())
+        by = next((name for name, trained in self.trained.items() if trained is teacher), None)
+        if by is not None:
+            self.labeled_by[step] = by
+        signs = self._signs_in_labels(step) if known is None else ()
+        self._done(step, time.monotonic() - began, signs, labeled_by=by)
         done = f"labeled {len(images)} images in {format_duration(self.seconds[step])}"
         self._tell(step, done if known is None else f"{len(images)} images were labeled before; taken from {folder}")
         return self.labeled[step]
@@ -230,9 +239,12 @@ class Stages:
             skipped=self.skipped,
             seconds=self.seconds,
             warnings=self.warnings,
+            labeled_by=self.labeled_by,
         )
-        if self.workdir.folder is not None and rank() == 0 and not self.workdir.is_finished:
-            write_report(result, self.workdir.folder)
+        if self.workdir.folder is not None and not self.workdir.is_finished:
+            self.workdir.finish()
+            if rank() == 0:
+                write_report(result, self.workdir.folder, class_names=self.class_names)
         self._check_files()
         barrier()
         return result
@@ -316,12 +328,13 @@ class Stages:
         except (TypeError, ValueError):
             raise DataError(f"{path} is damaged; delete it to compute the thresholds again") from None
 
-    def _done(self, step: str, seconds: float, warnings: Sequence[str] = ()) -> None:
-        facts = self.workdir.facts(step) or {}
-        self.seconds[step] = facts.get("seconds", seconds)
-        if found := tuple(facts.get("warnings", warnings)):
+    def _done(self, step: str, seconds: float, warnings: Sequence[str] = (), **facts: Any) -> None:
+        known = self.workdir.facts(step) or {}
+        self.seconds[step] = known.get("seconds", seconds)
+        if found := tuple(known.get("warnings", warnings)):
             self.warnings[step] = found
-        self.workdir.done(step, seconds=round(self.seconds[step], 3), **({"warnings": list(found)} if found else {}))
+            facts["warnings"] = list(found)
+        self.workdir.done(step, seconds=round(self.seconds[step], 3), **facts)
 
     def _signs_in_labels(self, step: str) -> list[str]:
         """Warn of pseudo-masks that lack classes, or hold nothing, and return the warnings."""

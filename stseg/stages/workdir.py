@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import platform
+from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,17 +30,21 @@ class Workdir:
     Args:
         folder: created by :meth:`claim`; None keeps nothing on disk.
         settings: settings of the run, JSON-serializable.
+        class_names: names of the classes for reports, kept while the run is under way; they may change.
 
     Raises:
         WorkdirMismatchError: if the folder was made with other settings.
         DamagedFileError: if its record is damaged.
     """
 
-    def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: str | Path | None, settings: dict[str, Any], *, class_names: Sequence[str] | None = None
+    ) -> None:
         self.folder = absolute_folder(folder)
         if self.folder is not None and (self.folder / "stage.json").exists():
             raise WorkdirMismatchError(f"{self.folder} holds a training of stseg.fit; use another folder")
         self._run: dict[str, Any] = {"settings": settings, "versions": _versions(), "data": {}, "steps": {}}
+        self._class_names = class_names
         self._held = ExitStack()
         self._read()
 
@@ -63,6 +69,8 @@ class Workdir:
             remove_leftovers(self.folder)
         barrier()
         self._run["data"] = as_json(data)
+        if self._class_names is not None and not self.is_finished:
+            self._run["class names"] = list(self._class_names)
         self._write()
 
     @property
@@ -85,6 +93,11 @@ class Workdir:
             self._run["steps"][step] = facts
             self._write()
 
+    def finish(self) -> None:
+        """Record when all steps of the run were finished."""
+        self._run.setdefault("finished", datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        self._write()
+
     def _read(self) -> None:
         found = None if self.folder is None else read_record(self.folder / "run.json")
         if found is not None:
@@ -96,7 +109,7 @@ class Workdir:
         """Name all that belongs to the run."""
         assert self.folder is not None
         steps = {path.parent.name for marker in _MARKERS for path in self.folder.glob(f"*/{marker}")}
-        return what_to_delete(self.folder, {"run.json", "report.html", "figures", *steps})
+        return what_to_delete(self.folder, {"run.json", "report.html", *steps})
 
     def _refuse_other_data(self, data: dict[str, Any]) -> None:
         if self.folder is not None and self._run["data"]:
