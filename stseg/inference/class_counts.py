@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stseg.data.observations import warn
 from stseg.distributed import all_gather, rank
-from stseg.errors import DamagedFileError, DataError
+from stseg.errors import DataError, StsegError
 from stseg.inference.mask_store import MaskStore
 from stseg.progress import show_message
 
@@ -175,6 +175,6 @@ def count_classes(store: MaskStore, ids: Sequence[str], like: ClassCounts) -> Cl
     """
     counts = ClassCounts(like.num_classes, like.ignore_index, "pseudo-labeled")
     for id in ids[:: max(1, -(-len(ids) // _MOST_COUNTED))]:
-        with suppress(KeyError, OSError, DamagedFileError):  # what trains on it reports that
+        with suppress(KeyError, OSError, StsegError):  # what trains on it reports that
             counts.add(store.get(id))
     return counts
