@@ -22,6 +22,7 @@ from stseg.errors import (
 )
 from stseg.functional import PseudoLabels
 from stseg.inference.evaluate import evaluate
+from stseg.inference.export import export_onnx
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
 from stseg.inference.mask_store import MaskStore
 from stseg.inference.mean_iou import MeanIoU
@@ -69,6 +70,7 @@ __all__ = [  # noqa: RUF022  grouped
     "load",
     "load_weights",
     "save_weights",
+    "export_onnx",
     "SelfTrainer",
     "SelfTrainingResult",
     "write_report",

@@ -14,8 +14,10 @@ from torch.nn.parameter import UninitializedParameter
 from stseg.checks import check_image_range
 from stseg.description import describe
 from stseg.errors import NetworkError
+from stseg.models import symbolic
 from stseg.models.sides import Sides, find_sides, scale_of
 from stseg.models.state import bare_network, device_of, evaluating, place_channels_first
+from stseg.models.symbolic import is_traced
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -120,6 +122,8 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(B, C, H, W)`` to logits ``(B, K, H, W)``."""
+        if is_traced():
+            return self._traced(images)
         x = self._normalized(images)
         height, width = x.shape[-2:]
         if self._sides is None and (height, width) not in self._sizes:
@@ -132,6 +136,24 @@ class Segmenter(nn.Module):
             logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
         # Not a slice of the whole, which would copy its gradient.
         return logits if logits.shape[-2:] == (height, width) else logits[..., :height, :width]
+
+    def _traced(self, images: Tensor) -> Tensor:
+        """Compute the same by operations that are right at all sizes, for an exporter that records them."""
+        if self._sides is None:
+            raise NetworkError(
+                f"the network ({type(self.network).__name__}) is exported for any size, but which sides it takes is "
+                "not known; expected a Segmenter that was called once before it is exported, model(images), or that "
+                "has been given it: stseg.Segmenter(network, stride=32)"
+            )
+        x = self._normalized(images)
+        padded = symbolic.pad(x, self._sides)
+        with symbolic.AveragePooling():
+            logits = self._logits(padded)
+        if not symbolic.is_same_size(logits, padded):
+            if scale_of(padded.shape, logits.shape) is None:
+                raise NetworkError(self._no_sides(_output(padded, logits)))
+            logits = F.interpolate(logits, size=padded.shape[-2:], mode="bilinear", align_corners=False)
+        return logits if self._sides == Sides(1, 1) else symbolic.crop(logits, like=x)
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
@@ -173,7 +195,7 @@ class Segmenter(nn.Module):
             images = images.float().div_(255)
         elif not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}; expected uint8, or float in [0, 1]")
-        else:
+        elif not is_traced():
             check_image_range(images, self._checked_on)
         if self.mean is not None:
             images = (images - self._per_channel("mean", images)).div_(self._per_channel("std", images))
@@ -206,9 +228,9 @@ class Segmenter(nn.Module):
             network = self._outer[0]
         output = self._output(network, x)
         logits = self.select(output) if self.select is not None else _logits_in(output)
-        rows = len(x) * (1 if self._trying else self._rows_per_image)
+        rows = x.shape[0] * (1 if self._trying else self._rows_per_image)
         is_map = isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim == 4
-        if not is_map or len(logits) != rows or logits.shape[1] == 0:
+        if not is_map or logits.shape[0] != rows or logits.shape[1] == 0:
             expected = "float logits (B, K, h, w) (see select= of stseg.Segmenter)"
             if self._rows_per_image != 1:
                 expected = (
