@@ -29,6 +29,7 @@ from stseg.version import __version__
 Output = Literal["logits", "probabilities", "mask"]
 
 _LARGEST = 2**31 - 2**20  # bytes of a file of protocol buffers, less what is not weights
+_LEAST_OPSET = 11  # what resizing with half pixel centers needs
 _TOLERANCE = 1e-3  # of logits, relative to the largest one
 _SHAPE = {0: "batch", 2: "height", 3: "width"}
 
@@ -86,7 +87,7 @@ def export_onnx(
     check_choice("output", output, "logits", "probabilities", "mask")
     check_count("channels", channels)
     if opset is not None:
-        check_count("opset", opset)
+        check_count("opset", opset, least=_LEAST_OPSET)
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected a file, such as {path / 'network.onnx'}")

@@ -55,13 +55,17 @@ class Segmenter(nn.Module):
             padded image.
         select: ``output -> logits``, for networks that return them in another way.
 
+    In ``torch.export`` and ``torch.jit.trace`` it records operations that are right for images of other sizes too; which
+    sides the network takes must be known by then, from an earlier call or ``stride``.
+
     Shape:
         ``(B, C, H, W)`` uint8 or float in [0, 1], on any device -> ``(B, K, H, W)`` float32 logits (float64 from a
         float64 network) on the network's device, K at least 2. Any H and W.
 
     Raises:
         NetworkError: if the network has lazy layers without a shape; when called, if the network does not return a
-            batch of logits, returns several, or logits that, scaled by one integer, do not cover the image.
+            batch of logits, returns several, or logits that, scaled by one integer, do not cover the image; when
+            exported, if it is not known which sides the network takes.
         ValueError: when called, if float images are not in [0, 1] (on a GPU only at the first call).
 
     Example:
