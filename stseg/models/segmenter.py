@@ -55,8 +55,8 @@ class Segmenter(nn.Module):
             padded image.
         select: ``output -> logits``, for networks that return them in another way.
 
-    In ``torch.export`` and ``torch.jit.trace`` it records operations that are right for images of other sizes too; which
-    sides the network takes must be known by then, from an earlier call or ``stride``.
+    In ``torch.export`` and ``torch.jit.trace`` it records operations that are right for images of other sizes too;
+    which sides the network takes must be known by then, from an earlier call or ``stride``.
 
     Shape:
         ``(B, C, H, W)`` uint8 or float in [0, 1], on any device -> ``(B, K, H, W)`` float32 logits (float64 from a
