@@ -27,6 +27,7 @@ from stseg.functional import PseudoLabels
 from stseg.inference.array import predict_array
 from stseg.inference.boundary_iou import BoundaryIoU
 from stseg.inference.evaluate import evaluate
+from stseg.inference.export import export_onnx
 from stseg.inference.labeler import PseudoLabeled, PseudoLabeler
 from stseg.inference.mask_store import MaskStore
 from stseg.inference.mean_iou import MeanIoU
@@ -88,6 +89,7 @@ __all__ = [  # noqa: RUF022  grouped
     "load",
     "load_weights",
     "save_weights",
+    "export_onnx",
     "SelfTrainer",
     "SelfTrainingResult",
     "write_report",

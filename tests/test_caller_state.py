@@ -590,6 +590,7 @@ class TestNetworks:
         with same_networks(net), same_random_states():
             stseg.save_weights(net, tmp_path / "weights.safetensors")
             stseg.load_weights(other, tmp_path / "weights.safetensors")
+            stseg.export_onnx(net, tmp_path / "network.onnx")
         assert [module.training for module in other.modules()] == other_modes
         assert [p.requires_grad for p in other.parameters()] == [p.requires_grad for p in net.parameters()]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
@@ -17,14 +18,17 @@ from stseg.methods import FixMatch
 
 def make_network() -> torch.nn.Module:
     """Return an untrained network."""
-    return smp.Unet("resnet18", encoder_weights=None, classes=7)
+    network: torch.nn.Module = smp.Unet("resnet18", encoder_weights=None, classes=7)
+    return network
 
 
 def save_scenes(folder: Path) -> None:
     """Draw ten scenes, four of them with a mask."""
     for kind in ("images", "masks"):
         (folder / kind).mkdir()
-    for index, (image, mask) in enumerate(SyntheticScenes(10, size=64)):
+    scenes = SyntheticScenes(10, size=64)
+    for index in range(len(scenes)):
+        image, mask = scenes[index]
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "images" / f"{index}.png")
         if index < 4:
             Image.fromarray(mask.numpy()).save(folder / "masks" / f"{index}.png")
@@ -36,7 +40,7 @@ def main(folder: Path) -> None:
     labeled, unlabeled = split_by_masks(folder / "images", folder / "masks")
     assert (len(labeled), len(unlabeled)) == (4, 6)
     config = stseg.TrainConfig(steps=4, batch_size=2, weak=stseg.WeakAugment(32))
-    options = {"num_classes": 7, "config": config, "workdir": folder / "run", "progress": False}
+    options: dict[str, Any] = {"num_classes": 7, "config": config, "workdir": folder / "run", "progress": False}
     result = stseg.SelfTrainer(make_network, **options).fit(labeled, unlabeled)
 
     image = labeled[0][0][None]
@@ -47,7 +51,7 @@ def main(folder: Path) -> None:
     assert torch.equal(again.model.eval()(image), expected)
 
     train, _ = split_ids(labeled.ids, labeled=2)
-    others = {"unlabeled": unlabeled, "val": labeled.without(train)}
+    others: dict[str, Any] = {"unlabeled": unlabeled, "val": labeled.without(train)}
     trained = stseg.fit(FixMatch(make_network()), labeled.only(train), config, **others, progress=False)
     stseg.save_weights(trained.model, folder / "fixmatch.safetensors")
     copy = stseg.Segmenter(make_network())

@@ -145,7 +145,8 @@ def _draw(units: list[list[str]], count: int) -> set[str]:
     for unit in units:
         if abs(len(drawn) + len(unit) - count) < count - len(drawn):
             drawn.update(unit)
-    return drawn or set(min(units, key=lambda unit: len(unit)))
+    smallest = min(units, key=len)
+    return drawn or set(smallest)
 
 
 def _count(labeled: float | int, total: int) -> int:

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stseg.errors import NetworkError
 from stseg.models.batching import images_per_pass
 from stseg.models.segmenter import as_segmenter
+from stseg.models.symbolic import is_traced
 
 
 class MultiScaleFlip(nn.Module):
@@ -54,6 +56,11 @@ class MultiScaleFlip(nn.Module):
         if images.dtype == torch.uint8:
             images = images.float() / 255
         height, width = images.shape[-2:]
+        if is_traced() and not type(height) is type(width) is int:
+            raise NetworkError(
+                "MultiScaleFlip computes the sizes of its views from that of the images, and cannot be exported for "
+                "several sizes; expected the network inside, its attribute model"
+            )
         total: Tensor | float = 0.0
         for scale in self.scales:
             size = (max(1, int(height * scale)), max(1, int(width * scale)))

@@ -15,9 +15,11 @@ from torch.nn.parameter import UninitializedParameter
 from stseg.checks import check_image_range
 from stseg.description import describe
 from stseg.errors import NetworkError
+from stseg.models import symbolic
 from stseg.models._select import check_select, part_of, refuse_local
 from stseg.models.sides import Sides, find_sides, scale_of
 from stseg.models.state import bare_network, device_of, evaluating, place_channels_first
+from stseg.models.symbolic import is_traced
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -59,6 +61,9 @@ class Segmenter(nn.Module):
             networks return several maps only in training. A model whose ``select`` is a lambda cannot be pickled, as
             by ``torch.save``.
 
+    In ``torch.export`` and ``torch.jit.trace`` it records operations that are right for images of other sizes too;
+    which sides the network takes must be known by then, from an earlier call or ``stride``.
+
     Shape:
         ``(B, C, H, W)`` uint8 or float in [0, 1], on any device -> ``(B, K, H, W)`` float32 logits (float64 from a
         float64 network) on the network's device, K at least 2. Any H and W.
@@ -66,7 +71,8 @@ class Segmenter(nn.Module):
     Raises:
         NetworkError: if the network has lazy layers without a shape; when called, if the network does not return a
             batch of logits, returns several, has nothing at the place or under the name ``select``, or logits that,
-            scaled by one integer, do not cover the image.
+            scaled by one integer, do not cover the image; when exported, if it is not known which sides the network
+            takes.
         TypeError: if ``select`` is none of these; when pickled, if it is a lambda or a function inside another one.
         ValueError: when called, if float images are not in [0, 1] (on a GPU only at the first call).
 
@@ -129,6 +135,8 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(B, C, H, W)`` to logits ``(B, K, H, W)``."""
+        if is_traced():
+            return self._traced(images)
         x = self._normalized(images)
         height, width = x.shape[-2:]
         if self._sides is None and (height, width) not in self._sizes:
@@ -141,6 +149,24 @@ class Segmenter(nn.Module):
             logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
         # Not a slice of the whole, which would copy its gradient.
         return logits if logits.shape[-2:] == (height, width) else logits[..., :height, :width]
+
+    def _traced(self, images: Tensor) -> Tensor:
+        """Compute the same by operations that are right at all sizes, for an exporter that records them."""
+        if self._sides is None:
+            raise NetworkError(
+                f"the network ({type(self.network).__name__}) is exported for any size, but which sides it takes is "
+                "not known; expected a Segmenter that was called once before it is exported, model(images), or that "
+                "has been given it: stseg.Segmenter(network, stride=32)"
+            )
+        x = self._normalized(images)
+        padded = symbolic.pad(x, self._sides)
+        with symbolic.AveragePooling():
+            logits = self._logits(padded)
+        if not symbolic.is_same_size(logits, padded):
+            if scale_of(padded.shape, logits.shape) is None:
+                raise NetworkError(self._no_sides(_output(padded, logits)))
+            logits = F.interpolate(logits, size=padded.shape[-2:], mode="bilinear", align_corners=False)
+        return logits if self._sides == Sides(1, 1) else symbolic.crop(logits, like=x)
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
@@ -197,7 +223,7 @@ class Segmenter(nn.Module):
             images = images.float().div_(255)
         elif not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}; expected uint8, or float in [0, 1]")
-        else:
+        elif not is_traced():
             check_image_range(images, self._checked_on)
         if self.mean is not None:
             images = (images - self._per_channel("mean", images)).div_(self._per_channel("std", images))
@@ -235,9 +261,9 @@ class Segmenter(nn.Module):
             network = self._outer[0]
         output = self._output(network, x)
         logits = self._selected(output)
-        rows = len(x) * (1 if self._trying else self._rows_per_image)
+        rows = x.shape[0] * (1 if self._trying else self._rows_per_image)
         is_map = isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim == 4
-        if not is_map or len(logits) != rows or logits.shape[1] == 0:
+        if not is_map or logits.shape[0] != rows or logits.shape[1] == 0:
             expected = "float logits (B, K, h, w) (see select= of stseg.Segmenter)"
             if self._rows_per_image != 1:
                 expected = (
