@@ -14,6 +14,7 @@ import stseg
 from stseg.errors import StsegError
 from stseg.folder_check import check_folders
 from stseg.folders import Folders, Training, folders_of, train_folders
+from stseg.loggers import TensorBoard
 from stseg.methods import list_methods
 
 _EXAMPLES = """examples:
@@ -34,8 +35,7 @@ _TRAIN = """Train a network on images with and without masks. The same command a
 _PREDICT = """Write a mask for every image of a folder: PNG files of the images' names and sizes. The same command again
 goes on where it was interrupted.
 """
-_REPORT = """Write the report of a run, or a comparison of several. A finished run has its report already; this writes
-it again, and prints its path.
+_REPORT = """Compare runs in one page, finished or under way. Of one that is finished, print the path of its report.
 """
 _EXPORT = """Write the network of a run as an ONNX file, which takes images of any size, and check it against PyTorch.
 """
@@ -71,8 +71,15 @@ def train(args: argparse.Namespace) -> int:
             print(found)
             return 1
         folders = replace(folders, classes=[str(index) for index in range(found.classes.num_classes)])
-    options: dict[str, Any] = {"keep": args.keep, "skip_unreadable": args.skip_unreadable}
-    result = train_folders(folders, args.out, training, progress=not args.quiet, **options)
+    result = train_folders(
+        folders,
+        args.out,
+        training,
+        keep=args.keep,
+        skip_unreadable=args.skip_unreadable,
+        log=None if args.tensorboard is None else TensorBoard(args.tensorboard),
+        progress=not args.quiet,
+    )
     last = [stage.history[-1] for stage in result.stages.values() if stage.history]
     if last and "miou" in last[-1]:
         print(f"mIoU on {len(folders.validation() or ())} validation images: {100 * last[-1]['miou']:.1f} %")
@@ -112,12 +119,11 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Write the report of a run, or a comparison of several."""
-    if len(args.runs) == 1 and args.out is None:
-        path = stseg.write_report(args.runs[0])
-    else:
-        path = stseg.compare_runs(args.runs, args.out or Path("comparison.html"))
-    print(path)
+    """Print the path of the report of a finished run, or write a comparison of several, or of one that is under way."""
+    written: Path = args.runs[0] / "report.html"
+    if len(args.runs) > 1 or args.out is not None or not written.exists():
+        written = stseg.compare_runs(args.runs, args.out or Path("comparison.html"))
+    print(written)
     return 0
 
 
@@ -166,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(training)
     training.add_argument("--out", type=Path, required=True, help="folder of the run")
     training.add_argument("--keep", choices=("final", "best"), default="final", help="which weights, by validation")
+    training.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write the history for TensorBoard")
     training.add_argument("--skip-unreadable", action="store_true", help="leave out unlabeled images that are broken")
 
     predicting = command(
@@ -195,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
 
     reporting = command("report", report, _REPORT, "stseg report runs/first runs/second --out comparison.html")
     reporting.add_argument("runs", type=Path, nargs="+", help="folders of runs")
-    reporting.add_argument("--out", type=Path, help="file of a comparison")
+    reporting.add_argument("--out", type=Path, help="file of the comparison; comparison.html by default")
 
     exporting = command("export", export, _EXPORT, "stseg export --run runs/first --out model.onnx")
     _add_run(exporting)

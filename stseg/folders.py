@@ -297,7 +297,8 @@ class Training:
             )
             config = replace(config, weak=weak)
         method = create_method(self.method, num_classes=num_classes, **self.method_settings)
-        return SelfTrainer(make_model, num_classes=num_classes, config=config, method=method, workdir=out, **options)
+        settings = {"num_classes": num_classes, "config": config, "method": method, "class_names": folders.classes}
+        return SelfTrainer(make_model, workdir=out, **{**settings, **options})
 
 
 def train_folders(

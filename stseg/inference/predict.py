@@ -357,7 +357,7 @@ def _wrapped(
         if overlap != 0.25:
             raise ValueError(f"overlap is {overlap} without a tile; expected both")
         return model
-    tiled: nn.Module = models.Tiled(model, tile, overlap)  # type: ignore[attr-defined, unused-ignore]
+    tiled: nn.Module = models.Tiled(model, tile, overlap)
     return tiled
 
 
