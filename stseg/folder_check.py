@@ -28,7 +28,7 @@ from stseg.inference.labeler import PseudoLabeler
 from stseg.inference.reading import Skipped
 from stseg.methods import ST, STPlusPlus
 from stseg.models import MultiScaleFlip
-from stseg.progress import progress_bar
+from stseg.progress import format_duration, progress_bar
 
 _READERS = 4  # threads that decode
 _MOST_VALUES = 256  # of masks that are told apart
@@ -55,9 +55,8 @@ class Estimate:
 
     def __str__(self) -> str:
         memory = f", {self.memory / 2**30:.1f} GiB of memory" if self.memory else ""
-        return (
-            f"about {_duration(self.seconds)} on this machine ({self.device}: {self.step_seconds:.2f} s a step){memory}"
-        )
+        of = f"{self.device}: {self.step_seconds:.2f} s a step"
+        return f"about {format_duration(self.seconds)} on this machine ({of}){memory}"
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,7 @@ def _read_all(
 
     with (
         ThreadPoolExecutor(_READERS) as readers,
-        progress_bar(title="check", total=len(jobs), show=progress) as bar,
+        progress_bar(title="check", total=len(jobs), show=progress, unit="image") as bar,
     ):
         # In parts: a map over all would hold all images.
         for start in range(0, len(jobs), 8 * _READERS):
@@ -383,13 +382,6 @@ def _peak_memory(device: str) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _most_common(counted: Iterable[tuple[str, int]]) -> str:

@@ -119,7 +119,7 @@ class MaskFolder:
         count = 0
         there = [index for index in indices if any(os.path.exists(path) for path, _ in self._files(self._ids[index]))]
         others = self._others() if rank() == 0 else iter(())
-        bar = progress_bar(title="check masks", total=len(there), show=show and bool(there))
+        bar = progress_bar(title="check masks", total=len(there), show=show and bool(there), unit="mask")
         with ThreadPoolExecutor(4) as threads, bar:
             for index, found in _map(threads, self._check, chain(there, others)):
                 bar.update()

@@ -89,7 +89,9 @@ class TileLabeler:
             Axis.cover(length, size, self.overlap) for length, size in zip((height, width), self.size, strict=True)
         )
         device = device_of(self.model)
-        bar = progress_bar(title="predict", total=len(rows.starts) * len(columns.starts), show=self.progress)
+        bar = progress_bar(
+            title="predict", total=len(rows.starts) * len(columns.starts), show=self.progress, unit="tile"
+        )
 
         def batch_of(r: slice, c: slice) -> Tensor | None:
             tile = read(r, c)
