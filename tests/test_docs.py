@@ -58,7 +58,9 @@ COMMANDS = re.compile(r"^stseg .*", re.M)
 SMALL = "--network FPN --encoder tu-test_resnet --weights none --crop 32 --batch-size 2 --steps 3 --quiet"
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/guides/command-line.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/index.md", "docs/guides/command-line.md", "docs/recipes/binary.md"]
+)
 def test_commands_of_a_page_run_in_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a small network in place of the one that would be downloaded."""
     monkeypatch.chdir(tmp_path)
