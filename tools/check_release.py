@@ -21,7 +21,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ["pytest", "hypothesis", "scipy"]  # what the tests need beside stseg[report]
+TOOLS = ["pytest", "hypothesis", "scipy", "opencv-python-headless"]  # what the tests need beside stseg[report]
 TESTS = ["data", "functional", "models", "augment", "modules", "storage", "engine", "inference"]
 
 
