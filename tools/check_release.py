@@ -21,7 +21,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ["pytest", "hypothesis", "scipy"]  # what the tests need beside stseg[report]
+TOOLS = ["pytest", "hypothesis", "scipy", "opencv-python-headless"]  # what the tests need beside stseg[report]
 TESTS = ["data", "functional", "models", "augment", "modules", "storage", "engine", "inference"]
 
 
@@ -33,38 +33,37 @@ def main() -> None:
     if unknown := [kind for kind in kinds if kind not in ("lowest", "newest")]:
         parser.error(f"{unknown[0]!r} is neither 'lowest' nor 'newest'")
     with tempfile.TemporaryDirectory(prefix="stseg-release-") as folder:
-        source, wheel = build(Path(folder))
+        tree, temporary = Path(folder) / "tree", Path(folder)
+        copy_tree(tree)
+        run(sys.executable, "-m", "build", "--outdir", str(temporary / "dist"), str(tree), show=False)
+        (source,), (wheel,) = (temporary / "dist").glob("*.tar.gz"), (temporary / "dist").glob("*.whl")
         for kind in kinds:
-            check(kind, wheel if kind == "lowest" else source, Path(folder))
+            check(kind, wheel if kind == "lowest" else source, tree, temporary)
 
 
-def build(folder: Path) -> tuple[Path, Path]:
-    """Return the source distribution of the files under version control, and the wheel that is built from it."""
-    tree = folder / "tree"
+def copy_tree(tree: Path) -> None:
+    """Copy the files under version control: what changes meanwhile is not checked in part."""
     for name in run("git", "ls-files", "-z", cwd=ROOT, show=False).split("\0"):
         if name and (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes((ROOT / name).read_bytes())
-    run(sys.executable, "-m", "build", "--outdir", str(folder / "dist"), str(tree), show=False)
-    (source,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
-    return source, wheel
 
 
-def check(kind: str, package: Path, folder: Path) -> None:
+def check(kind: str, package: Path, tree: Path, folder: Path) -> None:
     """Install the package in an environment of its own, use it, and run tests against it."""
     print(f"== {kind}: {package.name} on Python {sys.version.split()[0]}", flush=True)
     constraints = folder / "constraints.txt"
-    constraints.write_text("\n".join(lower_bounds(ROOT / "setup.cfg")) if kind == "lowest" else "")
+    constraints.write_text("\n".join(lower_bounds(tree / "setup.cfg")) if kind == "lowest" else "")
     with tempfile.TemporaryDirectory(prefix=f"{kind}-", dir=folder) as environment:
         venv.create(environment, with_pip=True)
         python = str(Path(environment) / "bin" / "python")
         install = (python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "--constraint", str(constraints))
         run(*install, str(package))
         run(python, "-m", "pip", "check")
-        run(python, "-I", str(ROOT / "tools" / "smoke.py"), cwd=folder)
+        run(python, "-I", str(tree / "tools" / "smoke.py"), cwd=folder)
         run(*install, f"{package}[report]", *TOOLS)
         suite = Path(environment) / "suite"
-        copy_tests(suite)
+        copy_tests(tree, suite)
         tests = [f"tests/{name}" for name in TESTS]
         run(python, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", *tests, cwd=suite)
 
@@ -87,10 +86,10 @@ def lower_bounds(setup: Path) -> list[str]:
     return pins
 
 
-def copy_tests(suite: Path) -> None:
+def copy_tests(tree: Path, suite: Path) -> None:
     """Copy the tests and their settings to where the package is not, so that they import the installed one."""
-    for path in [ROOT / "setup.cfg", *(ROOT / "tests").rglob("*.py")]:
-        to = suite / path.relative_to(ROOT)
+    for path in [tree / "setup.cfg", *(tree / "tests").rglob("*.py")]:
+        to = suite / path.relative_to(tree)
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_bytes(path.read_bytes())
 
