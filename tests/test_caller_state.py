@@ -30,7 +30,16 @@ from stseg.augment import (
     from_torchvision,
     strong_view,
 )
-from stseg.data import ClassMap, FilePair, ListedFiles, MixedDataset, SegmentationFolder, SyntheticScenes, split_ids
+from stseg.data import (
+    ClassMap,
+    FilePair,
+    ListedFiles,
+    MixedDataset,
+    NamedDataset,
+    SegmentationFolder,
+    SyntheticScenes,
+    split_ids,
+)
 from stseg.methods import (
     CPS,
     DCC,
@@ -48,8 +57,9 @@ from stseg.methods import (
     Supervised,
     UniMatch,
     UniMatchV2,
+    create_method,
 )
-from stseg.models import DeepLabV2, DeepLabV3Plus, PSPNet, as_segmenter, backbone_of
+from stseg.models import DeepLabV2, DeepLabV3Plus, PSPNet, as_segmenter, backbone_of, create_network
 from stseg.modules import (
     EMA,
     ConvCritic,
@@ -814,6 +824,39 @@ def test_self_training_changes_nothing(recipe, tmp_path):
     assert [dict(row) for stage in result.stages.values() for row in stage.history] == history
 
 
+def test_an_image_stays_as_it_is_in_predict_mask():
+    given = pool()
+    model = partly_frozen()
+    array = given["bytes_image"].permute(1, 2, 0).numpy().copy()
+    before = array.copy()
+    with same_networks(model), same_random_states(), same_tensors(given):
+        for image in (given["image"], given["bytes_image"]):
+            stseg.predict_mask(model, image)
+        stseg.predict_mask(model, array)
+    assert (array == before).all()
+
+
+def test_settings_of_a_method_and_of_a_network_stay_as_they_are():
+    options = {"decoder_pyramid_channels": 16}
+    create_network("FPN", "tu-test_resnet", num_classes=2, weights=None, options=options)
+    assert options == {"decoder_pyramid_channels": 16}
+    settings = {"weight": 2.0}
+    create_method("cps", num_classes=2, **settings).method(network)
+    assert settings == {"weight": 2.0}
+
+
+def test_parts_and_sums_of_data_sets_leave_them_as_they_are():
+    scenes = SyntheticScenes(3, size=16)
+    ids = list(scenes.ids)
+    assert isinstance(scenes, NamedDataset)
+    assert (
+        len(scenes.only(ids[:1])),
+        len(scenes.without(ids[:1])),
+        len(scenes.only(ids[:1]) + scenes.only(ids[1:])),
+    ) == (1, 2, 3)
+    assert scenes.ids == ids
+
+
 # --- completeness
 
 NO_ARGUMENT_THAT_COULD_CHANGE = {
@@ -823,9 +866,11 @@ NO_ARGUMENT_THAT_COULD_CHANGE = {
     *("StsegError", "DataError", "UnreadableImageError", "NetworkError", "MethodError", "TrainingDivergedError"),
     "MetricError",
     *("WorkdirMismatchError", "WorkdirInUseError", "WorkdirMissingError", "DamagedFileError"),
-    *("augment", "data", "functional", "methods", "models", "modules"),
+    *("augment", "data", "functional", "loggers", "methods", "models", "modules"),
     *("OneStage", "Recipe", "Baseline"),
-    *("read_ids", "read_pairs", "compare_runs"),  # files
+    *("read_ids", "read_pairs", "split_by_masks", "compare_runs"),  # files
+    *("Folders", "Training", "train_folders", "check_folders", "FolderCheck", "Estimate"),  # frozen, and files
+    *("list_methods", "Predictions"),
 }
 
 

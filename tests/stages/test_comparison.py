@@ -81,11 +81,13 @@ def test_iou_by_class(runs, tmp_path):
         for row in record["history"]:
             row |= {"iou/0": 0.5, "iou/1": None}
         write_record(folder / step / "progress.json", record)
-    page = Page(stseg.compare_runs([folder, list(runs)[1]], tmp_path / "c.html"))
+    other = list(runs)[1]
+    last = list(runs[other].stages.values())[-1].history[-1]
+    page = Page(stseg.compare_runs([folder, other], tmp_path / "c.html"))
     assert page.tables["IoU of each class on the validation images"] == [
         ["Class", "with iou", "b"],
-        ["sky", "50.0 %", "–"],
-        ["<sun>", "–", "–"],
+        ["sky", "50.0 %", f"{100 * last['iou/0']:.1f} %"],
+        ["<sun>", "–", f"{100 * last['iou/1']:.1f} %"],
     ]
 
 

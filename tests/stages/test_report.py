@@ -342,7 +342,7 @@ class TestProblems:
     def test_warnings_of_the_run_and_its_trainings(self, finished, tmp_path):
         result = dataclasses.replace(finished[0])
         stage = dataclasses.replace(result.stages["teacher"])
-        object.__setattr__(result, "warnings", ("the <run>",))
+        object.__setattr__(result, "warnings", {"labels": ("the <run>",)})
         object.__setattr__(stage, "warnings", ("the teacher", "the <run>"))
         result.stages["teacher"], before = stage, result.stages["teacher"]
         try:
