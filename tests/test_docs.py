@@ -5,8 +5,12 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -96,6 +100,30 @@ def test_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatch: p
                 run_session(code, names, where)
             else:
                 exec(compile(code, where, "exec"), names)
+
+
+MANY_GPUS = DOCS / "recipes" / "many-gpus.md"
+
+
+def test_two_processes_run_the_program_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("".join(code for _, _, code in blocks(MANY_GPUS)), encoding="utf-8")
+    (line,) = re.findall(r'^CUDA_VISIBLE_DEVICES="" torchrun (.*)', MANY_GPUS.read_text(encoding="utf-8"), re.M)
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line)]
+    python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert stseg.predict_mask(stseg.load(tmp_path / "runs/many"), torch.rand(3, 32, 32)).shape == (32, 32)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_script_of_a_recipe_is_one_for_bash() -> None:
+    text = MANY_GPUS.read_text(encoding="utf-8")
+    script = text[text.index("#!/bin/bash") :].partition("```")[0]
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_pages_are_skipped_for_known_packages_alone() -> None:
