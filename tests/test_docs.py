@@ -5,8 +5,12 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,8 @@ from stseg.command import main
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [path for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md"))) if path.exists()]
+NEEDS = re.compile(r"^<!-- needs: (\w+) -->$", re.M)
+NOT_INSTALLED = ("lightning", "transformers")  # pages that need one of these run where it is
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>python|pycon)\b[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
 
 
@@ -82,6 +88,8 @@ def test_commands_of_a_page_run_in_order(name: str, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in NEEDS.findall(page.read_text(encoding="utf-8")):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     if page.name in ("README.md", "command-line.md"):
         write_binary_data()
@@ -96,9 +104,40 @@ def test_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatch: p
                 exec(compile(code, where, "exec"), names)
 
 
-def test_every_guide_has_code() -> None:
-    without = [path.name for path in (DOCS / "guides").glob("*.md") if not blocks(path)]
-    assert not without
+MANY_GPUS = DOCS / "recipes" / "many-gpus.md"
+
+
+def test_two_processes_run_the_program_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("".join(code for _, _, code in blocks(MANY_GPUS)), encoding="utf-8")
+    (line,) = re.findall(r'^CUDA_VISIBLE_DEVICES="" torchrun (.*)', MANY_GPUS.read_text(encoding="utf-8"), re.M)
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line)]
+    python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert stseg.predict_mask(stseg.load(tmp_path / "runs/many"), torch.rand(3, 32, 32)).shape == (32, 32)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_script_of_a_recipe_is_one_for_bash() -> None:
+    text = MANY_GPUS.read_text(encoding="utf-8")
+    script = text[text.index("#!/bin/bash") :].partition("```")[0]
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pages_are_skipped_for_known_packages_alone() -> None:
+    declared = {path.name: NEEDS.findall(path.read_text(encoding="utf-8")) for path in PAGES}
+    assert {name: needs for name, needs in declared.items() if not set(needs) <= {*NOT_INSTALLED}} == {}
+
+
+@pytest.mark.parametrize("folder", ["guides", "recipes"])
+def test_every_guide_and_recipe_has_code(folder: str) -> None:
+    pages = list((DOCS / folder).glob("*.md"))
+    assert pages
+    assert not [path.name for path in pages if not blocks(path)]
 
 
 def public_names() -> set[str]:

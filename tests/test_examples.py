@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import stseg
@@ -118,6 +123,34 @@ def test_an_example_is_a_page(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) < (130 if path.stem == "quickstart" else 90)
     assert path.stem == "plots" or f"python examples/{path.stem}.py" in text
+
+
+def run_cell(source: str, names: dict[str, Any]) -> Any:
+    """Run a cell of a notebook; return the value of its last line, which a notebook shows."""
+    *body, last = ast.parse(source).body
+    is_shown = isinstance(last, ast.Expr)
+    exec(compile(ast.Module(body if is_shown else [*body, last], []), "cell", "exec"), names)
+    return eval(compile(ast.Expression(last.value), "cell", "eval"), names) if isinstance(last, ast.Expr) else None
+
+
+def test_the_notebook_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = json.loads((EXAMPLES / "first_run.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    small: dict[str, int] = {**SMALL, "LABELED": 4}
+    names: dict[str, Any] = {"__name__": "__main__"}
+    shown = []
+    with torch.random.fork_rng():
+        for cell in cells:
+            constant = re.compile(r"^([A-Z_]+) = \d+$", re.M)
+            source = constant.sub(lambda found: f"{found[1]} = {small[found[1]]}", "".join(cell["source"]))
+            shown.append(run_cell(source, names))
+    assert sum(isinstance(each, Figure) for each in shown) == 4
+    assert names["STEPS"] == SMALL["STEPS"]
+    scores = [float(line.split(" mIoU ")[1]) for line in capsys.readouterr().out.splitlines() if " mIoU " in line]
+    assert len(scores) == 2
 
 
 def test_quickstart_prints_a_table_and_draws_a_figure(
