@@ -243,7 +243,7 @@ def network_of(arguments: argparse.Namespace, in_channels: int = 3, classes: int
         architecture = getattr(stseg.models, name)
         network = architecture(arguments.encoder, num_classes=classes, pretrained=pretrained, **options)
     else:
-        network = stseg.models.create_network(
+        wrapped = stseg.models.create_network(
             name,
             arguments.encoder,
             num_classes=classes,
@@ -251,6 +251,8 @@ def network_of(arguments: argparse.Namespace, in_channels: int = 3, classes: int
             channels=in_channels,
             options=options,
         )
+        normal = (stseg.IMAGENET_MEAN, stseg.IMAGENET_STD)
+        network = wrapped.network if (wrapped.mean, wrapped.std) == normal else wrapped
     if DEVICE == "cpu":
         keep_depthwise_in_float32(network)
     made: nn.Module = network.to(memory_format=torch.channels_last)

@@ -333,7 +333,7 @@ def test_installed_weights_are_those_of_the_package() -> None:
         assert network.segmentation_head[0](torch.rand(1, 16, 8, 8)).dtype == torch.bfloat16
     corrector = evidence.network_of(evidence.parse(flags.split()), in_channels=5, classes=3)
     assert corrector(torch.rand(1, 5, 64, 64)).shape == (1, 3, 64, 64)
-    with pytest.raises(ValueError, match="'resnet18'; installed weights exist for"):
+    with pytest.raises(ValueError, match="'resnet18' with 3 channels has no installed weights"):
         evidence.network_of(evidence.parse([*flags.split(), "--encoder", "resnet18"]))
 
 

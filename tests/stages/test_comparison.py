@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from pages import Page
+from report_page import Page
 from torch import nn
 
 import stseg

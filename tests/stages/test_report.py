@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages import Page
+from report_page import Page
 from torch import nn
 
 import stseg
