@@ -15,7 +15,13 @@ from torch.overrides import TorchFunctionMode
 
 from stseg.models.sides import Sides
 
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # not in early versions
+
+def _is_exporting_early() -> bool:
+    """Return what ``torch.compiler.is_exporting`` does where it is missing, but not of an export through dynamo."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", _is_exporting_early)
 
 
 def is_traced() -> bool:
