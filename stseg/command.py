@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import stseg
+from stseg.distributed import rank, setup_device
 from stseg.errors import StsegError
 from stseg.folder_check import check_folders
 from stseg.folders import Folders, Training, folders_of, train_folders
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = args.run_command
     try:
         return run(args)
-    except (StsegError, OSError, ValueError, TypeError) as error:
+    except (StsegError, OSError, ImportError, ValueError, TypeError) as error:
         print(f"stseg {args.command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, TypeError)) and not isinstance(error, StsegError) else 1
     except KeyboardInterrupt:
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(args: argparse.Namespace) -> int:
     """Check folders and print what was found."""
     found = check_folders(_folders(args), None if args.quick else _training(args), progress=not args.quiet)
-    print(found)
+    _say(found)
     return 0 if found.is_fine else 1
 
 
@@ -66,11 +67,11 @@ def train(args: argparse.Namespace) -> int:
     """Train on folders, and print where the results are."""
     folders, training = _folders(args), _training(args)
     if folders.classes is None and folders.class_map is None:
-        found = check_folders(folders, progress=not args.quiet)
+        found = check_folders(folders, unlabeled=False, progress=not args.quiet)
         if not found.is_fine or found.classes is None:
-            print(found)
+            _say(found)
             return 1
-        folders = replace(folders, classes=[str(index) for index in range(found.classes.num_classes)])
+        folders = replace(folders, classes=found.classes.num_classes)
     result = train_folders(
         folders,
         args.out,
@@ -82,9 +83,9 @@ def train(args: argparse.Namespace) -> int:
     )
     last = [stage.history[-1] for stage in result.stages.values() if stage.history]
     if last and "miou" in last[-1]:
-        print(f"mIoU on {len(folders.validation() or ())} validation images: {100 * last[-1]['miou']:.1f} %")
-    print(f"report:  {Path(args.out) / 'report.html'}")
-    print(f"predict: stseg predict --run {args.out} --images FOLDER --out FOLDER")
+        _say(f"mIoU on {len(folders.validation() or ())} validation images: {100 * last[-1]['miou']:.1f} %")
+    _say(f"report:  {Path(args.out) / 'report.html'}")
+    _say(f"predict: stseg predict --run {args.out} --images FOLDER --out FOLDER")
     return 0
 
 
@@ -107,14 +108,14 @@ def predict(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         num_workers=args.workers,
         precision=args.precision,
-        device=args.device,
+        device=args.device or setup_device(),
         skip_unreadable=args.skip_unreadable,
         progress=not args.quiet,
     )
     for skipped in predicted.skipped:
-        print(f"left out: {skipped.id}: {skipped.reason}", file=sys.stderr)
+        _say(f"left out: {skipped.id}: {skipped.reason}", file=sys.stderr)
     written = "class indices" if values is None else "the values " + ", ".join(map(str, values))
-    print(f"{len(predicted)} masks of {written}: {args.out}")
+    _say(f"{len(predicted)} masks of {written}: {args.out}")
     return 0
 
 
@@ -223,7 +224,7 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--val", type=_share, help="masks to hold out for validation: a number, or a share such as 0.2")
     group.add_argument("--val-images", type=Path, help="images for validation, in place of --val")
     group.add_argument("--val-masks", type=Path, help="their masks")
-    group.add_argument("--classes", nargs="+", metavar="NAME", help="names of the classes, in order")
+    group.add_argument("--classes", nargs="+", metavar="NAME", help="names of the classes, in order, or their number")
     group.add_argument("--mask-suffix", default="", help="what masks' names have after those of the images")
     group.add_argument(
         "--class-map",
@@ -258,7 +259,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--any-orientation", action="store_true", help="images have no up and down: turn and flip them in training"
     )
-    config = Training(weights=None).default_config()
+    config = Training().config(crop=1)
     for name, text in (
         ("steps", "of every training"),
         ("batch_size", "labeled images of a step, beside as many unlabeled ones"),
@@ -281,11 +282,15 @@ def _folders(args: argparse.Namespace) -> Folders:
     mode = None if args.mode == "any" else args.mode
     class_map = None if args.class_map is None else dict(args.class_map)
     value_range = None if args.value_range is None else tuple(args.value_range)
-    return Folders(**{**given, "mode": mode, "class_map": class_map, "value_range": value_range})
+    classes: Any = args.classes
+    if classes is not None and len(classes) == 1 and classes[0].isdecimal():
+        classes = int(classes[0])
+    return Folders(**{**given, "classes": classes, "mode": mode, "class_map": class_map, "value_range": value_range})
 
 
 def _training(args: argparse.Namespace) -> Training:
-    training = Training(
+    names = ("steps", "batch_size", "seed", "num_workers", "eval_every", "precision", "lr", "head_lr_factor")
+    return Training(
         method=args.method,
         method_settings=dict(args.set),
         network=args.network,
@@ -294,10 +299,14 @@ def _training(args: argparse.Namespace) -> Training:
         network_options=dict(args.network_set),
         crop=args.crop,
         any_orientation=args.any_orientation,
+        settings={name: getattr(args, name) for name in names if getattr(args, name) is not None},
     )
-    names = ("steps", "batch_size", "seed", "num_workers", "eval_every", "precision", "lr", "head_lr_factor")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return replace(training, config=training.default_config(**changes))
+
+
+def _say(text: object, file: TextIO | None = None) -> None:
+    """Print in the first process."""
+    if rank() == 0:
+        print(text, file=file)
 
 
 def _pair(text: str) -> tuple[Any, int]:

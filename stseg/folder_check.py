@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stseg.data.convert import as_mask, gray_of
+from stseg.data.convert import as_mask, check_mask_values, gray_of
 from stseg.data.decoding import decode_mask
 from stseg.data.folder import SegmentationFolder
 from stseg.data.items import Items
+from stseg.distributed import setup_device
 from stseg.errors import DataError, StsegError
 from stseg.folders import Folders, Training
 from stseg.inference.class_counts import ClassCounts
@@ -31,7 +32,8 @@ from stseg.models import MultiScaleFlip
 from stseg.progress import format_duration, progress_bar
 
 _READERS = 4  # threads that decode
-_MOST_VALUES = 256  # of masks that are told apart
+_MOST_VALUES = 256  # of masks that are counted
+_MOST_CLASSES = 32  # that masks without names or a mapping may have: more look like shades or numbered objects
 _SHOWN = 5  # of a list in the text
 _TRIAL_STEPS = 4
 Value = int | tuple[int, ...]
@@ -42,7 +44,7 @@ class Estimate:
     """Time and memory of a training on this machine, from a few steps.
 
     Attributes:
-        seconds: of the whole training, without reading the data before it.
+        seconds: of all trainings and labelings, without ranking, validation and the check of the data before.
         step_seconds: of one step.
         memory: peak memory in bytes: of the GPU, or of this process; 0 where the system does not tell.
         device: the device.
@@ -68,11 +70,11 @@ class FolderCheck:
         sizes: number of images of each ``(height, width)``.
         channels: number of images of each number of channels.
         values: pixels of each value, or color, that the mask files hold.
-        class_map: a mapping to classes, proposed where the values are none and ``class_map`` was not given.
+        class_map: a mapping to classes, proposed where the values are not class indices.
         classes: pixels of each class; None while the classes are not known.
         same: pairs of images with equal pixels, as ``"use: id"``.
         unreadable: images and masks that cannot be read, with the reason.
-        problems: what has to be mended before training, each with the way out.
+        problems: what prevents a training, or makes its validation wrong, and what to do.
         notes: what should be known.
         estimate: time and memory, if it was asked for and the data have no problem.
     """
@@ -124,16 +126,19 @@ class _Seen:
     unreadable: list[Skipped] = field(default_factory=list)
 
 
-def check_folders(folders: Folders, training: Training | None = None, *, progress: bool = True) -> FolderCheck:
-    """Check folders of images and masks: reads every file once.
+def check_folders(
+    folders: Folders, training: Training | None = None, *, unlabeled: bool = True, progress: bool = True
+) -> FolderCheck:
+    """Read all images and masks, and report what they hold and what would prevent a training.
 
-    Finds files that cannot be read, masks that differ from their image in size, values of masks that are no classes,
+    Finds files that cannot be read, masks that differ from their image in size, mask values that are not class indices,
     images of several numbers of channels, and images with equal pixels in two places, such as validation images among
     the unlabeled ones.
 
     Args:
         folders: the folders.
         training: tries a few of its steps on this machine to estimate time and memory; None does not.
+        unlabeled: whether to read the unlabeled images, too.
         progress: whether to show a bar.
 
     Raises:
@@ -151,14 +156,14 @@ def check_folders(folders: Folders, training: Training | None = None, *, progres
         >>> check.class_map, check.is_fine
         ({0: 0, 255: 1}, False)
     """
-    labeled, val, unlabeled = folders.labeled(), folders.validation(), folders.images_only()
-    parts: dict[str, Any] = {"labeled": labeled, "unlabeled": unlabeled, "validation": val}
+    labeled, val, others = folders.labeled(), folders.validation(), folders.images_only() if unlabeled else None
+    parts: dict[str, Any] = {"labeled": labeled, "unlabeled": others, "validation": val}
     found = {use: Items.of(part) for use, part in parts.items() if part is not None}
     masked = {use: part for use, part in (("labeled", labeled), ("validation", val)) if part is not None}
     # Images and masks are read one by one: a mask that cannot be read says nothing of its image.
     images = {use: Items.of(folders.without_masks(masked[use])) if use in masked else found[use] for use in found}
     seen = _read_all(images, masked, folders, progress=progress)
-    proposed = None if folders.class_map is not None else propose_class_map(seen.values)
+    proposed = _proposal(folders, seen.values)
     problems, notes, classes = [], [], None
     if len(seen.channels) > 1:
         problems.append(
@@ -168,22 +173,25 @@ def check_folders(folders: Folders, training: Training | None = None, *, progres
     problems += [f"{skipped.id}: {skipped.reason}" for skipped in seen.unreadable]
     if proposed is not None:
         problems.append(
-            f"the masks hold {_listed(sorted(map(str, seen.values)))}, which are no classes; is it "
-            f"{class_map_option(proposed)}?"
+            f"the masks hold the values {_listed(_sorted(seen.values))}, which are not class indices 0, 1, ...; is it "
+            f"{class_map_option(proposed)}? Where they are, and some classes are in no mask: --classes, all names or "
+            "their number"
         )
     elif not seen.unreadable:
         try:
-            classes = _count_classes(folders, labeled, seen.values)
+            classes = _count_classes(folders, labeled, val, seen.values)
             classes.check()
         except StsegError as error:
             problems.append(str(error))
     same, worst = _same(seen.digests)
     problems += worst
-    if unlabeled is None:
+    if unlabeled and others is None:
         notes.append("there are no unlabeled images: expected images without masks in --images, or --unlabeled")
     estimate = None
-    if training is not None and not problems:
-        estimate = _estimate(replace(folders, classes=folders.classes or _names(classes)), training)
+    if training is not None and "epochs" in training.settings:
+        notes.append("time and memory are estimated for a length in steps, not in epochs")
+    elif training is not None and classes is not None and not problems:
+        estimate = _estimate(replace(folders, classes=folders.classes or classes.num_classes), training)
     return FolderCheck(
         counts={use: len(items) for use, items in found.items()},
         sizes=seen.sizes,
@@ -206,7 +214,7 @@ def propose_class_map(values: Iterable[Value]) -> dict[Value, int] | None:
         >>> propose_class_map([0, 1, 2, 255]), propose_class_map([255, 0]), propose_class_map([(0, 0, 0), (9, 9, 9)])
         (None, {0: 0, 255: 1}, {(0, 0, 0): 0, (9, 9, 9): 1})
     """
-    found = sorted(values, key=lambda value: value if isinstance(value, tuple) else (value,))
+    found = _sorted(values)
     if not found or len(found) > _MOST_VALUES:
         return None
     if all(isinstance(value, int) for value in found):
@@ -231,6 +239,16 @@ def class_map_option(class_map: Mapping[Any, int]) -> str:
     )
 
 
+def _proposal(folders: Folders, values: Mapping[Value, int]) -> dict[Value, int] | None:
+    if folders.class_map is not None:
+        return None
+    if folders.classes is not None and set(values) != {0, 255}:
+        known = {*range(folders.num_classes()), 255}
+        if known.issuperset(values):
+            return None
+    return propose_class_map(values)
+
+
 def _read_all(
     parts: Mapping[str, Items], masked: Mapping[str, SegmentationFolder], folders: Folders, *, progress: bool
 ) -> _Seen:
@@ -243,13 +261,13 @@ def _read_all(
         folder = masked.get(use)
         try:
             image = items.image(index)
-        except StsegError as error:
+        except (StsegError, OSError) as error:
             return name, str(error), None
         if folder is None:
             return name, image, None
         try:
             return name, image, _values(folder, index, image, folders)
-        except StsegError as error:
+        except (StsegError, OSError) as error:
             return name, image, str(error)
 
     with (
@@ -295,35 +313,41 @@ def _values(folder: SegmentationFolder, index: int, image: Tensor, folders: Fold
     return Counter({int(v): int(n) for v, n in zip(values[:_MOST_VALUES], counts, strict=False)})
 
 
-def _count_classes(folders: Folders, labeled: SegmentationFolder, values: Mapping[Value, int]) -> ClassCounts:
-    """Count pixels of each class, of validation masks too: all are known by the values of the files."""
-    if folders.classes is not None or folders.class_map is not None:
-        num_classes = folders.num_classes()
-    else:
-        num_classes = max((value for value in values if isinstance(value, int) and value != 255), default=0) + 1
-    counts = ClassCounts(max(2, num_classes), name="labeled")
-    for index in range(len(labeled)):
-        mask = labeled[index][1]
-        if (highest := _highest(mask)) >= counts.num_classes:
-            raise DataError(
-                f"the mask of {labeled.ids[index]!r} holds the class {highest}; expected 0 to "
-                f"{counts.num_classes - 1}, or 255 for ignored pixels"
-            )
-        counts.add(mask)
+def _count_classes(
+    folders: Folders, labeled: SegmentationFolder, val: SegmentationFolder | None, values: Mapping[Value, int]
+) -> ClassCounts:
+    """Count the pixels of each class in the labeled masks.
+
+    Raises:
+        DataError: if the number of classes is not known, or a mask holds another class.
+    """
+    num_classes = _known_classes(folders, values)
+    counts = ClassCounts(num_classes, name="labeled")
+    for part in (labeled, val):
+        for index in range(0 if part is None else len(part)):
+            assert part is not None
+            mask = part[index][1]
+            check_mask_values(mask, num_classes, 255, name=part.ids[index])
+            if part is labeled:
+                counts.add(mask)
     return counts
 
 
-def _highest(mask: Tensor) -> int:
-    known = mask[mask != 255]
-    return int(known.max()) if known.numel() else 0
-
-
-def _names(classes: ClassCounts | None) -> list[str]:
-    return [str(index) for index in range(0 if classes is None else classes.num_classes)]
+def _known_classes(folders: Folders, values: Mapping[Value, int]) -> int:
+    """Return the number of classes that the arguments state, else that of the masks if there are few."""
+    if folders.classes is not None or folders.class_map is not None:
+        return folders.num_classes()
+    found = 1 + max((value for value in values if isinstance(value, int) and value != 255), default=0)
+    if found > _MOST_CLASSES:
+        raise DataError(
+            f"the masks hold values up to {found - 1}, as shades of gray do, or numbers of objects; if they are "
+            f"{found} classes: --classes {found}"
+        )
+    return max(2, found)
 
 
 def _same(digests: Mapping[str, list[str]]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return pairs of equal images, and what has to be mended."""
+    """Return pairs of equal images, and the problem that some of them are."""
     pairs = [(names[0], other) for names in digests.values() for other in names[1:]]
     across = [
         (one, other)
@@ -345,20 +369,21 @@ def _same(digests: Mapping[str, list[str]]) -> tuple[list[tuple[str, str]], list
 def _estimate(folders: Folders, training: Training) -> Estimate:
     """Try a few steps of the first training, and labeling where there is any."""
     trainer = training.trainer(folders, None, progress=False)
-    length = trainer.config.steps or 1
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    short = replace(trainer.config, steps=_TRIAL_STEPS + 2, eval_every=1, epochs=None)
-    one = replace(training, config=short, method="supervised" if _trainings(trainer.recipe) > 1 else training.method)
+    device = setup_device()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     labeled, others = folders.labeled(), folders.images_only()
     unlabeled = None if others is None else Items.of(others)
+    few = None if unlabeled is None else unlabeled.subset(range(min(len(unlabeled), 4 * trainer.config.batch_size)))
+    one = training
+    if _trainings(trainer.recipe) > 1:  # of which each is supervised
+        one = replace(training, method="supervised", method_settings={})
+    one = replace(one, settings={**one.settings, "steps": _TRIAL_STEPS + 2, "eval_every": 1})
     stamps: list[float] = []
     quick = one.trainer(folders, None, progress=False, log=lambda row: stamps.append(time.perf_counter()))
-    few = None if unlabeled is None else unlabeled.subset(range(min(len(unlabeled), 4 * short.batch_size)))
     result = quick.fit(labeled, None if one.method == "supervised" else few)
     step = statistics.median(after - before for before, after in pairwise(stamps))
-    seconds = step * length * _trainings(trainer.recipe)
+    seconds = step * (trainer.config.steps or 0) * _trainings(trainer.recipe)
     if isinstance(trainer.recipe, ST) and unlabeled is not None:
         views = MultiScaleFlip(result.model) if trainer.recipe.labeling.tta is not None else result.model
         labeler = PseudoLabeler(views, num_classes=trainer.num_classes, progress=False)
@@ -366,16 +391,16 @@ def _estimate(folders: Folders, training: Training) -> Estimate:
         tried = range(min(2, len(unlabeled)))
         labeler.label(unlabeled.subset(tried))
         seconds += (time.perf_counter() - began) / len(tried) * len(unlabeled)
-    return Estimate(seconds, step, _peak_memory(device), device)
+    return Estimate(seconds, step, _peak_memory(device), device.type)
 
 
 def _trainings(recipe: object) -> int:
     return 3 if isinstance(recipe, STPlusPlus) else 2 if isinstance(recipe, ST) else 1
 
 
-def _peak_memory(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # on Windows
@@ -393,10 +418,14 @@ def _most_common(counted: Iterable[tuple[str, int]]) -> str:
 
 def _shares(values: Mapping[Value, int]) -> str:
     everything = max(1, sum(values.values()))
-    rows = sorted(values.items(), key=lambda row: str(row[0]) if isinstance(row[0], tuple) else f"{row[0]:09d}")
-    return _listed([f"{value} ({count / everything:.1%})".replace("%", " %") for value, count in rows], most=12)
+    rows = [f"{value} ({values[value] / everything:.1%})".replace("%", " %") for value in _sorted(values)]
+    return _listed(rows, most=12)
 
 
-def _listed(texts: Sequence[str], most: int = _SHOWN) -> str:
-    shown = ", ".join(texts[:most])
+def _sorted(values: Iterable[Value]) -> list[Value]:
+    return sorted(values, key=lambda value: value if isinstance(value, tuple) else (value,))
+
+
+def _listed(texts: Sequence[object], most: int = _SHOWN) -> str:
+    shown = ", ".join(map(str, texts[:most]))
     return shown if len(texts) <= most else f"{shown}, ... ({len(texts)} in all)"

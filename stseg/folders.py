@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import ConcatDataset, Dataset
 
 from stseg.augment import WeakAugment
+from stseg.checks import check_count
 from stseg.data import SegmentationFolder, split_ids
 from stseg.data._reading import Mode
 from stseg.data.convert import image_of
@@ -45,7 +46,7 @@ class Folders:
             at random by ``seed``.
         val_images: folder of images for validation, in place of ``val``.
         val_masks: folder of their masks.
-        classes: name of each class.
+        classes: name of each class, or how many there are.
         mask_suffix: what the names of masks have after those of their images.
         class_map: the class of each value, or color, of the masks.
         unmapped: class of all other values; 255 ignores them, None refuses them.
@@ -75,7 +76,7 @@ class Folders:
     val: int | float | None = None
     val_images: str | Path | None = None
     val_masks: str | Path | None = None
-    classes: Sequence[str] | None = None
+    classes: Sequence[str] | int | None = None
     mask_suffix: str = ""
     class_map: Mapping[Any, int] | None = None
     unmapped: int | None = 255
@@ -88,6 +89,13 @@ class Folders:
             raise ValueError("val_images and val_masks go together; expected both")
         if self.val is not None and self.val_images is not None:
             raise ValueError("val and val_images are both given; expected one of them")
+        if isinstance(self.classes, int):
+            check_count("classes", self.classes, least=2)
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the classes; None if they have none."""
+        return None if isinstance(self.classes, int) else self.classes
 
     def labeled(self) -> SegmentationFolder:
         """Return the images with masks, without those held out."""
@@ -122,10 +130,10 @@ class Folders:
             DataError: if neither does.
         """
         if self.classes is not None:
-            return len(self.classes)
+            return self.classes if isinstance(self.classes, int) else len(self.classes)
         if self.class_map is not None:
             return 1 + max(to for to in self.class_map.values() if to != 255)
-        raise DataError("the number of classes is not known; expected classes= or class_map=")
+        raise DataError("the number of classes is not known; expected classes=, names or a number, or class_map=")
 
     def channels(self) -> int:
         """Return the number of channels of the images: of the first one, if ``mode`` does not tell."""
@@ -145,7 +153,7 @@ class Folders:
         """Return how the files are read, JSON-serializable."""
         class_map = None if self.class_map is None else [[key, to] for key, to in self.class_map.items()]
         return {
-            "classes": None if self.classes is None else list(self.classes),
+            "classes": self.classes if isinstance(self.classes, int | None) else list(self.classes),
             "class_map": class_map,
             "unmapped": self.unmapped,
             "mode": self.mode,
@@ -181,7 +189,7 @@ class Folders:
         for index, id in enumerate(found.ids):
             if id in places:
                 part, place = places[id]
-                equal = torch.equal(image_of(found[index], name=id), image_of(part[place], name=id))
+                equal = _equal_files(found.image_path(index), part.image_path(place))
                 same += [id] if equal else []
                 other = other or not equal
         if len(same) == len(found):
@@ -211,6 +219,13 @@ class Folders:
         beside = Path(images) == Path(self.images) == Path(self.masks)
         suffix = self.mask_suffix if beside else ""
         return SegmentationFolder(images, mask_suffix=suffix, mode=self.mode, value_range=self.value_range, **chosen)
+
+
+def _equal_files(one: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:  # what cannot be read is named when it is
+        return False
 
 
 def folders_of(workdir: str | Path) -> Folders | None:
@@ -246,13 +261,19 @@ class Training:
         crop: side of the training crops; None for :meth:`Folders.suggest_crop`.
         any_orientation: whether images have no up and down, as of tissue or from above: training images are also
             rotated by quarter turns and flipped vertically.
-        config: all other settings of the training; its ``weak`` is replaced if ``crop`` is given or it is the default.
-            None for ``default_config()``.
+        settings: changes to the settings for few masks: AdamW at 3e-4 for the encoder and ten times that for the rest
+            (without pretrained weights 1e-3 for all), 4,000 steps of 8 labeled images. The names are those of
+            :class:`stseg.TrainConfig`.
+
+    Raises:
+        ValueError: if both ``crop`` and the setting ``weak`` are given; when a trainer is made, if a setting is out of
+            its range.
 
     Example:
-        >>> training = Training(method="unimatch", encoder="resnet18")
-        >>> training.default_config().optimizer
-        'adamw'
+        >>> training = Training(method="unimatch", encoder="resnet18", settings={"steps": 2000})
+        >>> config = training.config(crop=96)
+        >>> config.steps, config.weak.crop_size, config.lr
+        (2000, (96, 96), 0.0003)
     """
 
     method: str = "fixmatch"
@@ -263,16 +284,24 @@ class Training:
     network_options: Mapping[str, Any] = field(default_factory=dict)
     crop: int | None = None
     any_orientation: bool = False
-    config: TrainConfig | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def default_config(self, **changes: Any) -> TrainConfig:
-        """Return the settings of a training on few masks: AdamW, 4,000 steps of 8 labeled images.
+    def __post_init__(self) -> None:
+        if self.crop is not None and "weak" in self.settings:
+            raise ValueError("crop and the setting weak are both given; expected one of them")
 
-        A pretrained encoder learns at a tenth of the rate of the decoder.
-        """
+    def config(self, *, crop: int) -> TrainConfig:
+        """Return all settings of the training; crops have this side, unless the settings have a ``weak``."""
         rates = {"lr": 1e-3, "head_lr_factor": 1.0} if self.weights is None else {"lr": 3e-4, "head_lr_factor": 10.0}
-        settings = {"steps": 4000, "batch_size": 8, "optimizer": "adamw", "weight_decay": 0.01, **rates}
-        return TrainConfig(**{**settings, **changes})
+        length = {} if "epochs" in self.settings else {"steps": 4000}
+        weak = WeakAugment(
+            crop,
+            ignore_index=self.settings.get("ignore_index", 255),
+            vertical_flip=0.5 if self.any_orientation else 0.0,
+            quarter_turns=self.any_orientation,
+        )
+        defaults = {"batch_size": 8, "optimizer": "adamw", "weight_decay": 0.01, "weak": weak, **length, **rates}
+        return TrainConfig(**{**defaults, **self.settings})
 
     def trainer(self, folders: Folders, out: str | Path | None, **options: Any) -> SelfTrainer:
         """Return the trainer of a run."""
@@ -286,18 +315,9 @@ class Training:
             channels=folders.channels(),
             options=dict(self.network_options),
         )
-        config = self.config or self.default_config()
-        if self.crop is not None or config.weak == WeakAugment(321, ignore_index=config.ignore_index):
-            crop = self.crop or folders.suggest_crop()
-            weak = WeakAugment(
-                crop,
-                ignore_index=config.ignore_index,
-                vertical_flip=0.5 if self.any_orientation else 0.0,
-                quarter_turns=self.any_orientation,
-            )
-            config = replace(config, weak=weak)
+        config = self.config(crop=1 if "weak" in self.settings else self.crop or folders.suggest_crop())
         method = create_method(self.method, num_classes=num_classes, **self.method_settings)
-        settings = {"num_classes": num_classes, "config": config, "method": method, "class_names": folders.classes}
+        settings = {"num_classes": num_classes, "config": config, "method": method, "class_names": folders.class_names}
         return SelfTrainer(make_model, workdir=out, **{**settings, **options})
 
 
@@ -331,8 +351,8 @@ def train_folders(
         ...         if name == "images" or index < 2:
         ...             Image.fromarray(shown).save(root / name / f"{index}.png")
         >>> folders = Folders(images=root / "images", masks=root / "masks", class_map={0: 0, 255: 1})
-        >>> training = Training(network="FPN", encoder="tu-test_resnet", weights=None, crop=32)
-        >>> training = replace(training, config=training.default_config(steps=2, batch_size=2))
+        >>> tiny = {"network": "FPN", "encoder": "tu-test_resnet", "weights": None, "crop": 32}
+        >>> training = Training(**tiny, settings={"steps": 2, "batch_size": 2})
         >>> result = train_folders(folders, root / "run", training, progress=False)
         >>> folders_of(root / "run").values()
         (0, 255)

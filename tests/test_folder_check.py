@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from folders import picture, save, write_folders
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import stseg
 from stseg.folder_check import check_folders, class_map_option, propose_class_map
@@ -40,7 +39,7 @@ def test_what_is_there(root):
 def test_masks_of_0_and_255_get_the_option_to_write(root):
     found = check(root)
     assert (found.is_fine, found.class_map, found.classes) == (False, {0: 0, 255: 1}, None)
-    assert "which are no classes; is it --class-map 0:0 255:1?" in str(found)
+    assert "which are not class indices 0, 1, ...; is it --class-map 0:0 255:1?" in str(found)
 
 
 def test_colors_get_the_option_to_write(root):
@@ -100,8 +99,48 @@ def test_values_above_the_classes(tmp_path):
     two = write_folders(tmp_path / "two", values=(0, 1))
     save(np.full((40, 48), 2, np.uint8), two / "masks/00.png")
     found = check(two, classes=["a", "b"])
-    assert "the mask of '00' holds the class 2; expected 0 to 1, or 255 for ignored pixels" in found.problems
+    assert "mask of '00' holds the value 2; expected 0..1 or 255" in found.problems[0]
     assert check(two).classes.num_classes == 3
+
+
+def test_classes_that_no_mask_holds_need_no_map(tmp_path):
+    root = write_folders(tmp_path, values=(0, 3))
+    assert "Where they are, and some classes are in no mask: --classes" in check(root).problems[0]
+    for classes in (["a", "b", "c", "d"], 4):
+        found = check(root, classes=classes)
+        assert (found.is_fine, found.class_map, found.classes.num_classes) == (True, None, 4)
+
+
+def test_shades_and_numbers_of_objects_are_no_number_of_classes(root):
+    for path in (root / "masks").iterdir():
+        save(np.arange(40 * 48).reshape(40, 48).astype(np.uint8) % 100, path)
+    found = check(root)
+    assert (
+        "values up to 99, as shades of gray do, or numbers of objects; if they are 100 classes: --classes 100"
+        in str(found)
+    )
+    assert check(root, classes=100).is_fine
+
+
+def test_values_of_validation_masks(root):
+    save(picture(50), root / "val/images/c.png")
+    save(np.eye(40, 48, dtype=np.uint8) * 2, root / "val/masks/c.png")
+    for path in (root / "masks").iterdir():
+        save((np.array(Image.open(path)) > 0).astype(np.uint8), path)
+    found = check(root, classes=2, val_images=root / "val/images", val_masks=root / "val/masks")
+    assert "mask of 'c' holds the value 2; expected 0..1 or 255" in found.problems[0]
+
+
+def test_unlabeled_images_can_be_left_out(root):
+    folders = Folders(images=root / "images", masks=root / "masks", class_map={0: 0, 255: 1})
+    found = check_folders(folders, unlabeled=False, progress=False)
+    assert (found.counts, list(found.notes)) == ({"labeled": 4}, [])
+
+
+def test_no_estimate_of_epochs(root):
+    found = check(root, Training(weights=None, settings={"epochs": 3}), class_map={0: 0, 255: 1})
+    assert (found.estimate, found.is_fine) == (None, True)
+    assert "estimated for a length in steps" in str(found)
 
 
 def test_a_single_class_is_a_problem(tmp_path):
@@ -118,8 +157,8 @@ def test_no_unlabeled_images_are_noted(tmp_path):
 
 @pytest.mark.parametrize("method", ["fixmatch", "st", "supervised"])
 def test_an_estimate(root, method):
-    training = Training(method=method, network="FPN", encoder="tu-test_resnet", weights=None, crop=32)
-    training = replace(training, config=training.default_config(batch_size=2, steps=1000))
+    tiny = {"network": "FPN", "encoder": "tu-test_resnet", "weights": None, "crop": 32}
+    training = Training(method=method, **tiny, settings={"batch_size": 2, "steps": 1000})
     found = check(root, training, class_map={0: 0, 255: 1})
     trainings = 2 if method == "st" else 1
     assert found.estimate.seconds >= 1000 * trainings * found.estimate.step_seconds > 0

@@ -14,8 +14,8 @@ import stseg
 from stseg.folders import Folders, Training, folders_of, train_folders
 
 MAP = {0: 0, 255: 1}
-TINY = Training(network="FPN", encoder="tu-test_resnet", weights=None, crop=32)
-TINY = replace(TINY, config=TINY.default_config(steps=3, batch_size=2))
+NETWORK = {"network": "FPN", "encoder": "tu-test_resnet", "weights": None}
+TINY = Training(**NETWORK, crop=32, settings={"steps": 3, "batch_size": 2})
 
 
 @pytest.fixture
@@ -59,6 +59,8 @@ class TestFolders:
         assert both.ids == [*folders(root).images_only().ids, "unlabeled/01", "unlabeled/77"]
         assert len(both) == len(both.ids)
         assert torch.equal(both[len(both) - 2], torch.from_numpy(picture(99)).permute(2, 0, 1))
+        (root / "more/01.png").write_bytes(b"broken")  # is named when it is read
+        assert folders(root, unlabeled=root / "more").images_only().ids == both.ids
 
     def test_masks_beside_their_images(self, tmp_path):
         for index in range(3):
@@ -78,7 +80,8 @@ class TestFolders:
         assert folders(root, class_map={7: 0, 8: 0, 9: 1, 3: 255}).num_classes() == 2
         assert folders(root, class_map={7: 0, 8: 0, 9: 1, 3: 255}).values() == (7, 9)
         assert folders(root, class_map={(0, 0, 0): 0, (9, 9, 9): 1}).values() is None
-        with pytest.raises(stseg.DataError, match="number of classes is not known; expected classes= or class_map="):
+        assert folders(root, class_map=None, classes=150).num_classes() == 150
+        with pytest.raises(stseg.DataError, match="number of classes is not known; expected classes=, names or a num"):
             folders(root, class_map=None).num_classes()
 
     def test_crops_are_multiples_of_32_in_the_short_side(self, root, tmp_path):
@@ -91,6 +94,7 @@ class TestFolders:
         ("given", "message"),
         [
             ({"val_images": "x"}, "val_images and val_masks go together"),
+            ({"classes": 1}, "classes is 1; expected 2 or more"),
             ({"val": 2, "val_images": "x", "val_masks": "y"}, "val and val_images are both given"),
         ],
     )
@@ -147,11 +151,21 @@ class TestTraining:
         weak = trainer.config.weak
         assert (weak.crop_size, weak.vertical_flip, weak.quarter_turns) == ((32, 32), 0.5, True)
         assert trainer.recipe.method.settings == {"weight": 2.0}
-        own = stseg.WeakAugment(48)
-        kept = replace(TINY, crop=None, config=replace(TINY.config, weak=own)).trainer(folders(root), None)
+        own = stseg.WeakAugment(321)  # the default of TrainConfig, but meant
+        kept = replace(TINY, crop=None, settings={"steps": 3, "weak": own}).trainer(folders(root), None)
         assert kept.config.weak == own
-        assert Training().default_config().head_lr_factor == 10
-        assert Training(weights=None).default_config().head_lr_factor == 1
+        assert replace(TINY, crop=None).trainer(folders(root), None).config.weak.crop_size == (64, 64)
+        assert (Training().config(crop=32).lr, Training().config(crop=32).head_lr_factor) == (3e-4, 10)
+        assert (TINY.config(crop=32).lr, TINY.config(crop=32).head_lr_factor) == (1e-3, 1)
+        assert replace(TINY, settings={"epochs": 7}).config(crop=32).epochs == 7
+        with pytest.raises(ValueError, match="crop and the setting weak are both given"):
+            replace(TINY, settings={"weak": own})
+
+    def test_a_network_of_one_logit(self, root, tmp_path):
+        training = replace(TINY, network_options={"classes": 1})
+        result = train_folders(folders(root), tmp_path / "run", training, progress=False)
+        assert result.model(torch.rand(1, 3, 40, 40)).shape == (1, 2, 40, 40)
+        assert stseg.load(tmp_path / "run").network.segmentation_head[0].out_channels == 1
 
     def test_gray_images(self, root, tmp_path):
         result = train_folders(folders(root, mode="L"), tmp_path / "run", TINY, progress=False)

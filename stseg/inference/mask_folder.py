@@ -208,7 +208,7 @@ def classes_of(pixels: Pixels, values: Sequence[int] | None) -> Tensor:
 
 def _refusal(wrong: list[Wrong], count: int = 1) -> StsegError:
     (path, error, what), *_ = wrong
-    delete = str(path) if count == 1 else f"the {count} files that are so"
+    delete = str(path) if count == 1 else f"all {count} files of this kind"
     return error(f"{path} {what}; use another folder, or delete {delete} to predict again")
 
 

