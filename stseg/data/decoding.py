@@ -29,6 +29,10 @@ _BACK = {  # of each orientation, to the pixels as stored
     8: Image.Transpose.ROTATE_270,
 }
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3  # TIFF's SampleFormat
+_OR_BANDS = (
+    "; if the pages are bands of one image: tifffile.imwrite(path, bands, photometric='minisblack', "
+    "planarconfig='separate'), with bands (C, H, W)"
+)
 
 
 class Samples(NamedTuple):
@@ -197,8 +201,10 @@ def _count(image: Image.Image) -> int:
 def _refuse_several(image: Image.Image, path: Path) -> None:
     count = _count(image)
     if count > 1:
-        what = "pages" if image.format == "TIFF" else "frames"
-        raise DataError(f"{path} holds {count} {what}; expected one image in a file (save each as a file of its own)")
+        what, hint = ("pages", _OR_BANDS) if image.format == "TIFF" else ("frames", "")
+        raise DataError(
+            f"{path} holds {count} {what}; expected one image in a file (save each as a file of its own{hint})"
+        )
 
 
 def _bits_per_channel(image: Image.Image, path: Path) -> int:
@@ -372,7 +378,7 @@ def _tifffile(path: Path, *, apply_exif: bool) -> tuple[np.ndarray[Any, Any], An
             sizes = " x ".join(f"{size} ({axis})" for axis, size in zip(axes, values.shape, strict=True))
             raise DataError(
                 f"{path} holds several images: {len(whole)} series, the first one of {sizes}; "
-                "expected one image in a file (save each as a file of its own)"
+                f"expected one image in a file (save each as a file of its own{_OR_BANDS})"
             )
         values = values.reshape([size for axis, size in zip(axes, values.shape, strict=True) if axis in kept])
         order = [kept.index("Y"), kept.index("X"), *(kept.index(axis) for axis in channels)]

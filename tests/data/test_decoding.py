@@ -195,6 +195,9 @@ def test_pages_and_stacks_are_refused(tmp_path):
     for name in ("pages.tif", "z.tif", "animated.webp", "animated.png"):
         with pytest.raises(DataError, match=r"(holds 6 (pages|frames)|several images).*expected one image in a file"):
             read_image(tmp_path / name)
+    for name in ("pages.tif", "z.tif"):
+        with pytest.raises(DataError, match=r"if the pages are bands of one image: tifffile\.imwrite.*planarconfig"):
+            read_image(tmp_path / name)
     for name in ("pages.tif", "animated.png"):
         with pytest.raises(DataError, match="expected one image in a file"):
             decode_mask(tmp_path / name)
