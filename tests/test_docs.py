@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import logging
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,16 @@ def write_binary_data() -> None:
             for kind in ("images", "masks") if index < labeled else ("images",):
                 (Path(folder) / kind).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(mask).save(Path(folder) / kind / f"{index:03d}.png")
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """Pages set the level of the log and give it handlers."""
+    log = logging.getLogger("stseg")
+    level, handlers = log.level, log.handlers[:]
+    yield
+    log.setLevel(level)
+    log.handlers[:] = handlers
 
 
 COMMANDS = re.compile(r"^stseg .*", re.M)

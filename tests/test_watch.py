@@ -208,6 +208,7 @@ class TestLog:
                     raise OSError("broken")
                 return super().__getitem__(index)
 
+        caplog.set_level(logging.WARNING, "stseg")
         trainer(skip_unreadable=True).fit(pairs(3), Broken(IMAGES))
         (record,) = caplog.records
         assert record.levelno == logging.WARNING
@@ -298,6 +299,7 @@ class TestWarnings:
         assert "finds class 0 alone at step 4" in result.warnings[0]
 
     def test_there_are_none_in_a_run_that_learns(self, caplog):
+        caplog.set_level(logging.WARNING, "stseg")
         config = stseg.TrainConfig(steps=40, batch_size=4, weak=stseg.WeakAugment(16), lr=0.05)
         result = trainer(config=config).fit(pairs(4), IMAGES, pairs(3, seed=2))
         assert result.warnings == {}
@@ -329,5 +331,6 @@ class TestSlowValidation:
         assert self.fit(monkeypatch, tmp_path, 20).val_seconds == 60
 
     def test_is_not_told_of_where_it_is_quick(self, monkeypatch, caplog, tmp_path):
+        caplog.set_level(logging.WARNING, "stseg")
         self.fit(monkeypatch, tmp_path, 1)
         assert caplog.records == []

@@ -407,7 +407,7 @@ class TestFilesOfOthers:
         out = tmp_path / "out"
         predict(Pooled(), images[0], out, **QUIET)
         before = files(out)
-        with pytest.raises(WorkdirMismatchError, match=f"{message}; use another folder, or delete the 7 files"):
+        with pytest.raises(WorkdirMismatchError, match=f"{message}; use another folder, or delete all 7 files"):
             predict(**{"model": Never(), "images": images[0], "out": out, **QUIET, **options})
         assert files(out) == before
 
@@ -652,7 +652,7 @@ def test_two_processes_share_the_work(tmp_path):
     assert one[1] == two[1]
     assert len(one[1]) == 2
     assert "model is" in one[1][0]
-    assert "the 60 files" in one[1][0]
+    assert "all 60 files" in one[1][0]
     predict(Pooled(), many(), tmp_path / "alone", confidence=True, **QUIET)
     for end in ("", "-confidence"):
         ours, alone = files(tmp_path / f"first{end}"), files(tmp_path / f"alone{end}")
