@@ -26,11 +26,13 @@ import files
 from evidence_tables import Result
 
 CLASSES = ("ground", "sky", "road", "building", "tree", "person", "car")
+NARROW = '{"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32}'
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
     flags = f"--data {data} --out {out} --seeds 0 --steps 3 --batch-size 2 --size 48 64 --crop 32 32 --fp32"
-    return [*flags.split(), "--arch", "FPN", "--encoder", "tu-test_resnet", "--classes", *CLASSES, *more]
+    network = ["--arch", "FPN", "--encoder", "tu-test_resnet", "--network-options", NARROW]
+    return [*flags.split(), *network, "--classes", *CLASSES, *more]
 
 
 def rows(out: Path) -> dict[tuple[str, str, int], dict[str, str]]:
