@@ -62,6 +62,7 @@ def run(
     config: stseg.TrainConfig,
     out: Path,
     known: Sequence[Result] = (),
+    save: Path | None = None,
 ) -> list[Result]:
     """Run everything that is not finished; tables and plots are updated after each run.
 
@@ -76,6 +77,7 @@ def run(
         config: settings of every stage.
         out: folder for this network, these settings and these data only.
         known: results of runs that are not done again.
+        save: folder that gets the list of all results, after each run.
 
     Returns:
         The results of all runs in ``out``, and the known ones.
@@ -99,10 +101,10 @@ def run(
                 if try_one(source, job, make_model=make_model, config=config, out=out):
                     jobs.remove(job)
                     bar.update()
-                    write_all(out, source.classes, known, plots=False)
+                    write_all(out, source.classes, known, save, plots=False)
             if len(jobs) == before:
                 time.sleep(SECONDS_BETWEEN_TRIES)
-    return write_all(out, source.classes, known, plots=True)
+    return write_all(out, source.classes, known, save, plots=True)
 
 
 def try_one(
@@ -131,7 +133,9 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     claim(path, settings)
 
 
-def write_all(out: Path, classes: Sequence[str], known: Sequence[Result], *, plots: bool) -> list[Result]:
+def write_all(
+    out: Path, classes: Sequence[str], known: Sequence[Result], save: Path | None, *, plots: bool
+) -> list[Result]:
     """Write ``results.csv`` and ``results.md`` of all finished runs, and draw the plots if they are wanted."""
     own = [Result(**(read_json(path) or {})) for path in out.glob("*/seed_*/*/result.json")]
     done = {(r.method, r.fraction, r.seed) for r in own}
@@ -139,6 +143,8 @@ def write_all(out: Path, classes: Sequence[str], known: Sequence[Result], *, plo
     order = list(METHODS)
     found.sort(key=lambda r: (-share_of(r.fraction), order.index(r.method), r.seed))
     write_results(found, classes, {name: title for name, (title, _) in METHODS.items()}, out, plots=plots)
+    if save is not None:
+        write(save / RESULTS, (out / RESULTS).read_bytes())
     return found
 
 
@@ -374,9 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config=config,
         out=args.out,
         known=known,
+        save=args.save,
     )
-    if args.save is not None:
-        write(args.save / RESULTS, (args.out / RESULTS).read_bytes())
     print((args.out / "results.md").read_text())
     if args.page is not None:
         put(args.page, "evidence", (args.out / "results.md").read_text())
