@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 
 import torch
@@ -57,7 +58,19 @@ def check_choice(name: str, value: object, *choices: object) -> None:
     """
     if value not in choices:
         *others, last = (repr(choice) for choice in choices)
-        raise ValueError(f"{name} is {value!r}; expected {', '.join(others)} or {last}")
+        raise ValueError(f"{name} is {value!r}; expected {', '.join(others)} or {last}{did_you_mean(value, choices)}")
+
+
+def did_you_mean(value: object, choices: Iterable[object]) -> str:
+    """Return the end of a message that names the most similar texts, or ``""``.
+
+    Example:
+        >>> did_you_mean("unimatchh", ["fixmatch", "unimatch"]), did_you_mean("st", ["fixmatch"])
+        ("; did you mean 'unimatch'?", '')
+    """
+    texts = [choice for choice in choices if isinstance(choice, str)]
+    near = get_close_matches(value, texts, n=1, cutoff=0.75) if isinstance(value, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_class_names(names: object, num_classes: int | None) -> None:

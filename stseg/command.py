@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO, get_args
 
 import stseg
 from stseg.distributed import rank, setup_device
 from stseg.errors import StsegError
 from stseg.folder_check import check_folders
-from stseg.folders import Folders, Training, folders_of, train_folders
+from stseg.folders import FILE, Folders, Training, folders_of, train_folders
+from stseg.inference.export import Output
 from stseg.loggers import TensorBoard
 from stseg.methods import list_methods
+from stseg.options import as_options
 
 _EXAMPLES = """examples:
   stseg check --images images --masks masks
@@ -40,6 +43,7 @@ _REPORT = """Compare runs in one page, finished or under way. Of one that is fin
 """
 _EXPORT = """Write the network of a run as an ONNX file, which takes images of any size, and check it against PyTorch.
 """
+_PRECISION = "auto computes in bfloat16 where the device has it, fp32 never (%(default)s)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except (StsegError, OSError, ImportError, ValueError, TypeError) as error:
-        print(f"stseg {args.command}: {error}", file=sys.stderr)
+        print(f"stseg {args.command}: {as_options(str(error), args.options)}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, TypeError)) and not isinstance(error, StsegError) else 1
     except KeyboardInterrupt:
         print(f"stseg {args.command}: interrupted; the same command goes on from here", file=sys.stderr)
@@ -58,20 +62,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check(args: argparse.Namespace) -> int:
     """Check folders and print what was found."""
-    found = check_folders(_folders(args), None if args.quick else _training(args), progress=not args.quiet)
-    _say(found)
+    training = _training(args)
+    training.check_names()
+    found = check_folders(_folders(args), None if args.quick else training, progress=not args.quiet)
+    _say(as_options(str(found), args.options))
     return 0 if found.is_fine else 1
 
 
 def train(args: argparse.Namespace) -> int:
     """Train on folders, and print where the results are."""
     folders, training = _folders(args), _training(args)
+    training.check_names()
+    _check_out(args.out)
     if folders.classes is None and folders.class_map is None:
         found = check_folders(folders, unlabeled=False, progress=not args.quiet)
         if not found.is_fine or found.classes is None:
-            _say(found)
+            _say(as_options(str(found), args.options))
             return 1
         folders = replace(folders, classes=found.classes.num_classes)
+    if (args.out / FILE).exists():
+        _say(f"the run in {args.out} goes on")
     result = train_folders(
         folders,
         args.out,
@@ -122,21 +132,31 @@ def predict(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """Print the path of the report of a finished run, or write a comparison of several, or of one that is under way."""
     written: Path = args.runs[0] / "report.html"
-    if len(args.runs) > 1 or args.out is not None or not written.exists():
+    if len(args.runs) > 1 or args.out is not None:
         written = stseg.compare_runs(args.runs, args.out or Path("comparison.html"))
+    elif not written.exists():
+        written = stseg.compare_runs(args.runs, args.runs[0] / "progress.html")
     print(written)
     return 0
 
 
 def export(args: argparse.Namespace) -> int:
     """Export the network of a run."""
-    print(stseg.export_onnx(stseg.load(args.run, step=args.step), args.out))
+    path = stseg.export_onnx(stseg.load(args.run, step=args.step), args.out, output=args.output)
+    print(f"{path}: images -> {args.output}")
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, in place of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` shows all options\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="stseg",
         description="Semi-supervised segmentation: masks from few annotated and many plain images.",
         epilog=_EXAMPLES,
@@ -191,13 +211,15 @@ def _parser() -> argparse.ArgumentParser:
         help="value of each class; by default as the run's masks had",
     )
     values.add_argument("--classes", action="store_true", help="write class indices")
-    predicting.add_argument("--tta", action="store_true", help="average ten views of each image: ten times as long")
+    predicting.add_argument(
+        "--tta", action="store_true", help="average ten views of each image: about fifteen times as long"
+    )
     predicting.add_argument("--tile", type=int, metavar="PIXELS", help="side of tiles, for images of many megapixels")
     predicting.add_argument("--overlap", type=float, default=0.25, help="of tiles, as a share of their side")
     predicting.add_argument("--confidence", action="store_true", help="write the confidence, too")
-    predicting.add_argument("--batch-size", type=int, default=8)
+    predicting.add_argument("--batch-size", type=int, default=8, help="most images of a pass (%(default)s)")
     predicting.add_argument("--workers", type=int, default=0, help="processes that read images")
-    predicting.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    predicting.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=_PRECISION)
     predicting.add_argument("--device", help="such as cuda:1; by default the GPU if there is one")
     predicting.add_argument("--skip-unreadable", action="store_true", help="leave out images that are broken")
 
@@ -208,6 +230,10 @@ def _parser() -> argparse.ArgumentParser:
     exporting = command("export", export, _EXPORT, "stseg export --run runs/first --out model.onnx")
     _add_run(exporting)
     exporting.add_argument("--out", type=Path, required=True, help="the file")
+    exporting.add_argument("--output", choices=get_args(Output), default="logits", help="what it computes: %(default)s")
+    for added in commands.choices.values():
+        options = {action.dest: action.option_strings[0] for action in added._actions if action.option_strings}
+        added.set_defaults(options=options | {"num_classes": "--classes"} if "classes" in options else options)
     return parser
 
 
@@ -234,7 +260,9 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
         help="class of each value, 0:0 255:1, or color, 0,0,0:0 128,0,0:1; by default the values are the classes",
     )
     group.add_argument(
-        "--unmapped", type=_integer_or_none, default=255, help="class of other values; none refuses them"
+        "--unmapped",
+        type=_integer_or_none,
+        help="class of other values, such as 255 to ignore them; by default refused",
     )
     group.add_argument("--mode", choices=("RGB", "RGBA", "L", "any"), default="RGB", help="what images are read as")
     group.add_argument("--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="of deeper images")
@@ -243,15 +271,24 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     defaults = {each.name: each.default for each in fields(Training)}
     group = parser.add_argument_group("training")
+    group.add_argument("--method", default=defaults["method"], help=f"{', '.join(list_methods())} (%(default)s)")
     group.add_argument(
-        "--method", choices=list_methods(), default=defaults["method"], metavar="METHOD", help=", ".join(list_methods())
+        "--set",
+        type=_setting,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of the method, such as threshold=0.9: the arguments of its class",
+    )
+    group.add_argument("--network", default=defaults["network"], help="of segmentation_models_pytorch (%(default)s)")
+    group.add_argument(
+        "--encoder", default=defaults["encoder"], help="its encoder; tu-... are those of timm (%(default)s)"
     )
     group.add_argument(
-        "--set", type=_setting, nargs="+", default=[], metavar="NAME=VALUE", help="settings of the method"
+        "--weights",
+        default=defaults["weights"],
+        help="of the encoder; none for random ones, installed for those of stseg[weights] (%(default)s)",
     )
-    group.add_argument("--network", default=defaults["network"], help="of segmentation_models_pytorch")
-    group.add_argument("--encoder", default=defaults["encoder"], help="its encoder")
-    group.add_argument("--weights", default=defaults["weights"], help="of the encoder; none for random ones")
     group.add_argument(
         "--network-set", type=_setting, nargs="+", default=[], metavar="NAME=VALUE", help="its arguments"
     )
@@ -267,14 +304,15 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         ("num_workers", "processes that read images"),
         ("eval_every", "steps between validations"),
     ):
-        group.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(config, name), help=text)
+        shown = "" if getattr(config, name) is None else " (%(default)s)"
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(config, name), help=text + shown)
     group.add_argument(
         "--lr",
         type=float,
         help="of the encoder: 0.0003, and ten times that for the rest; 0.001 for all without pretrained weights",
     )
     group.add_argument("--head-lr-factor", type=float, help="learning rate of the rest, as a multiple of --lr")
-    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default=config.precision)
+    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default=config.precision, help=_PRECISION)
 
 
 def _folders(args: argparse.Namespace) -> Folders:
@@ -303,6 +341,14 @@ def _training(args: argparse.Namespace) -> Training:
     )
 
 
+def _check_out(out: Path) -> None:
+    """Raise an error before anything is read if nothing can be written there."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        why = "a file" if not place.is_dir() else "read-only"
+        raise OSError(f"{out} cannot be written: {place} is {why}; choose another --out")
+
+
 def _say(text: object, file: TextIO | None = None) -> None:
     """Print in the first process."""
     if rank() == 0:
@@ -313,8 +359,11 @@ def _pair(text: str) -> tuple[Any, int]:
     value, colon, to = text.rpartition(":")
     if not colon:
         raise argparse.ArgumentTypeError(f"{text!r}; expected VALUE:CLASS, such as 255:1")
-    key: Any = tuple(int(part) for part in value.split(",")) if "," in value else int(value)
-    return key, int(to)
+    try:
+        key: Any = tuple(int(part) for part in value.split(",")) if "," in value else int(value)
+        return key, int(to)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected integers, such as 255:1 or 128,0,0:1") from None
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -328,15 +377,24 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _share(text: str) -> int | float:
-    return int(text) if text.isdecimal() else float(text)
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number, such as 20, or a share, such as 0.2") from None
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected integers, such as 0 255") from None
 
 
 def _integer_or_none(text: str) -> int | None:
-    return None if text == "none" else int(text)
+    try:
+        return None if text == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer, such as 255, or none") from None
 
 
 class _Flat(argparse.Action):

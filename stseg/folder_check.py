@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stseg.data.class_map import ClassMap
 from stseg.data.convert import as_mask, check_mask_values, gray_of
 from stseg.data.decoding import decode_mask
 from stseg.data.folder import SegmentationFolder
 from stseg.data.items import Items
 from stseg.distributed import setup_device
-from stseg.errors import DataError, StsegError
+from stseg.errors import DataError, NetworkError, StsegError
 from stseg.folders import Folders, Training
 from stseg.inference.class_counts import ClassCounts
 from stseg.inference.labeler import PseudoLabeler
@@ -109,6 +110,8 @@ class FolderCheck:
         if self.classes is not None:
             lines.append(self.classes.table())
         lines += [f"note         {note}" for note in self.notes]
+        if self.same:
+            lines.append(f"note         there twice: {_listed([f'{one} = {other}' for one, other in self.same])}")
         lines += [f"PROBLEM      {problem}" for problem in self.problems] or ["no problem was found"]
         if self.estimate is not None:
             lines.append(f"training     {self.estimate}")
@@ -185,13 +188,18 @@ def check_folders(
             problems.append(str(error))
     same, worst = _same(seen.digests)
     problems += worst
+    if unlabeled and (repeated := folders.repeated()):
+        notes.append(f"{len(repeated)} images of --unlabeled are also in --images, and count once: {_listed(repeated)}")
     if unlabeled and others is None:
-        notes.append("there are no unlabeled images: expected images without masks in --images, or --unlabeled")
+        notes.append("there are no unlabeled images: expected others than those with masks, in --images or --unlabeled")
     estimate = None
     if training is not None and "epochs" in training.settings:
         notes.append("time and memory are estimated for a length in steps, not in epochs")
     elif training is not None and classes is not None and not problems:
-        estimate = _estimate(replace(folders, classes=folders.classes or classes.num_classes), training)
+        try:
+            estimate = _estimate(replace(folders, classes=folders.classes or classes.num_classes), training)
+        except NetworkError as error:
+            problems.append(str(error))
     return FolderCheck(
         counts={use: len(items) for use, items in found.items()},
         sizes=seen.sizes,
@@ -297,7 +305,7 @@ def _values(folder: SegmentationFolder, index: int, image: Tensor, folders: Fold
     """Count the values that a mask file holds, or its colors."""
     path, name = folder.mask_path(index), folder.ids[index]
     colored = folders.class_map is not None and any(isinstance(key, tuple) for key in folders.class_map)
-    pixels = decode_mask(path, colors=colored)
+    pixels = decoded = decode_mask(path, colors=colored)
     if pixels.ndim == 3:
         try:
             pixels = gray_of(pixels, name=name)
@@ -306,6 +314,9 @@ def _values(folder: SegmentationFolder, index: int, image: Tensor, folders: Fold
     if pixels.shape[:2] != tuple(image.shape[-2:]):
         (height, width), (h, w) = image.shape[-2:], pixels.shape[:2]
         raise DataError(f"{path} is {h} x {w}, its image {height} x {width} (height x width); expected equal sizes")
+    if folders.class_map is not None:
+        to_classes = ClassMap(folders.class_map, folders.unmapped)
+        to_classes(decoded if colored else pixels, name=name)  # names a value that it does not have
     if pixels.ndim == 3:
         colors, counts = np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0, return_counts=True)
         return Counter({tuple(c): int(n) for c, n in zip(colors[:_MOST_VALUES].tolist(), counts, strict=False)})

@@ -49,7 +49,7 @@ class Folders:
         classes: name of each class, or how many there are.
         mask_suffix: what the names of masks have after those of their images.
         class_map: the class of each value, or color, of the masks.
-        unmapped: class of all other values; 255 ignores them, None refuses them.
+        unmapped: class of all other values, such as 255 to ignore them; None refuses them.
         mode: what images are converted to; None keeps the channels of the files.
         value_range: the values of black and white in images of more than 8 bits.
         seed: seed of the draw of ``val``.
@@ -79,7 +79,7 @@ class Folders:
     classes: Sequence[str] | int | None = None
     mask_suffix: str = ""
     class_map: Mapping[Any, int] | None = None
-    unmapped: int | None = 255
+    unmapped: int | None = None
     mode: Mode | None = "RGB"
     value_range: tuple[float, float] | None = None
     seed: int = 0
@@ -181,9 +181,23 @@ class Folders:
         values = tuple(of_class.get(index) for index in range(self.num_classes()))
         return None if not all(isinstance(value, int) for value in values) else values  # type: ignore[return-value]
 
+    def repeated(self) -> list[str]:
+        """Return the names in ``unlabeled`` of files that ``images`` holds as well; they are counted once."""
+        if self.unlabeled is None:
+            return []
+        return self._shared(self._plain(self.unlabeled), [self._plain(self.images)])[0]
+
     def _further(self, folder: str | Path, known: Sequence[SegmentationFolder]) -> list[SegmentationFolder]:
         """Return the images of another folder without those that are known; others of equal names get a prefix."""
         found = self._plain(folder)
+        same, other = self._shared(found, known)
+        if len(same) == len(found):
+            return []
+        prefix = "unlabeled/" if other else ""
+        return [self._plain(folder, exclude=[prefix + id for id in same], id_prefix=prefix)]
+
+    def _shared(self, found: SegmentationFolder, known: Sequence[SegmentationFolder]) -> tuple[list[str], bool]:
+        """Return the ids of the same files as known ones, and whether other files have the id of a known one."""
         places = {id: (part, index) for part in known for index, id in enumerate(part.ids)}
         same, other = [], False
         for index, id in enumerate(found.ids):
@@ -192,10 +206,7 @@ class Folders:
                 equal = _equal_files(found.image_path(index), part.image_path(place))
                 same += [id] if equal else []
                 other = other or not equal
-        if len(same) == len(found):
-            return []
-        prefix = "unlabeled/" if other else ""
-        return [self._plain(folder, exclude=[prefix + id for id in same], id_prefix=prefix)]
+        return same, other
 
     def _held_out_ids(self) -> list[str]:
         if self.val is None:
@@ -289,6 +300,12 @@ class Training:
     def __post_init__(self) -> None:
         if self.crop is not None and "weak" in self.settings:
             raise ValueError("crop and the setting weak are both given; expected one of them")
+
+    def check_names(self) -> None:
+        """Raise a ``ValueError`` if there is no such method, network, encoder or setting; loads no weights."""
+        create_method(self.method, num_classes=2, **self.method_settings)
+        create_network(self.network, self.encoder, num_classes=2, weights=None, options=dict(self.network_options))
+        self.config(crop=1)
 
     def config(self, *, crop: int) -> TrainConfig:
         """Return all settings of the training; crops have this side, unless the settings have a ``weak``."""

@@ -114,9 +114,40 @@ def test_reports(root, finished, capsys):
     assert "second" in (root / "both.html").read_text()
 
 
+def test_a_run_under_way_gets_a_page_in_its_folder(root, finished, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    (finished / "report.html").unlink()
+    assert run("report", finished) == 0
+    assert capsys.readouterr().out.strip() == str(finished / "progress.html")
+    assert not (root / "comparison.html").exists()
+
+
+def test_problems_are_told_in_the_words_of_the_command(root, capsys):
+    for path in (root / "masks").iterdir():
+        path.rename(path.with_name(f"{path.stem}_mask.png"))
+    assert run("check", *data(root, *MAP), "--quick", "--quiet") == 1
+    found = capsys.readouterr()
+    assert "--mask-suffix _mask" in found.out + found.err
+    assert run("check", *data(root, *MAP), "--mask-suffix", "_mask", "--quick", "--quiet") == 0
+
+
+def test_a_run_that_goes_on_says_so(root, finished, capsys):
+    capsys.readouterr()
+    assert run("train", *data(root, *MAP), "--val", 1, *NETWORK, "--out", root / "run") == 0
+    assert capsys.readouterr().out.startswith(f"the run in {root / 'run'} goes on")
+
+
+def test_tiles_below_the_stride_are_refused(root, finished, capsys):
+    arguments = ["--run", finished, "--images", root / "images", "--out", root / "masked", "--tile", 7]
+    assert run("predict", *arguments) == 2
+    assert "the size of a tile is 7; expected at least 32, the stride" in capsys.readouterr().err
+
+
 def test_an_export(root, finished):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    assert run("export", "--run", finished, "--out", root / "mask.onnx", "--output", "mask") == 0
+    assert [each.name for each in runtime.InferenceSession(str(root / "mask.onnx")).get_outputs()] == ["mask"]
     assert run("export", "--run", finished, "--out", root / "model.onnx") == 0
     session = runtime.InferenceSession(str(root / "model.onnx"))
     images = np.random.default_rng(0).random((1, 3, 45, 71), dtype=np.float32)
@@ -136,6 +167,15 @@ def test_an_export(root, finished):
           "--out", "run"], 2, "'fixmatch' has no setting 'thresold'"),
         (["train", "--images", "images", "--masks", "masks", "--val", "3", "--val-images", "x", "--val-masks", "y",
           "--out", "run"], 2, "val and val_images are both given"),
+        (["train", "--images", "images", "--masks", "masks", "--method", "unimatchh", "--out", "run"], 2,
+          "--method is 'unimatchh'; expected .*; did you mean 'unimatch'[?]$"),
+        (["train", "--images", "images", "--masks", "masks", "--encoder", "resnet3", "--out", "run"], 2,
+          "--encoder is 'resnet3'; expected an encoder of .* did you mean 'resnet.*'[?]$"),
+        (["train", "--images", "images", "--masks", "masks", "--encoder", "tu-resnet3", "--out", "run"], 2,
+          "--encoder is 'tu-resnet3'; expected an encoder of timm.* did you mean 'tu-resnet.*'[?]$"),
+        (["train", "--images", "images", "--masks", "masks", "--steps", "0", "--out", "run"], 2, ": --steps is 0"),
+        (["train", "--images", "images", "--masks", "masks", "--out", "images/00.png"], 1,
+          "cannot be written: .*00.png is a file; choose another --out"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(root, monkeypatch, capsys, arguments, status, message):
@@ -151,6 +191,16 @@ def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == (0 if arguments else 2)
+
+
+@pytest.mark.parametrize("option", ["--values", "--val", "--unmapped", "--class-map"])
+def test_values_that_are_no_numbers_are_named(root, option, capsys):
+    command = "predict" if option == "--values" else "check"
+    with pytest.raises(SystemExit):
+        main([command, option, "0,x:1"])
+    text = capsys.readouterr().err
+    assert text.startswith(f"stseg {command}: argument {option}: '0,x:1'; expected ")
+    assert text.count("\n") == 2
 
 
 @pytest.mark.parametrize("text", ["255", "x:1", "1:x"])

@@ -82,6 +82,43 @@ def test_equal_images_in_one_part_are_no_problem(root):
     save(picture(5), root / "images/double.png")
     found = check(root, class_map={0: 0, 255: 1})
     assert (found.same, found.is_fine) == ([("unlabeled: 05", "unlabeled: double")], True)
+    assert "there twice: unlabeled: 05 = unlabeled: double" in str(found)
+
+
+def test_images_in_both_folders_are_noted(root):
+    (root / "more").mkdir()
+    for name in ("00.png", "07.png"):
+        (root / "more" / name).write_bytes((root / "images" / name).read_bytes())
+    save(picture(90), root / "more/90.png")
+    found = check(root, class_map={0: 0, 255: 1}, unlabeled=root / "more")
+    assert found.counts == {"labeled": 4, "unlabeled": 7}
+    assert "2 images of --unlabeled are also in --images, and count once: 00, 07" in str(found)
+
+
+@pytest.mark.parametrize("values", [(0, 255), ((0, 0, 0), (255, 255, 255))])
+def test_every_mask_with_a_value_that_the_map_lacks_is_named(root, values):
+    for name in ("00", "02"):
+        mask = np.array(Image.open(root / f"masks/{name}.png"))
+        mask[:2, :3] = 7
+        save(mask if values[0] == 0 else np.stack([mask] * 3, -1), root / f"masks/{name}.png")
+    for name in ("01", "03") if values[0] != 0 else ():
+        save(np.stack([np.array(Image.open(root / f"masks/{name}.png"))] * 3, -1), root / f"masks/{name}.png")
+    found = check(root, class_map={values[0]: 0, values[1]: 1})
+    assert not found.is_fine
+    for name in ("00", "02"):
+        (problem,) = [each for each in found.problems if f"labeled: {name}" in each]
+        assert "which class_map does not have" in problem
+        assert "(unmapped=255 ignores all others)" in problem
+    assert check(root, class_map={values[0]: 0, values[1]: 1}, unmapped=255).is_fine
+
+
+def test_weights_that_cannot_be_had_are_a_problem_beside_the_rest(root, monkeypatch):
+    def unreachable(*arguments, **options):
+        raise stseg.NetworkError("no network")
+
+    monkeypatch.setattr("stseg.folders.create_network", unreachable)
+    found = check(root, Training(crop=32), class_map={0: 0, 255: 1})
+    assert (found.problems, found.counts["labeled"]) == (["no network"], 4)
 
 
 def test_several_numbers_of_channels(root):

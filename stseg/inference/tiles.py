@@ -56,8 +56,9 @@ class TileLabeler:
         device: torch.device | str | None,
         progress: bool,
     ) -> None:
-        self.size, self.overlap, self.progress = check_size(tile), check_overlap(overlap), progress
-        self.model = move(as_segmenter(model), device)
+        model = as_segmenter(model)
+        self.size, self.overlap, self.progress = check_size(tile, model), check_overlap(overlap), progress
+        self.model = move(model, device)
         self.precision = resolve_precision(precision, device_of(self.model))
 
     def label(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stseg.checks import did_you_mean
 from stseg.errors import NetworkError
 from stseg.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
 
@@ -50,7 +51,9 @@ def create_network(
 
     kinds = {kind.__name__: kind for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
     if architecture not in kinds:
-        raise ValueError(f"network is {architecture!r}; expected one of {', '.join(sorted(kinds))}")
+        near = did_you_mean(architecture, kinds)
+        raise ValueError(f"network is {architecture!r}; expected one of {', '.join(sorted(kinds))}{near}")
+    _check_encoder(encoder)
     if weights == INSTALLED and (encoder not in _INSTALLED_ENCODERS or channels != 3):
         raise ValueError(
             f"the encoder {encoder!r} with {channels} channels has no installed weights; expected "
@@ -82,6 +85,27 @@ def create_network(
     if channels != 3:  # their average applies to all channels
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     return Segmenter(network, mean=mean, std=std)
+
+
+def _check_encoder(name: str) -> None:
+    """Raise a ``ValueError`` if neither segmentation_models_pytorch nor timm has the encoder."""
+    import segmentation_models_pytorch as smp
+
+    known = smp.encoders.get_encoder_names()
+    if name in known or name.startswith("timm-") or ":" in name:  # old names, and tu-hf_hub:... of the hub
+        return
+    of_timm = name.startswith("tu-")
+    if of_timm:
+        import timm
+
+        if timm.is_model(name.removeprefix("tu-")):
+            return
+        known = [f"tu-{each}" for each in timm.list_models()]
+    where = "timm" if of_timm else "segmentation_models_pytorch, where tu-... are those of timm"
+    raise ValueError(
+        f"encoder is {name!r}; expected an encoder of {where}, such as {'tu-' if of_timm else ''}resnet34"
+        f"{did_you_mean(name, known)}"
+    )
 
 
 def _normalization(encoder: str, weights: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -45,7 +45,8 @@ class Tiled(nn.Module):
 
     Raises:
         TypeError: if ``size`` does not consist of integers, or ``overlap`` is not a number.
-        ValueError: if ``size`` is not positive, or ``overlap`` is not in [0, 1).
+        ValueError: if ``size`` is not positive or below the stride of an encoder that states it, or ``overlap`` is not
+            in [0, 1).
 
     Example:
         >>> model = Tiled(nn.Conv2d(3, 4, 1), size=32, overlap=0.5)
@@ -57,9 +58,9 @@ class Tiled(nn.Module):
 
     def __init__(self, model: nn.Module, size: int | tuple[int, int] = 1024, overlap: float = 0.25) -> None:
         super().__init__()
-        self.size = check_size(size)
-        self.overlap = check_overlap(overlap)
         self.model = as_segmenter(model)
+        self.size = check_size(size, self.model)
+        self.overlap = check_overlap(overlap)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the log of the mean probability ``(B, K, H, W)`` of images ``(B, C, H, W)``."""
@@ -217,12 +218,12 @@ def _blend(rows: Axis, columns: Axis, tiles: Iterable[Tensor | None]) -> Iterato
             strip[:, :, shared:, left:end] = 0
 
 
-def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
+def check_size(size: int | tuple[int, int], model: nn.Module | None = None) -> tuple[int, int]:
     """Return height and width of a tile.
 
     Raises:
         TypeError: if it is not an integer or two.
-        ValueError: if a side is not positive.
+        ValueError: if a side is not positive, or below the stride of an encoder that states it.
 
     Example:
         >>> check_size(512), check_size((512, 1024))
@@ -233,6 +234,13 @@ def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
         raise TypeError(f"the size of a tile is {size!r}; expected an integer, or (height, width)")
     for side in sides:
         check_count("the size of a tile", side)
+    strides = [getattr(module, "output_stride", None) for module in (model.modules() if model is not None else ())]
+    stride = max((stride for stride in strides if isinstance(stride, int)), default=1)
+    if min(sides) < stride:
+        raise ValueError(
+            f"the size of a tile is {size!r}; expected at least {stride}, the stride of the network's encoder, and "
+            "rather no less than the crops of its training"
+        )
     return int(sides[0]), int(sides[1])
 
 
