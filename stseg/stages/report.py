@@ -39,12 +39,14 @@ from stseg.stages.problems import find_problems, iou_of
 from stseg.stages.result import SelfTrainingResult
 from stseg.stages.summary import RunSummary, read_run, summarize_result
 from stseg.stages.wording import (
+    describe_curve,
     describe_method,
     describe_network,
     describe_options,
     describe_training,
     flatten,
     name_method,
+    show_settings,
 )
 from stseg.storage.files import absolute_folder
 
@@ -70,7 +72,7 @@ def write_report(
         run: the result of a run, or the work directory of one of :class:`stseg.SelfTrainer` or :func:`stseg.fit`.
         folder: folder of the report; None for the work directory, if ``run`` is one and the run is finished. The
             record of a run in it, ``run.json``, completes a result.
-        title: title of the report; by default the name of the work directory.
+        title: title of the report; by default the method, if it is known, and the name of the work directory.
         class_names: name of each class; by default those that the run was given.
         images: the unlabeled images of the run, for the pictures of its pseudo-masks, if ``run`` is a work directory. A
             result has them.
@@ -125,7 +127,7 @@ def write_report(
     counted = {name: counts for name in summary.labelings if (counts := summary.count_classes(name)) is not None}
     return write_page(
         target / "report.html",
-        title or summary.folder.name,
+        title or ": ".join(filter(None, (name_method(summary), summary.folder.name))),
         _kind(summary),
         _headline(summary),
         alert("What is wrong", find_problems(summary, counted)),
@@ -171,7 +173,8 @@ def _headline(run: RunSummary) -> Html:
     else:
         of = f"{images} validation images" if images else "the validation images"
         chosen = ", which chose the weights" if run.keep == "best" else ""
-        what = f"mean IoU of {name} on {of}{chosen}"
+        stage = f", of {name}" if len(run.trainings) > 1 else ""
+        what = f"mean IoU on {of}{stage}{chosen}"
         score = join((element("div", percent(row["miou"]), kind="score"), element("p", what)))
     iou = iou_of(row)
     rows = [
@@ -248,7 +251,7 @@ def _curves(run: RunSummary, charts: Charts) -> Html:
     if not charts.are_drawn:
         return MISSING
     drawn = [_curve(run, charts, "mIoU on the validation images", "miou")]
-    drawn += [_curve(run, charts, "loss (total)" if name == "loss" else name, name) for name in names]
+    drawn += [_curve(run, charts, describe_curve(name), name) for name in names]
     return element("div", *drawn, kind="charts")
 
 
@@ -273,8 +276,10 @@ def _iou_by_stage(run: RunSummary) -> Html:
     rows += (
         [("mean", *(percent((run.trainings[name].row(run.keep) or {}).get("miou")) for name in found))] if rows else []
     )
-    caption = "IoU of each class on the validation images, after each training"
-    return folded(caption, rows, table(caption, ("Class", *found), rows, numbers=range(1, len(found) + 1)))
+    several = len(found) > 1
+    caption = f"IoU of each class on the validation images{', after each training' if several else ''}"
+    head = ("Class", *(found if several else ["IoU"]))
+    return folded(caption, rows, table(caption, head, rows, numbers=range(1, len(found) + 1)))
 
 
 def _classes(run: RunSummary, counted: Mapping[str, ClassCounts]) -> Html:
@@ -438,5 +443,5 @@ def _skipped(run: RunSummary) -> Html:
 
 def _settings(run: RunSummary) -> Iterator[Html]:
     data = {name: value for name, value in run.data.items() if "classes" not in name}
-    for title, values in (("Settings", run.settings), ("Data", data), ("Versions", run.versions)):
+    for title, values in (("Settings", show_settings(run)), ("Data", data), ("Versions", run.versions)):
         yield details(title, table(title, ("Name", "Value"), flatten(values).items()))

@@ -40,6 +40,7 @@ from stseg.models.state import device_of, fingerprint, place
 from stseg.models.summary import summarize_network
 from stseg.progress import LOG, format_duration, warn_of_run
 from stseg.seeds import derive_seed, fixed_seed
+from stseg.stages.charts import Charts
 from stseg.stages.labeling import Labeling
 from stseg.stages.ranking_file import read_ranking, write_ranking
 from stseg.stages.report import write_report
@@ -245,6 +246,8 @@ class Stages:
             self.workdir.finish()
             if rank() == 0:
                 write_report(result, self.workdir.folder, class_names=self.class_names)
+                if not Charts().are_drawn:
+                    LOG.warning('the report has no curves, which need matplotlib: pip install "stseg[report]"')
         self._check_files()
         barrier()
         return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import math
+import re
 import shutil
 import subprocess
 from datetime import datetime
@@ -30,6 +31,7 @@ from stseg.stages.galleries import Gallery, Picture, draw_galleries
 from stseg.stages.page import Html, duration, element, escape
 from stseg.stages.problems import find_problems, iou_of
 from stseg.stages.summary import TrainingSummary, read_run, summarize_result
+from stseg.stages.wording import describe_curve, show_settings
 
 IDS = ["a", "&amp;'b'", "street/0001 with a name", "日本's"]
 COLORS = np.array(palette()).reshape(-1, 3)
@@ -103,9 +105,10 @@ def test_a_run_with_a_work_directory_ends_with_a_page_of_one_file(tmp_path, meth
 
 
 class TestTitleAndHeadline:
-    def test_the_title_is_the_name_of_the_folder_or_the_one_that_is_given(self, finished, tmp_path):
+    def test_the_title_is_the_method_and_the_folder_or_the_one_that_is_given(self, finished, tmp_path):
         result, folder = finished
-        assert "<title>first &amp; best</title>" in (folder / "report.html").read_text()
+        assert "<title>ST++: first &amp; best</title>" in (folder / "report.html").read_text()
+        assert f"<title>{tmp_path.name}</title>" in stseg.write_report(result, tmp_path).read_text()  # not known there
         path = stseg.write_report(result, tmp_path, title="<b>Über alles</b>")
         assert "<h1>&lt;b&gt;Über alles&lt;/b&gt;</h1>" in path.read_text(encoding="utf-8")
         Page(path)
@@ -114,7 +117,7 @@ class TestTitleAndHeadline:
         result, folder = finished
         page = Page(folder / "report.html")
         last = result.stages["student-2"].history[-1]["miou"]
-        assert f"{100 * last:.1f} %\nmean IoU of student-2 on 3 validation images\n" in page.text
+        assert f"{100 * last:.1f} %\nmean IoU on 3 validation images, of student-2\n" in page.text
         for words in ("Labeled\n2 images", "Unlabeled\n4 images", "Validation\n3 images", "ST++"):
             assert words in page.text
 
@@ -125,10 +128,12 @@ class TestTitleAndHeadline:
         assert training.row("best")["miou"] == 0.75
         assert TrainingSummary((), {}, {}, ()).row("best") is None
         run("supervised", tmp_path, val=held_out(), keep="best")
-        text = Page(tmp_path / "report.html").text
+        page = Page(tmp_path / "report.html")
+        text = page.text
+        assert page.tables["IoU of each class on the validation images"][0] == ["Class", "IoU"]
         history = read_run(tmp_path).trainings["teacher"].history
-        assert f"{100 * max(row['miou'] for row in history):.1f} %\nmean IoU of teacher" in text
-        assert "which chose the weights" in text
+        best = max(row["miou"] for row in history)
+        assert f"{100 * best:.1f} %\nmean IoU on 3 validation images, which chose the weights\n" in text
 
     def test_without_validation_it_says_so(self, tmp_path):
         run("supervised", tmp_path)
@@ -150,6 +155,35 @@ class TestCurves:
         assert len(names) >= 3
         drawn = {label.split(":")[0] for label in page.labels if " over step" in label}
         assert drawn == names | {"loss (total)", "mIoU on the validation images"}
+
+    def test_says_what_each_method_logs(self):
+        logged = re.compile(r"Logged: (.*?)\n\n", re.S)
+        for method in map(stseg.methods.__dict__.get, stseg.methods.__all__):
+            for text in logged.findall(getattr(method, "__doc__", None) or ""):
+                names = re.findall("``(\\w+)``", text)
+                assert names
+                for name in names:
+                    assert describe_curve(name).startswith(f"{name}: "), (method, name)
+                    assert describe_curve(name) != describe_curve("unknown").replace("unknown", name), (method, name)
+        assert describe_curve("loss") == "loss (total)"
+        assert describe_curve("unknown") == "unknown: as logged"
+
+    def test_that_there_are_none_without_matplotlib_is_logged(self, tmp_path, monkeypatch, caplog):
+        def without(name, *arguments, real=builtins.__import__, **options):
+            if name.startswith("matplotlib"):
+                raise ImportError(name)
+            return real(name, *arguments, **options)
+
+        monkeypatch.setattr(builtins, "__import__", without)
+        with caplog.at_level("INFO", "stseg"):
+            run("supervised", tmp_path)
+        assert [record.message for record in caplog.records].count(
+            'the report has no curves, which need matplotlib: pip install "stseg[report]"'
+        ) == 1
+        caplog.clear()
+        with caplog.at_level("INFO", "stseg"):
+            run("supervised")  # which writes no report
+        assert "matplotlib" not in caplog.text
 
     def test_ids_are_unique_and_names_are_literal(self, tmp_path):
         charts = Charts()
@@ -484,7 +518,7 @@ class TestFromAFolder:
         config = stseg.TrainConfig(steps=3, batch_size=2, weak=None)
         result = stseg.fit(nn.Conv2d(3, 2, 1), labeled, config, val=held_out(), workdir=tmp_path, progress=False)
         page = Page(stseg.write_report(tmp_path))
-        assert f"{100 * result.history[-1]['miou']:.1f} %\nmean IoU of training on 3 validation images" in page.text
+        assert f"{100 * result.history[-1]['miou']:.1f} %\nmean IoU on 3 validation images\n" in page.text
         assert "Supervised" in page.text
         (tmp_path / "model.safetensors").unlink()
         with pytest.raises(stseg.DataError, match="is not finished"):
@@ -571,10 +605,43 @@ class TestFromAFolder:
             stseg.write_report(*arguments, **options)
 
 
+@pytest.mark.usefixtures("no_curves")
+class TestSettings:
+    def test_show_a_method_by_its_name_and_settings(self, tmp_path):
+        labeled, unlabeled = drawn()
+        made = stseg.methods.create_method("fixmatch", num_classes=2, threshold=0.9)
+        trainer(made, tmp_path).fit(labeled, unlabeled)
+        page = Page(tmp_path / "report.html")
+        rows = dict(page.tables["Settings"][1:])
+        assert rows["method"] == "FixMatch"
+        assert rows["method.threshold"] == "0.9"
+        assert rows["config.weak"] == "WeakAugment"
+        assert rows["config.weak.crop_size"] == "[16, 16]"
+        for internal in ("_Named", "_Kind", "OneStage", "method.method", "networks", "takes_classes"):
+            assert internal not in page.source
+
+    def test_of_a_recipe_are_its_own(self, finished):
+        rows = dict(Page(finished[1] / "report.html").tables["Settings"][1:])
+        assert rows["method"] == "STPlusPlus"
+        assert rows["method.reliable_fraction"] == "0.5"
+
+    def test_before_the_first_training_show_no_internals(self):
+        method = {"type": "OneStage", "method": {"type": "_Named", "kind": {}, "settings": {"threshold": 0.9}}}
+        told = dataclasses.replace(of({}, []), settings={"method": method, "num_classes": 2}, trainings={})
+        assert show_settings(told) == {"num_classes": "2"}
+
+
 def test_html_is_escaped_once():
     assert escape(escape("<")) == "&lt;"
     assert element("p", "a & b", Html("<b>"), kind='"') == '<p class="&quot;">a &amp; b<b></p>'
     assert escape("\0") == "\\x00"
+
+
+def test_a_caption_is_not_as_narrow_as_its_table(finished):
+    assert (
+        "table { border-collapse: collapse; font-size: .93rem; min-width: min(100%, 26rem) }"
+        in Page(finished[1] / "report.html").source
+    )
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -588,7 +655,8 @@ frame.onload = () => {
   const mask = page.querySelector(".overlay img + img"), opacity = frame.contentWindow.getComputedStyle(mask).opacity;
   Promise.all(images.map(image => image.decode())).then(() => {
     const fits = page.documentElement.scrollWidth <= page.documentElement.clientWidth;
-    document.title = `${fits} ${opacity} ${images.every(image => image.naturalWidth > 0)}`;
+    const low = [...page.querySelectorAll("caption")].every(caption => caption.offsetHeight < 70);
+    document.title = `${fits} ${opacity} ${images.every(image => image.naturalWidth > 0)} ${low}`;
   });
 };
 </script></body>"""
@@ -601,4 +669,4 @@ def test_in_a_browser_the_page_fits_a_phone_and_the_slider_works(finished, tmp_p
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
     command = [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000"]
     done = subprocess.run([*command, (tmp_path / "look.html").as_uri()], capture_output=True, text=True, timeout=120)
-    assert "<title>true 0.2 true</title>" in done.stdout, done.stdout[-400:]
+    assert "<title>true 0.2 true true</title>" in done.stdout, done.stdout[-400:]
