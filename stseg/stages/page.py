@@ -40,6 +40,9 @@ td.long { min-width: 14rem; white-space: normal }
 .charts, .pictures { display: grid; gap: 1.2rem }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
 .pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)) }
+.pictures.predictions { grid-template-columns: repeat(auto-fill, minmax(min(100%, 28rem), 1fr)) }
+.panels { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: .4rem }
+.panels small { color: var(--soft) }
 figure { margin: 0; min-width: 0 } figcaption { font-size: .85rem; line-height: 1.35; padding-top: .3rem }
 figcaption b { color: var(--ink); font-weight: 600 }
 .charts figure { max-width: 34rem } .charts figcaption { color: var(--ink); font-weight: 600 }

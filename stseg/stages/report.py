@@ -19,7 +19,7 @@ from stseg.errors import DataError
 from stseg.inference.class_counts import ClassCounts
 from stseg.inference.mask_store import MaskStore
 from stseg.stages.charts import MISSING, Charts
-from stseg.stages.galleries import SCRIPT, Gallery, Picture, draw_galleries
+from stseg.stages.galleries import SCRIPT, Gallery, Picture, draw_galleries, list_colors, overlay, slider
 from stseg.stages.page import (
     Html,
     alert,
@@ -35,6 +35,7 @@ from stseg.stages.page import (
     table,
     write_page,
 )
+from stseg.stages.predictions import WORST, PredictedImage
 from stseg.stages.problems import find_problems, iou_of
 from stseg.stages.result import SelfTrainingResult
 from stseg.stages.summary import RunSummary, read_run, summarize_result
@@ -131,6 +132,7 @@ def write_report(
         _kind(summary),
         _headline(summary),
         alert("What is wrong", find_problems(summary, counted)),
+        _predictions(summary),
         section("What was run", _what_was_run(summary)),
         section("Steps", _steps(summary)),
         section("Training", _curves(summary, charts := Charts())),
@@ -203,6 +205,56 @@ def _images(run: RunSummary, name: str) -> str:
     count = run.count(name)
     left_out = f", {len(run.skipped)} of them left out" if name == "unlabeled" and run.skipped else ""
     return "" if count is None else f"{count:,} images{left_out}"
+
+
+def _predictions(run: RunSummary) -> Html:
+    """Show what the final network predicts for validation images beside their true masks, or for unlabeled ones."""
+    found = run.predictions
+    if found is None or not found.images:
+        missing = "There are no pictures of predictions: a run of stseg.SelfTrainer with val=... makes them at its end."
+        return section("Predictions", element("p", missing))
+    known = found.images[0].iou is not None
+    chosen = found.compared > len(found.images) > WORST
+    of = f"{found.compared:,} images" + (
+        "" if found.compared == found.total else f" (evenly spaced among {found.total:,})"
+    )
+    which = f"the worst and the best of {of}" if chosen else f"{of}, the worst one first" if known else of
+    by = ", by the mean IoU over the classes in each" if known else ""
+    note = f"What the final network predicts for {which}{by}."
+    what = "validation" if known else "unlabeled"
+    groups = (
+        (("The worst", found.images[:WORST]), ("The best", found.images[: WORST - 1 : -1]))
+        if known and chosen
+        else (("", found.images),)
+    )
+    parts = [
+        join(
+            (
+                element("h3", title) if title else "",
+                element("div", *(_predicted(one, what) for one in images), kind="pictures predictions"),
+            )
+        )
+        for title, images in groups
+    ]
+    values = {value for one in found.images for value in one.values}
+    colors = list_colors(values, run.ignore_index, run.class_name, "no color: ignored in the true mask")
+    return section(
+        f"Predictions on {what} images", element("p", note), slider("opacity-of-predictions"), colors, *parts
+    )
+
+
+def _predicted(one: PredictedImage, what: str) -> Html:
+    """Return an image, its true mask if there is one, and its prediction, side by side."""
+    panels = [("image", "", f"{what} image {one.id}", "")]
+    panels += [("true mask", one.truth, "", f"true mask of {one.id}")] * bool(one.truth)
+    panels += [("prediction", one.prediction, "", f"prediction for {one.id}")]
+    drawn = (
+        element("div", overlay(one.image, mask, one.size, (alt, of)), element("small", name))
+        for name, mask, alt, of in panels
+    )
+    score = "" if one.iou is None else element("div", f"mean IoU {percent(one.iou)}")
+    caption = element("figcaption", element("b", one.id), score)
+    return element("figure", element("div", *drawn, kind="panels"), caption)
 
 
 def _what_was_run(run: RunSummary) -> Html:
