@@ -593,6 +593,8 @@ class TestWorkdir:
                     labeled(), unlabeled()
                 )
         assert times > 5
+        left = 1000  # the pictures of the report are made in one go
+        trainer(workdir=folder, config=CONFIG, **options).fit(labeled(), unlabeled())
         assert content(folder) == content(tmp_path / "whole")
         assert {path.parent.name for path in folder.rglob("thresholds.json")} == {"reliable", "unreliable"}
 

@@ -28,7 +28,8 @@ a { color: var(--accent) } code { font-size: .9em } .soft, figcaption, caption {
   padding: .1rem 1.2rem .6rem; margin-top: 1.5rem } .alert h2 { margin-top: .8rem } .alert ul { padding-left: 1.2rem }
 dl { display: grid; grid-template-columns: fit-content(7rem) 1fr; gap: .2rem 1.2rem; margin: 0 }
 dt { color: var(--soft) } dd { margin: 0 }
-.scroll { overflow-x: auto; margin: .8rem 0 } table { border-collapse: collapse; font-size: .93rem }
+.scroll { overflow-x: auto; margin: .8rem 0 }
+table { border-collapse: collapse; font-size: .93rem; min-width: min(100%, 26rem) }
 .scroll:focus-visible { outline: 2px solid var(--accent) } caption { text-align: left; padding-bottom: .3rem }
 td, th { padding: .25rem 1.2rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top;
   white-space: nowrap } th { font-weight: 600 }
@@ -39,6 +40,9 @@ td.long { min-width: 14rem; white-space: normal }
 .charts, .pictures { display: grid; gap: 1.2rem }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
 .pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)) }
+.pictures.predictions { grid-template-columns: repeat(auto-fill, minmax(min(100%, 28rem), 1fr)) }
+.panels { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: .4rem }
+.panels small { color: var(--soft) }
 figure { margin: 0; min-width: 0 } figcaption { font-size: .85rem; line-height: 1.35; padding-top: .3rem }
 figcaption b { color: var(--ink); font-weight: 600 }
 .charts figure { max-width: 34rem } .charts figcaption { color: var(--ink); font-weight: 600 }

@@ -19,7 +19,7 @@ from stseg.errors import DataError
 from stseg.inference.class_counts import ClassCounts
 from stseg.inference.mask_store import MaskStore
 from stseg.stages.charts import MISSING, Charts
-from stseg.stages.galleries import SCRIPT, Gallery, Picture, draw_galleries
+from stseg.stages.galleries import SCRIPT, Gallery, Picture, draw_galleries, list_colors, overlay, slider
 from stseg.stages.page import (
     Html,
     alert,
@@ -35,16 +35,19 @@ from stseg.stages.page import (
     table,
     write_page,
 )
+from stseg.stages.predictions import WORST, PredictedImage
 from stseg.stages.problems import find_problems, iou_of
 from stseg.stages.result import SelfTrainingResult
 from stseg.stages.summary import RunSummary, read_run, summarize_result
 from stseg.stages.wording import (
+    describe_curve,
     describe_method,
     describe_network,
     describe_options,
     describe_training,
     flatten,
     name_method,
+    show_settings,
 )
 from stseg.storage.files import absolute_folder
 
@@ -70,7 +73,7 @@ def write_report(
         run: the result of a run, or the work directory of one of :class:`stseg.SelfTrainer` or :func:`stseg.fit`.
         folder: folder of the report; None for the work directory, if ``run`` is one and the run is finished. The
             record of a run in it, ``run.json``, completes a result.
-        title: title of the report; by default the name of the work directory.
+        title: title of the report; by default the method, if it is known, and the name of the work directory.
         class_names: name of each class; by default those that the run was given.
         images: the unlabeled images of the run, for the pictures of its pseudo-masks, if ``run`` is a work directory. A
             result has them.
@@ -125,10 +128,11 @@ def write_report(
     counted = {name: counts for name in summary.labelings if (counts := summary.count_classes(name)) is not None}
     return write_page(
         target / "report.html",
-        title or summary.folder.name,
+        title or ": ".join(filter(None, (name_method(summary), summary.folder.name))),
         _kind(summary),
         _headline(summary),
         alert("What is wrong", find_problems(summary, counted)),
+        _predictions(summary),
         section("What was run", _what_was_run(summary)),
         section("Steps", _steps(summary)),
         section("Training", _curves(summary, charts := Charts())),
@@ -171,7 +175,8 @@ def _headline(run: RunSummary) -> Html:
     else:
         of = f"{images} validation images" if images else "the validation images"
         chosen = ", which chose the weights" if run.keep == "best" else ""
-        what = f"mean IoU of {name} on {of}{chosen}"
+        stage = f", of {name}" if len(run.trainings) > 1 else ""
+        what = f"mean IoU on {of}{stage}{chosen}"
         score = join((element("div", percent(row["miou"]), kind="score"), element("p", what)))
     iou = iou_of(row)
     rows = [
@@ -200,6 +205,56 @@ def _images(run: RunSummary, name: str) -> str:
     count = run.count(name)
     left_out = f", {len(run.skipped)} of them left out" if name == "unlabeled" and run.skipped else ""
     return "" if count is None else f"{count:,} images{left_out}"
+
+
+def _predictions(run: RunSummary) -> Html:
+    """Show what the final network predicts for validation images beside their true masks, or for unlabeled ones."""
+    found = run.predictions
+    if found is None or not found.images:
+        missing = "There are no pictures of predictions: a run of stseg.SelfTrainer with val=... makes them at its end."
+        return section("Predictions", element("p", missing))
+    known = found.images[0].iou is not None
+    chosen = found.compared > len(found.images) > WORST
+    of = f"{found.compared:,} images" + (
+        "" if found.compared == found.total else f" (evenly spaced among {found.total:,})"
+    )
+    which = f"the worst and the best of {of}" if chosen else f"{of}, the worst one first" if known else of
+    by = ", by the mean IoU over the classes in each" if known else ""
+    note = f"What the final network predicts for {which}{by}."
+    what = "validation" if known else "unlabeled"
+    groups = (
+        (("The worst", found.images[:WORST]), ("The best", found.images[: WORST - 1 : -1]))
+        if known and chosen
+        else (("", found.images),)
+    )
+    parts = [
+        join(
+            (
+                element("h3", title) if title else "",
+                element("div", *(_predicted(one, what) for one in images), kind="pictures predictions"),
+            )
+        )
+        for title, images in groups
+    ]
+    values = {value for one in found.images for value in one.values}
+    colors = list_colors(values, run.ignore_index, run.class_name, "no color: ignored in the true mask")
+    return section(
+        f"Predictions on {what} images", element("p", note), slider("opacity-of-predictions"), colors, *parts
+    )
+
+
+def _predicted(one: PredictedImage, what: str) -> Html:
+    """Return an image, its true mask if there is one, and its prediction, side by side."""
+    panels = [("image", "", f"{what} image {one.id}", "")]
+    panels += [("true mask", one.truth, "", f"true mask of {one.id}")] * bool(one.truth)
+    panels += [("prediction", one.prediction, "", f"prediction for {one.id}")]
+    drawn = (
+        element("div", overlay(one.image, mask, one.size, (alt, of)), element("small", name))
+        for name, mask, alt, of in panels
+    )
+    score = "" if one.iou is None else element("div", f"mean IoU {percent(one.iou)}")
+    caption = element("figcaption", element("b", one.id), score)
+    return element("figure", element("div", *drawn, kind="panels"), caption)
 
 
 def _what_was_run(run: RunSummary) -> Html:
@@ -248,7 +303,7 @@ def _curves(run: RunSummary, charts: Charts) -> Html:
     if not charts.are_drawn:
         return MISSING
     drawn = [_curve(run, charts, "mIoU on the validation images", "miou")]
-    drawn += [_curve(run, charts, "loss (total)" if name == "loss" else name, name) for name in names]
+    drawn += [_curve(run, charts, describe_curve(name), name) for name in names]
     return element("div", *drawn, kind="charts")
 
 
@@ -273,8 +328,10 @@ def _iou_by_stage(run: RunSummary) -> Html:
     rows += (
         [("mean", *(percent((run.trainings[name].row(run.keep) or {}).get("miou")) for name in found))] if rows else []
     )
-    caption = "IoU of each class on the validation images, after each training"
-    return folded(caption, rows, table(caption, ("Class", *found), rows, numbers=range(1, len(found) + 1)))
+    several = len(found) > 1
+    caption = f"IoU of each class on the validation images{', after each training' if several else ''}"
+    head = ("Class", *(found if several else ["IoU"]))
+    return folded(caption, rows, table(caption, head, rows, numbers=range(1, len(found) + 1)))
 
 
 def _classes(run: RunSummary, counted: Mapping[str, ClassCounts]) -> Html:
@@ -438,5 +495,5 @@ def _skipped(run: RunSummary) -> Html:
 
 def _settings(run: RunSummary) -> Iterator[Html]:
     data = {name: value for name, value in run.data.items() if "classes" not in name}
-    for title, values in (("Settings", run.settings), ("Data", data), ("Versions", run.versions)):
+    for title, values in (("Settings", show_settings(run)), ("Data", data), ("Versions", run.versions)):
         yield details(title, table(title, ("Name", "Value"), flatten(values).items()))

@@ -10,6 +10,7 @@ from stseg.engine.loop import FitResult
 from stseg.inference.labeler import PseudoLabeled
 from stseg.inference.ranking import Ranking
 from stseg.inference.reading import Skipped
+from stseg.stages.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class SelfTrainingResult:
         warnings: early signs of a collapse by step, if there are any: what was seen, what it usually means, what to
             try.
         labeled_by: the training whose network made each of ``labels``, by name.
+        predictions: pictures of predictions of the final network for the report; None if there are none.
     """
 
     model: nn.Module = field(repr=False)
@@ -38,3 +40,4 @@ class SelfTrainingResult:
     seconds: dict[str, float]
     warnings: dict[str, tuple[str, ...]] = field(default_factory=dict)
     labeled_by: dict[str, str] = field(default_factory=dict)
+    predictions: Predictions | None = field(default=None, repr=False)

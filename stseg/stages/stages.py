@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
@@ -25,7 +25,7 @@ from stseg.engine.loop import FitResult, run_stage
 from stseg.engine.method import Method, view_of
 from stseg.engine.trial import preserved_random_state
 from stseg.engine.watch import Log
-from stseg.errors import DataError, WorkdirMissingError
+from stseg.errors import DamagedFileError, DataError, WorkdirMissingError
 from stseg.functional.thresholds import check_threshold
 from stseg.inference.class_counts import ClassCounts, count_classes
 from stseg.inference.extra_metrics import Metrics
@@ -40,7 +40,9 @@ from stseg.models.state import device_of, fingerprint, place
 from stseg.models.summary import summarize_network
 from stseg.progress import LOG, format_duration, warn_of_run
 from stseg.seeds import derive_seed, fixed_seed
+from stseg.stages.charts import Charts
 from stseg.stages.labeling import Labeling
+from stseg.stages.predictions import Predictions, predict_pictures, read_predictions, write_predictions
 from stseg.stages.ranking_file import read_ranking, write_ranking
 from stseg.stages.report import write_report
 from stseg.stages.result import SelfTrainingResult
@@ -240,11 +242,14 @@ class Stages:
             seconds=self.seconds,
             warnings=self.warnings,
             labeled_by=self.labeled_by,
+            predictions=self._predictions(last),
         )
         if self.workdir.folder is not None and not self.workdir.is_finished:
             self.workdir.finish()
             if rank() == 0:
                 write_report(result, self.workdir.folder, class_names=self.class_names)
+                if not Charts().are_drawn:
+                    LOG.warning('the report has no curves, which need matplotlib: pip install "stseg[report]"')
         self._check_files()
         barrier()
         return result
@@ -296,6 +301,36 @@ class Stages:
         streams = Streams(labeled, self.unlabeled if method.uses_unlabeled else None, config, view=view_of(method))
         streams.num_classes = self.num_classes
         return streams
+
+    def _predictions(self, last: FitResult) -> Predictions | None:
+        """Return pictures of predictions of the last training; what goes wrong there is told and does not end a run."""
+        found = None
+        if rank() == 0:
+            try:
+                found = self._pictures(last.model)
+            except Exception as error:
+                text = f"the report has no pictures of predictions: {type(error).__name__}: {error}"
+                warn_of_run(text, show=self.progress)
+        gathered: list[Predictions | None] = all_gather(found)
+        return gathered[0]
+
+    def _pictures(self, model: nn.Module) -> Predictions | None:
+        """Return pictures of validation images or, without them, of unlabeled ones; those in the folder if there."""
+        folder, made, known = self.workdir.folder, "", None
+        if folder is not None:
+            made = fingerprint(model)
+            with suppress(DamagedFileError):  # they are made again
+                known = read_predictions(folder, made)
+        items = self.unlabeled if self.val is None else self.val
+        if known is not None or self.workdir.is_finished or not items:
+            return known
+        with preserved_random_state(self.device):
+            found = predict_pictures(
+                model, items, self.num_classes, self.config, with_mask=self.val is not None, progress=self.progress
+            )
+        if folder is not None:
+            write_predictions(folder, found, made)
+        return found
 
     def _check_files(self) -> None:
         """Raise a ``WorkdirMissingError`` if results are not on disk any more."""

@@ -20,6 +20,7 @@ from stseg.inference.mask_store import MaskStore
 from stseg.inference.ranking import Ranking, reliable_count
 from stseg.inference.reading import Skipped
 from stseg.models.summary import summarize_network
+from stseg.stages.predictions import Predictions, read_predictions
 from stseg.stages.ranking_file import read_any_ranking
 from stseg.stages.result import SelfTrainingResult
 from stseg.storage.files import absolute_folder
@@ -91,6 +92,7 @@ class RunSummary:
         is_finished: whether it has ended.
         class_names: names of the classes; None if not known.
         warnings: what the run warned of, beyond its trainings.
+        predictions: pictures of predictions of the final network; None if there are none.
     """
 
     folder: Path
@@ -108,6 +110,7 @@ class RunSummary:
     is_finished: bool
     class_names: tuple[str, ...] | None
     warnings: Sequence[str]
+    predictions: Predictions | None = None
 
     @property
     def keep(self) -> str:
@@ -195,6 +198,7 @@ def summarize_result(result: SelfTrainingResult, folder: Path) -> RunSummary:
         is_finished=True,
         class_names=tuple(run["class names"]) if "class names" in run else None,
         warnings=[text for texts in result.warnings.values() for text in texts],
+        predictions=result.predictions,
     )
 
 
@@ -250,6 +254,7 @@ def read_run(workdir: str | Path, images: Dataset[Any] | None = None) -> RunSumm
         is_finished="finished" in run or (folder / "report.html").exists(),
         class_names=tuple(run["class names"]) if "class names" in run else None,
         warnings=[text for facts in steps.values() for text in facts.get("warnings", ())],
+        predictions=read_predictions(folder),
     )
 
 

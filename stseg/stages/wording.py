@@ -13,6 +13,31 @@ _RECIPES = {
     "STPlusPlus": "ST++: a teacher labels the images on which its predictions are most stable, a first student the "
     "others, and a second student learns from all",
 }
+_CURVES = {
+    "accuracy": "share of images whose angle is recognized",
+    "adversarial": "loss for predictions that the critic tells from true masks, weighted",
+    "agreement": "disagreement between the corrector's output and the network's prediction",
+    "bad": "share of pixels where the flaw detector finds both networks wrong",
+    "consistency": "disagreement between predictions of the same unlabeled images under changes",
+    "contrast": "contrastive loss of the features of pixels",
+    "corrected": "share of the unlabeled pixels whose class the corrector changes",
+    "correction": "loss for flaws that the detector finds in predictions",
+    "corrector": "loss of the corrector on labeled images",
+    "critic": "loss of the critic, which tells predictions from true masks",
+    "cross": "loss of each network with the other one's predictions as labels",
+    "detector": "loss of the flaw detector",
+    "directed": "share of the common pixels of two crops where one of them learns from the other",
+    "features": "loss on unlabeled images with dropped-out features, with pseudo-labels",
+    "matching": "difference between features of predictions and of true masks in the critic",
+    "reliable": "share of the unlabeled pixels whose pseudo-labels are trusted",
+    "rotation": "loss of recognizing by which angle images were turned",
+    "semi": "loss on unlabeled images with the trusted pseudo-labels",
+    "strong": "loss on strongly augmented unlabeled images, with pseudo-labels",
+    "supervised": "loss on labeled images",
+    "sure": "share of the unlabeled pixels whose prediction is sure enough to learn from",
+    "trusted": "share of the unlabeled images whose predictions are learned from",
+    "turned": "loss on turned labeled images",
+}
 _OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 
 
@@ -86,6 +111,25 @@ def describe_network(network: Mapping[str, Any]) -> str:
     inner = network["encoder parameters"]
     within = "" if inner is None else f", {_count(inner)} of them in the encoder"
     return f"{network['class']}{encoder}: {_count(network['parameters'])} parameters{within}"
+
+
+def describe_curve(name: str) -> str:
+    """Return the title of the curve of a value that a training logs: its name, and what it is.
+
+    Example:
+        >>> describe_curve("supervised"), describe_curve("my own")
+        ('supervised: loss on labeled images', 'my own: as logged')
+    """
+    return "loss (total)" if name == "loss" else f"{name}: {_CURVES.get(name, 'as logged')}"
+
+
+def show_settings(run: RunSummary) -> dict[str, str]:
+    """Return the settings of a run by dotted name, the method and other objects by their names, values as text.
+
+    A method of a single training is described as soon as that has begun.
+    """
+    found = flatten({**run.settings, "method": method_of(run)}) if run.settings else {}
+    return {name.removesuffix(".type"): value for name, value in found.items()}
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -18,6 +18,9 @@ from stseg.storage.folder_lock import hold_folder
 from stseg.storage.records import as_json, read_record, refuse_other, write_record
 from stseg.storage.seals import what_to_delete
 
+PREDICTIONS = "predictions.json"
+"""Pictures of predictions for the report."""
+
 _START_OVER = "start over"
 _MARKERS = ("stage.json", "masks", "thresholds.json", "ranking.csv", "scores")  # one is in the folder of each step
 
@@ -109,7 +112,7 @@ class Workdir:
         """Name all that belongs to the run."""
         assert self.folder is not None
         steps = {path.parent.name for marker in _MARKERS for path in self.folder.glob(f"*/{marker}")}
-        return what_to_delete(self.folder, {"run.json", "report.html", *steps})
+        return what_to_delete(self.folder, {"run.json", "report.html", PREDICTIONS, *steps})
 
     def _refuse_other_data(self, data: dict[str, Any]) -> None:
         if self.folder is not None and self._run["data"]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import io
 import math
+import re
 import shutil
 import subprocess
+from base64 import b64decode
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import unquote
@@ -17,19 +20,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from report_page import Page
 from torch import nn
 
 import stseg
+from stseg.data.items import Items
 from stseg.engine.loop import FitResult
 from stseg.inference.mask_files import palette
 from stseg.methods import ST, Labeling, STPlusPlus
-from stseg.stages import summary
+from stseg.models.segmenter import as_segmenter
+from stseg.stages import predictions, report, stages, summary
 from stseg.stages.charts import Charts
 from stseg.stages.galleries import Gallery, Picture, draw_galleries
 from stseg.stages.page import Html, duration, element, escape
+from stseg.stages.predictions import predict_pictures, read_predictions
 from stseg.stages.problems import find_problems, iou_of
 from stseg.stages.summary import TrainingSummary, read_run, summarize_result
+from stseg.stages.wording import describe_curve, show_settings
 
 IDS = ["a", "&amp;'b'", "street/0001 with a name", "日本's"]
 COLORS = np.array(palette()).reshape(-1, 3)
@@ -103,9 +111,10 @@ def test_a_run_with_a_work_directory_ends_with_a_page_of_one_file(tmp_path, meth
 
 
 class TestTitleAndHeadline:
-    def test_the_title_is_the_name_of_the_folder_or_the_one_that_is_given(self, finished, tmp_path):
+    def test_the_title_is_the_method_and_the_folder_or_the_one_that_is_given(self, finished, tmp_path):
         result, folder = finished
-        assert "<title>first &amp; best</title>" in (folder / "report.html").read_text()
+        assert "<title>ST++: first &amp; best</title>" in (folder / "report.html").read_text()
+        assert f"<title>{tmp_path.name}</title>" in stseg.write_report(result, tmp_path).read_text()  # not known there
         path = stseg.write_report(result, tmp_path, title="<b>Über alles</b>")
         assert "<h1>&lt;b&gt;Über alles&lt;/b&gt;</h1>" in path.read_text(encoding="utf-8")
         Page(path)
@@ -114,7 +123,7 @@ class TestTitleAndHeadline:
         result, folder = finished
         page = Page(folder / "report.html")
         last = result.stages["student-2"].history[-1]["miou"]
-        assert f"{100 * last:.1f} %\nmean IoU of student-2 on 3 validation images\n" in page.text
+        assert f"{100 * last:.1f} %\nmean IoU on 3 validation images, of student-2\n" in page.text
         for words in ("Labeled\n2 images", "Unlabeled\n4 images", "Validation\n3 images", "ST++"):
             assert words in page.text
 
@@ -125,10 +134,12 @@ class TestTitleAndHeadline:
         assert training.row("best")["miou"] == 0.75
         assert TrainingSummary((), {}, {}, ()).row("best") is None
         run("supervised", tmp_path, val=held_out(), keep="best")
-        text = Page(tmp_path / "report.html").text
+        page = Page(tmp_path / "report.html")
+        text = page.text
+        assert page.tables["IoU of each class on the validation images"][0] == ["Class", "IoU"]
         history = read_run(tmp_path).trainings["teacher"].history
-        assert f"{100 * max(row['miou'] for row in history):.1f} %\nmean IoU of teacher" in text
-        assert "which chose the weights" in text
+        best = max(row["miou"] for row in history)
+        assert f"{100 * best:.1f} %\nmean IoU on 3 validation images, which chose the weights\n" in text
 
     def test_without_validation_it_says_so(self, tmp_path):
         run("supervised", tmp_path)
@@ -150,6 +161,35 @@ class TestCurves:
         assert len(names) >= 3
         drawn = {label.split(":")[0] for label in page.labels if " over step" in label}
         assert drawn == names | {"loss (total)", "mIoU on the validation images"}
+
+    def test_says_what_each_method_logs(self):
+        logged = re.compile(r"Logged: (.*?)\n\n", re.S)
+        for method in map(stseg.methods.__dict__.get, stseg.methods.__all__):
+            for text in logged.findall(getattr(method, "__doc__", None) or ""):
+                names = re.findall("``(\\w+)``", text)
+                assert names
+                for name in names:
+                    assert describe_curve(name).startswith(f"{name}: "), (method, name)
+                    assert describe_curve(name) != describe_curve("unknown").replace("unknown", name), (method, name)
+        assert describe_curve("loss") == "loss (total)"
+        assert describe_curve("unknown") == "unknown: as logged"
+
+    def test_that_there_are_none_without_matplotlib_is_logged(self, tmp_path, monkeypatch, caplog):
+        def without(name, *arguments, real=builtins.__import__, **options):
+            if name.startswith("matplotlib"):
+                raise ImportError(name)
+            return real(name, *arguments, **options)
+
+        monkeypatch.setattr(builtins, "__import__", without)
+        with caplog.at_level("INFO", "stseg"):
+            run("supervised", tmp_path)
+        assert [record.message for record in caplog.records].count(
+            'the report has no curves, which need matplotlib: pip install "stseg[report]"'
+        ) == 1
+        caplog.clear()
+        with caplog.at_level("INFO", "stseg"):
+            run("supervised")  # which writes no report
+        assert "matplotlib" not in caplog.text
 
     def test_ids_are_unique_and_names_are_literal(self, tmp_path):
         charts = Charts()
@@ -188,7 +228,7 @@ class TestCurves:
         assert "<svg" not in page.source
         assert "pip install stseg[report]" in page.text
         assert "student-2" in page.text
-        assert len(page.pictures) == 2 * len(IDS)
+        assert sum("pseudo-mask" in alt for alt in page.pictures) == len(IDS)
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -367,7 +407,9 @@ class TestGalleries:
     def test_masks_are_those_of_the_store_in_its_colors_over_their_images(self, finished):
         result, folder = finished
         page = Page(folder / "report.html")
-        assert set(page.pictures) == {f"{kind} {id}" for id in IDS for kind in ("image", "pseudo-mask of")}
+        labeled = {f"{kind} {id}" for id in IDS for kind in ("image", "pseudo-mask of")}
+        predicted = {f"{kind} {id}" for id in "012" for kind in ("validation image", "true mask of", "prediction for")}
+        assert set(page.pictures) == labeled | predicted | {""}
         for data in result.labels.values():
             for id, (image, mask) in zip(data.ids, data, strict=True):
                 overlay = page.picture(f"pseudo-mask of {id}")
@@ -422,6 +464,134 @@ class TestGalleries:
         assert shape[0] <= shape[1] or size == (700, 600)
 
 
+def predicted(model, val, num_classes, config=None, *, with_mask=True):
+    config = config or stseg.TrainConfig(steps=1, batch_size=2)
+    model = as_segmenter(model)
+    return predict_pictures(model, Items.of(val), num_classes, config, with_mask=with_mask, progress=False)
+
+
+def pixels_of(address):
+    return np.asarray(Image.open(io.BytesIO(b64decode(address.split(",", 1)[1]))))
+
+
+@pytest.mark.usefixtures("no_curves")
+class TestPredictions:
+    def test_of_validation_images_are_those_of_the_final_network_the_worst_first(self, finished):
+        result, folder = finished
+        page = Page(folder / "report.html")
+        scores = stseg.evaluate(result.model, held_out(), num_classes=2, per_image=True, progress=False)
+        shown = [f"{id}\nmean IoU {100 * miou:.1f} %\n" for id, miou in scores.worst_images()]
+        assert "predicts for 3 images, the worst one first, by the mean IoU over the classes in each." in page.text
+        assert [page.text.index(text) for text in shown] == sorted(page.text.index(text) for text in shown)
+        with torch.no_grad():
+            for id, (image, mask) in enumerate(held_out()):
+                expected = result.model(image[None]).argmax(1)[0]
+                assert np.array_equal(page.picture(f"prediction for {id}")[..., :3], COLORS[expected.numpy()])
+                assert np.array_equal(page.picture(f"true mask of {id}")[..., :3], COLORS[mask.numpy()])
+
+    def test_of_many_are_the_worst_and_the_best_of_evenly_spaced_ones(self, monkeypatch, tmp_path):
+        generator = torch.Generator().manual_seed(3)
+        val = [(image, (image[0] > 0.5).byte()) for image in torch.rand(30, 3, 4, 4, generator=generator)]
+        model = nn.Conv2d(3, 2, 1)
+        scores = stseg.evaluate(model, val, num_classes=2, per_image=True, progress=False).worst_images(30)
+        found = predicted(model, val, 2)
+        assert [one.id for one in found.images] == [id for id, _ in [*scores[:8], *scores[-4:]]]
+        assert (found.compared, found.total) == (30, 30)
+        monkeypatch.setattr(predictions, "_MOST_COMPARED", 15)
+        found = predicted(model, val, 2)
+        assert {int(one.id) % 2 for one in found.images} == {0}
+        assert found == predicted(model, val, 2)
+        summarized = dataclasses.replace(of({"step": 1.0}, [1, 1]), predictions=found, data={}, folder=tmp_path)
+        monkeypatch.setattr(report, "read_run", lambda *_: summarized)
+        text = Page(stseg.write_report(tmp_path)).text
+        assert "for the worst and the best of 15 images (evenly spaced among 30), by the mean IoU" in text
+        best = [one.id for one in found.images[8:]][::-1]
+        shown = [f"{id}\nmean IoU" for id in best]
+        after = text[text.index("The best") :]
+        assert [after.index(text) for text in shown] == sorted(after.index(text) for text in shown)
+
+    def test_ignored_pixels_do_not_count_and_have_no_color_in_the_true_mask(self):
+        image, mask = torch.zeros(3, 2, 2), torch.tensor([[0, 1], [255, 255]], dtype=torch.uint8)
+        nothing = (image, torch.full((2, 2), 255, dtype=torch.uint8))
+        found = predicted(Constant(), [(image, mask), nothing], 2)
+        (one,) = found.images
+        assert one.iou == 0.25
+        assert one.values == (0, 1, 255)
+        assert pixels_of(one.truth)[..., 3].tolist() == [[255, 255], [0, 0]]
+        assert (pixels_of(one.prediction)[..., 3] == 255).all()
+
+    @pytest.mark.parametrize("channels", [1, 2, 3, 5])
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+    @pytest.mark.parametrize(("classes", "logits"), [(2, 1), (2, 2), (300, 300)])
+    def test_of_any_images_classes_and_sizes(self, channels, dtype, classes, logits):
+        sizes = [(4, 6), (1, 1), (500, 7), (4, 6)]
+        images = [torch.rand(channels, *size) for size in sizes]
+        images = [(255 * image).byte() if dtype == torch.uint8 else image for image in images]
+        kind = torch.uint8 if classes < 255 else torch.int32
+        val = [(image, torch.randint(classes, image.shape[1:], dtype=kind)) for image in images]
+        config = stseg.TrainConfig(steps=1, batch_size=2, weak=None, ignore_index=255 if classes < 255 else -1)
+        found = predicted(nn.Conv2d(channels, logits, 1), val, classes, config)
+        assert sorted(one.size for one in found.images) == sorted(sizes)
+        for one in found.images:
+            scale = min(1, 320 / max(one.size))
+            assert pixels_of(one.image).shape[:2] == tuple(max(1, round(side * scale)) for side in one.size)
+            assert max(one.values) < classes
+
+    def test_without_validation_are_of_unlabeled_images(self, tmp_path):
+        result = run(lambda make: stseg.methods.FixMatch(make()), tmp_path)
+        page = Page(tmp_path / "report.html")
+        assert "predictions-on-unlabeled-images" in page.ids
+        assert {f"prediction for {id}" for id in IDS} < set(page.pictures)
+        assert not any("true mask" in alt for alt in page.pictures)
+        assert "predicts for 4 images." in page.text
+        assert [one.iou for one in result.predictions.images] == [None] * 4
+        assert len(predicted(nn.Conv2d(3, 2, 1), list(torch.rand(29, 3, 4, 4)), 2, with_mask=False).images) == 10
+
+    def test_without_any_images_it_says_how_to_get_them(self, tmp_path):
+        result = trainer("supervised", tmp_path).fit(drawn()[0])
+        assert result.predictions is None
+        assert "a run of stseg.SelfTrainer with val=... makes them at its end." in Page(tmp_path / "report.html").text
+
+    def test_are_kept_and_made_again_only_for_another_network(self, tmp_path, monkeypatch):
+        first = run("supervised", tmp_path, val=held_out())
+        page, file = Page(tmp_path / "report.html"), tmp_path / "predictions.json"
+        kept = file.read_bytes()
+        assert run("supervised", tmp_path, val=held_out()).predictions == first.predictions  # all was done
+        shutil.rmtree(tmp_path / "teacher")
+        (tmp_path / "report.html").unlink()
+        file.write_text("{}")
+        with pytest.raises(stseg.DamagedFileError, match=r"predictions\.json is damaged"):
+            stseg.write_report(tmp_path, tmp_path / "elsewhere")
+        assert run("supervised", tmp_path, val=held_out()).predictions == first.predictions
+        assert file.read_bytes() == kept
+        (tmp_path / "report.html").unlink()
+        monkeypatch.setattr(stages, "predict_pictures", None)
+        run("supervised", tmp_path, val=held_out())
+        assert Page(tmp_path / "report.html").pictures == page.pictures
+        assert Page(stseg.write_report(first, tmp_path / "elsewhere")).pictures == page.pictures
+        assert read_predictions(tmp_path, "another") is None
+        summary.read_record(file)
+        stseg.storage.records.write_record(file, {"images": [{}]})
+        with pytest.raises(stseg.DamagedFileError, match="is not a record of predictions"):
+            stseg.write_report(tmp_path)
+
+    def test_that_fail_end_no_run(self, tmp_path, monkeypatch, caplog):
+        def fail(*_, **__):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(stages, "predict_pictures", fail)
+        result = run("supervised", tmp_path, val=held_out())
+        assert result.predictions is None
+        assert "the report has no pictures of predictions: RuntimeError: out of memory" in caplog.text
+        assert "There are no pictures of predictions" in Page(tmp_path / "report.html").text
+
+    def test_leave_the_network_and_the_generators_as_they_were(self):
+        model, before = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Dropout(0.5)).train(), torch.get_rng_state()
+        predicted(model, held_out(), 2)
+        assert model.training
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.usefixtures("no_curves")
 class TestRanking:
     def test_the_cut_and_the_ends_are_those_of_the_run(self, finished):
@@ -468,7 +638,7 @@ class TestFromAFolder:
     @pytest.mark.usefixtures("no_curves")
     def test_without_images_it_says_how_to_show_them(self, finished, tmp_path):
         page = Page(stseg.write_report(finished[1], tmp_path))
-        assert page.pictures == {}
+        assert not any("pseudo-mask" in alt for alt in page.pictures)
         assert "write_report(workdir, images=unlabeled)" in page.text
 
     @pytest.mark.usefixtures("no_curves")
@@ -484,7 +654,7 @@ class TestFromAFolder:
         config = stseg.TrainConfig(steps=3, batch_size=2, weak=None)
         result = stseg.fit(nn.Conv2d(3, 2, 1), labeled, config, val=held_out(), workdir=tmp_path, progress=False)
         page = Page(stseg.write_report(tmp_path))
-        assert f"{100 * result.history[-1]['miou']:.1f} %\nmean IoU of training on 3 validation images" in page.text
+        assert f"{100 * result.history[-1]['miou']:.1f} %\nmean IoU on 3 validation images\n" in page.text
         assert "Supervised" in page.text
         (tmp_path / "model.safetensors").unlink()
         with pytest.raises(stseg.DataError, match="is not finished"):
@@ -571,10 +741,43 @@ class TestFromAFolder:
             stseg.write_report(*arguments, **options)
 
 
+@pytest.mark.usefixtures("no_curves")
+class TestSettings:
+    def test_show_a_method_by_its_name_and_settings(self, tmp_path):
+        labeled, unlabeled = drawn()
+        made = stseg.methods.create_method("fixmatch", num_classes=2, threshold=0.9)
+        trainer(made, tmp_path).fit(labeled, unlabeled)
+        page = Page(tmp_path / "report.html")
+        rows = dict(page.tables["Settings"][1:])
+        assert rows["method"] == "FixMatch"
+        assert rows["method.threshold"] == "0.9"
+        assert rows["config.weak"] == "WeakAugment"
+        assert rows["config.weak.crop_size"] == "[16, 16]"
+        for internal in ("_Named", "_Kind", "OneStage", "method.method", "networks", "takes_classes"):
+            assert internal not in page.source
+
+    def test_of_a_recipe_are_its_own(self, finished):
+        rows = dict(Page(finished[1] / "report.html").tables["Settings"][1:])
+        assert rows["method"] == "STPlusPlus"
+        assert rows["method.reliable_fraction"] == "0.5"
+
+    def test_before_the_first_training_show_no_internals(self):
+        method = {"type": "OneStage", "method": {"type": "_Named", "kind": {}, "settings": {"threshold": 0.9}}}
+        told = dataclasses.replace(of({}, []), settings={"method": method, "num_classes": 2}, trainings={})
+        assert show_settings(told) == {"num_classes": "2"}
+
+
 def test_html_is_escaped_once():
     assert escape(escape("<")) == "&lt;"
     assert element("p", "a & b", Html("<b>"), kind='"') == '<p class="&quot;">a &amp; b<b></p>'
     assert escape("\0") == "\\x00"
+
+
+def test_a_caption_is_not_as_narrow_as_its_table(finished):
+    assert (
+        "table { border-collapse: collapse; font-size: .93rem; min-width: min(100%, 26rem) }"
+        in Page(finished[1] / "report.html").source
+    )
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -588,7 +791,8 @@ frame.onload = () => {
   const mask = page.querySelector(".overlay img + img"), opacity = frame.contentWindow.getComputedStyle(mask).opacity;
   Promise.all(images.map(image => image.decode())).then(() => {
     const fits = page.documentElement.scrollWidth <= page.documentElement.clientWidth;
-    document.title = `${fits} ${opacity} ${images.every(image => image.naturalWidth > 0)}`;
+    const low = [...page.querySelectorAll("caption")].every(caption => caption.offsetHeight < 70);
+    document.title = `${fits} ${opacity} ${images.every(image => image.naturalWidth > 0)} ${low}`;
   });
 };
 </script></body>"""
@@ -601,4 +805,4 @@ def test_in_a_browser_the_page_fits_a_phone_and_the_slider_works(finished, tmp_p
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
     command = [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000"]
     done = subprocess.run([*command, (tmp_path / "look.html").as_uri()], capture_output=True, text=True, timeout=120)
-    assert "<title>true 0.2 true</title>" in done.stdout, done.stdout[-400:]
+    assert "<title>true 0.2 true true</title>" in done.stdout, done.stdout[-400:]
