@@ -55,7 +55,8 @@ class Folders:
         seed: seed of the draw of ``val``.
 
     Raises:
-        ValueError: if both ``val`` and ``val_images`` are given, or only one of ``val_images`` and ``val_masks``.
+        ValueError: if both ``val`` and ``val_images`` are given, or only one of ``val_images`` and ``val_masks``, or
+            ``class_map`` has a class beyond ``classes``.
         DataError: when the images are looked for; see :class:`stseg.data.SegmentationFolder`.
 
     Example:
@@ -91,6 +92,13 @@ class Folders:
             raise ValueError("val and val_images are both given; expected one of them")
         if isinstance(self.classes, int):
             check_count("classes", self.classes, least=2)
+        mapped = self.class_map.values() if isinstance(self.class_map, Mapping) else ()
+        highest = max((to for to in mapped if isinstance(to, int) and to != 255), default=0)
+        if self.classes is not None and highest >= (count := self.num_classes()):
+            raise ValueError(
+                f"class_map has the class {highest}, and classes has {count}; expected {highest + 1}, "
+                "with the background"
+            )
 
     @property
     def class_names(self) -> Sequence[str] | None:

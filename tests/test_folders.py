@@ -93,6 +93,10 @@ class TestFolders:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
+            (
+                {"classes": ["nucleus"], "class_map": {0: 0, 255: 1}},
+                "class_map has the class 1, and classes has 1; expected 2, with the background",
+            ),
             ({"val_images": "x"}, "val_images and val_masks go together"),
             ({"classes": 1}, "classes is 1; expected 2 or more"),
             ({"val": 2, "val_images": "x", "val_masks": "y"}, "val and val_images are both given"),
