@@ -35,6 +35,7 @@ from stseg.inference.mask_store import MaskStore
 from stseg.inference.rankers import StabilityRanker
 from stseg.inference.ranking import Ranking
 from stseg.inference.reading import Skipped
+from stseg.models import Tiled
 from stseg.models.segmenter import as_segmenter
 from stseg.models.state import device_of, fingerprint, place
 from stseg.models.summary import summarize_network
@@ -315,13 +316,18 @@ class Stages:
         return gathered[0]
 
     def _pictures(self, model: nn.Module) -> Predictions | None:
-        """Return pictures of validation images or, without them, of unlabeled ones; those in the folder if there."""
+        """Return pictures of validation images or, without them, of unlabeled ones that have no pseudo-mask.
+
+        Those in the folder are returned where there are any. Unlabeled images may be large, and are predicted by tiles.
+        """
         folder, made, known = self.workdir.folder, "", None
         if folder is not None:
             made = fingerprint(model)
             with suppress(DamagedFileError):  # they are made again
                 known = read_predictions(folder, made)
-        items = self.unlabeled if self.val is None else self.val
+        items = self.val
+        if items is None and not self.labeled:  # of which there are pictures
+            items, model = self.unlabeled, Tiled(model)
         if known is not None or self.workdir.is_finished or not items:
             return known
         with preserved_random_state(self.device):

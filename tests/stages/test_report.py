@@ -506,7 +506,7 @@ class TestPredictions:
         text = Page(stseg.write_report(tmp_path)).text
         assert "for the worst and the best of 15 images (evenly spaced among 30), by the mean IoU" in text
         best = [one.id for one in found.images[8:]][::-1]
-        shown = [f"{id}\nmean IoU" for id in best]
+        shown = [f"\n{id}\nmean IoU" for id in best]
         after = text[text.index("The best") :]
         assert [after.index(text) for text in shown] == sorted(after.index(text) for text in shown)
 
