@@ -110,8 +110,8 @@ class FolderCheck:
         if self.classes is not None:
             lines.append(self.classes.table())
         lines += [f"note         {note}" for note in self.notes]
-        if self.same:
-            lines.append(f"note         there twice: {_listed([f'{one} = {other}' for one, other in self.same])}")
+        if twice := [f"{one} = {other}" for one, other in self.same if not _is_across(one, other)]:
+            lines.append(f"note         there twice: {_listed(twice)}")
         lines += [f"PROBLEM      {problem}" for problem in self.problems] or ["no problem was found"]
         if self.estimate is not None:
             lines.append(f"training     {self.estimate}")
@@ -357,6 +357,11 @@ def _known_classes(folders: Folders, values: Mapping[Value, int]) -> int:
     return max(2, found)
 
 
+def _is_across(one: str, other: str) -> bool:
+    """Return whether one of two images, ``"use: id"``, is for validation and the other is not."""
+    return one.startswith("validation:") != other.startswith("validation:")
+
+
 def _same(digests: Mapping[str, list[str]]) -> tuple[list[tuple[str, str]], list[str]]:
     """Return pairs of equal images, and the problem that some of them are."""
     pairs = [(names[0], other) for names in digests.values() for other in names[1:]]
@@ -365,7 +370,7 @@ def _same(digests: Mapping[str, list[str]]) -> tuple[list[tuple[str, str]], list
         for names in digests.values()
         for place, one in enumerate(names)
         for other in names[place + 1 :]
-        if (one.split(":")[0] == "validation") != (other.split(":")[0] == "validation")
+        if _is_across(one, other)
     ]
     problems = []
     if across:

@@ -25,6 +25,8 @@ def as_options(message: str, options: Mapping[str, str]) -> str:
         'write --mask-suffix _m, --class-map 0:0 255:1 or ids=...'
         >>> as_options("steps is 0; expected 1 or more", options)
         '--steps is 0; expected 1 or more'
+        >>> as_options("runs/steps=5/run.json is damaged", options), as_options("steps=5/run.json", options)
+        ('runs/steps=5/run.json is damaged', 'steps=5/run.json')
     """
     if not options:
         return message
@@ -37,7 +39,8 @@ def as_options(message: str, options: Mapping[str, str]) -> str:
             return found[0]
         return f"{options[found[1]]} {_words(value)}"
 
-    message = re.sub(rf"(?<![\w.])({names})=({_VALUE})", replaced, message)
+    # Not in a path such as runs/lr=0.01/run.json.
+    message = re.sub(rf"(?<![\w./\\-])({names})=({_VALUE})(?![\w/\\]|\.\w)", replaced, message)
     return re.sub(rf"^({names})(?= is )", lambda found: options[found[1]], message)
 
 
