@@ -189,7 +189,7 @@ def check_folders(
     same, worst = _same(seen.digests)
     problems += worst
     if unlabeled and (repeated := folders.repeated()):
-        notes.append(f"{len(repeated)} images of --unlabeled are also in --images, and count once: {_listed(repeated)}")
+        notes.append(f"in both --images and --unlabeled, counted once: {_listed(repeated)}")
     if unlabeled and others is None:
         notes.append("there are no unlabeled images: expected others than those with masks, in --images or --unlabeled")
     estimate = None

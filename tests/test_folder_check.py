@@ -92,7 +92,7 @@ def test_images_in_both_folders_are_noted(root):
     save(picture(90), root / "more/90.png")
     found = check(root, class_map={0: 0, 255: 1}, unlabeled=root / "more")
     assert found.counts == {"labeled": 4, "unlabeled": 7}
-    assert "2 images of --unlabeled are also in --images, and count once: 00, 07" in str(found)
+    assert "in both --images and --unlabeled, counted once: 00, 07" in str(found)
 
 
 @pytest.mark.parametrize("values", [(0, 255), ((0, 0, 0), (255, 255, 255))])
